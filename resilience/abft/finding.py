@@ -1,0 +1,33 @@
+"""What a check hands to the guard: an alarm inside one process, before it has a rank, a step or an identity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from resilience.events import Check, DetectionKind
+
+__all__ = ["Finding"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One alarm. The guard turns it into a `resilience.events.Detection`."""
+
+    site: str
+    """`attention.scores`, `linear.wgrad`, `gradient`, …"""
+    layer: int
+    """Which call of that site in the forward order of this micro-step; −1 where it has no meaning."""
+    check: Check
+    kind: DetectionKind
+    residual_ratio: float
+    """Residual ÷ threshold; infinite when the residual is not finite."""
+    mended: bool = False
+    """Repaired in place and verified again."""
+    bit_exact: bool = False
+    """The repair equals the fault-free result bit for bit."""
+    inputs_bad: bool = False
+    """The operation's inputs were not finite already: this alarm only propagates an earlier one."""
+    param: str | None = None
+    detected_at: float = 0.0
+    """Seconds since the Unix epoch."""
+    latency_ms: float = 0.0

@@ -1,0 +1,266 @@
+"""The configuration: what can be set, its default, its unit, and what combinations make no sense.
+
+Sources, strongest first: explicit options, a file (TOML, YAML or JSON) or the `"resilience"` block of the DeepSpeed
+JSON, environment variables `RESILIENCE_<SECTION>__<KEY>`, the defaults here. Unknown keys are refused with the nearest
+valid name. `Config` is frozen: a run has one, its digest stands in the report.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from resilience.errors import ConfigError
+from resilience.events import Mode
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "CoordinatorConfig",
+    "DetectionConfig",
+    "GuardConfig",
+    "LaunchConfig",
+    "PolicyConfig",
+    "load_config",
+]
+
+ENVIRONMENT_PREFIX = "RESILIENCE_"
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class DetectionConfig(_Section):
+    """What is checked, how strongly, how often."""
+
+    strength: Literal["off", "screen", "invariants", "checksum"] = "checksum"
+    """Strongest check in use; a stronger one includes the weaker ones."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of protected calls that are checked."""
+    max_mends: Count = 2
+    """How often a faulty operation is run again in place before the step is vetoed."""
+    threshold_scale: Positive = 1.0
+    """Factor on every threshold; above 1 is less sensitive."""
+    norm_factor: Annotated[float, Field(gt=1)] = 64.0
+    """A local gradient this many times its own recent maximum, and above the whole gradient's, is an alarm."""
+    norm_history_steps: Annotated[int, Field(ge=2)] = 16
+    """Steps that the norm screen looks back; it is silent until it has seen 3."""
+
+
+class GuardConfig(_Section):
+    """The step transaction on every rank."""
+
+    measure_determinism: bool = True
+    """Replay the first clean step of a generation twice and compare: the basis of the verdict `deterministic`."""
+    replay: bool = True
+    """Record micro-steps so that an iteration can be run again."""
+    decide_deadline_s: Positive = 5.0
+    """How long rank 0 waits for the coordinator before it decides by the same policy itself."""
+
+
+class PolicyConfig(_Section):
+    """The limits that the decision table works with."""
+
+    max_replays_per_step: Count = 2
+    """Replays of one step before its fault counts as persistent."""
+    max_restarts: Count = 3
+    """Restarts of the processes within `restart_window_s`."""
+    restart_window_s: Positive = 3600.0
+    """Window of the restart budget, in seconds."""
+    max_failures_without_progress: Annotated[int, Field(ge=1)] = 2
+    """Failures in a row at the same step, with the same exit code, before the run is not requeued."""
+    max_skips_in_a_row: Annotated[int, Field(ge=1)] = 5
+    """Optimizer steps in a row that DeepSpeed may skip for non-finite gradients, outside the loss scaler's search."""
+    hang_timeout_s: Positive = 600.0
+    """Seconds without a finished micro-step on any rank before the run counts as hanging."""
+
+
+class CheckpointConfig(_Section):
+    """What is done around the script's own save_checkpoint and load_checkpoint."""
+
+    verify: bool = True
+    """Write a manifest with each checkpoint, publish `latest` only for complete ones, verify before loading."""
+
+
+class CoordinatorConfig(_Section):
+    """Where the coordinator listens and what it requires."""
+
+    address: str | None = None
+    """`host:port` of an external coordinator; the launcher starts an embedded one where this is not set."""
+    bind: str = "127.0.0.1"
+    """Address that an embedded coordinator listens on; anything but loopback needs a token or mTLS."""
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """gRPC port; unset takes a free one. An explicit port that is busy ends the launch with 64."""
+    metrics_bind: str = "127.0.0.1"
+    """Address of the Prometheus endpoint."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Prometheus port; unset takes 9464, or a free one if that is busy."""
+    token_file: Path | None = None
+    """File (mode 0600) that holds the shared token; an embedded coordinator creates its own."""
+    heartbeat_interval_s: Positive = 0.5
+    """Seconds between two heartbeats of a rank or an agent."""
+    lease_s: Positive = 15.0
+    """Seconds without a heartbeat before a member counts as lost, and before a remote agent whose launcher is silent ends."""
+
+
+class LaunchConfig(_Section):
+    """The run, its directory, its processes."""
+
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Name of the run; unset makes one from the time and the launcher's pid."""
+    dir: Path | None = None
+    """Directory of the run; unset is `./resilience-runs/<run id>`."""
+    stop_grace_s: Positive = 5.0
+    """Seconds between SIGTERM and SIGKILL for a rank."""
+    live: Literal["auto", "always", "never"] = "auto"
+    """Live progress: on a terminal only, always, or never."""
+
+
+class Config(_Section):
+    """Everything that can be set, in sections."""
+
+    mode: Mode = Mode.ENFORCE
+    """`enforce` acts; `shadow` records what it would have done; `off` loads nothing into the ranks."""
+    detection: DetectionConfig = DetectionConfig()
+    """What is checked."""
+    guard: GuardConfig = GuardConfig()
+    """The step transaction."""
+    policy: PolicyConfig = PolicyConfig()
+    """The limits of the decision table."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Verified checkpoints."""
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+    """The coordinator."""
+    launch: LaunchConfig = LaunchConfig()
+    """The run and its processes."""
+
+    @pydantic.model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.coordinator.address is not None and self.coordinator.port is not None:
+            raise ValueError("coordinator.address names an external coordinator; drop coordinator.port, which is for an embedded one")
+        return self
+
+
+def load_config(
+    path: Path | None = None,
+    *,
+    deepspeed_config: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Merge all sources into one `Config`.
+
+    Args:
+        path: a TOML, YAML or JSON file, by its ending.
+        deepspeed_config: the parsed DeepSpeed JSON; its `"resilience"` block is used where `path` says nothing.
+        overrides: explicit options as a nested mapping; None values are left out.
+        environ: environment variables; only `RESILIENCE_<SECTION>__<KEY>` and `RESILIENCE_MODE` are read.
+
+    Raises:
+        ConfigError: one line that names the source, the key and the fix.
+    """
+    merged = _from_environment(environ or {})
+    block = (deepspeed_config or {}).get("resilience")
+    if block is not None:
+        if not isinstance(block, Mapping):
+            raise ConfigError('"resilience" in the DeepSpeed config must be an object such as {"mode": "shadow"}')
+        merged = _merge(merged, block)
+    if path is not None:
+        merged = _merge(merged, _read(path))
+    merged = _merge(merged, overrides or {})
+    try:
+        return Config.model_validate(merged)
+    except pydantic.ValidationError as error:
+        source = str(path) if path is not None else "configuration"
+        raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    parsers = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise ConfigError(f"{path}: ending {path.suffix!r} is not known; name it .toml, .yaml or .json")
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; it must hold sections such as [policy]")
+    return content
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    sections = {name for name in Config.model_fields if name != "mode"}
+    found: dict[str, Any] = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        section, separator, key = variable[len(ENVIRONMENT_PREFIX) :].lower().partition("__")
+        if section == "mode" and not separator:
+            found["mode"] = text
+        elif separator and section in sections:
+            found.setdefault(section, {})[key] = text
+        elif separator:
+            raise ConfigError(f"{variable}: no section {section!r}; {_nearest(section, sections)}")
+    return found
+
+
+def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(weak)
+    for key, value in strong.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[key] = _merge(below, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """The first complaint, as one line with the key, the value and the fix."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {_nearest(str(first['loc'][-1]), _valid_keys(first['loc'][:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where} = {first['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _valid_keys(location: tuple[int | str, ...]) -> set[str]:
+    model: type[pydantic.BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, types.UnionType):
+            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        assert isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+        model = annotation
+    return set(model.model_fields)
+
+
+def _nearest(name: str, valid: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"valid names: {', '.join(sorted(valid))}"
