@@ -190,6 +190,8 @@ class Decision:
     """Seconds of training that were thrown away or repeated."""
     decided_at: float = 0.0
     """Seconds since the Unix epoch."""
+    rule: str = ""
+    """The row of the policy table that applied; empty where none did."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,7 +186,7 @@ class SettledVerdict(_message.Message):
     def __init__(self, detection_id: _Optional[str] = ..., verdict: _Optional[_Union[Verdict, str]] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("decision_id", "generation", "step", "attempt", "action", "reason", "verdicts", "evidence", "cordon", "exit_code", "origin", "outcome", "latency_ms", "lost_s", "decided_at")
+    __slots__ = ("decision_id", "generation", "step", "attempt", "action", "reason", "verdicts", "evidence", "cordon", "exit_code", "origin", "outcome", "latency_ms", "lost_s", "decided_at", "rule")
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -202,6 +202,7 @@ class Decision(_message.Message):
     LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
     LOST_S_FIELD_NUMBER: _ClassVar[int]
     DECIDED_AT_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
     decision_id: str
     generation: int
     step: int
@@ -217,7 +218,8 @@ class Decision(_message.Message):
     latency_ms: float
     lost_s: float
     decided_at: float
-    def __init__(self, decision_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., action: _Optional[_Union[Action, str]] = ..., reason: _Optional[str] = ..., verdicts: _Optional[_Iterable[_Union[SettledVerdict, _Mapping]]] = ..., evidence: _Optional[_Iterable[str]] = ..., cordon: _Optional[_Iterable[str]] = ..., exit_code: _Optional[int] = ..., origin: _Optional[_Union[Origin, str]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., latency_ms: _Optional[float] = ..., lost_s: _Optional[float] = ..., decided_at: _Optional[float] = ...) -> None: ...
+    rule: str
+    def __init__(self, decision_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., action: _Optional[_Union[Action, str]] = ..., reason: _Optional[str] = ..., verdicts: _Optional[_Iterable[_Union[SettledVerdict, _Mapping]]] = ..., evidence: _Optional[_Iterable[str]] = ..., cordon: _Optional[_Iterable[str]] = ..., exit_code: _Optional[int] = ..., origin: _Optional[_Union[Origin, str]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., latency_ms: _Optional[float] = ..., lost_s: _Optional[float] = ..., decided_at: _Optional[float] = ..., rule: _Optional[str] = ...) -> None: ...
 
 class Strike(_message.Message):
     __slots__ = ("strike_id", "step", "micro_step", "rank", "site", "layer", "kind", "struck_at", "attempt", "no_effect", "relative_change")
