@@ -14,6 +14,8 @@ import enum
 __all__ = [
     "Action",
     "Check",
+    "CheckpointFact",
+    "CheckpointKind",
     "Decision",
     "Detection",
     "DetectionKind",
@@ -57,6 +59,14 @@ class Check(enum.StrEnum):
     SCREEN = "screen"
     NORM = "norm"
     PROCESS = "process"
+
+
+class CheckpointKind(enum.StrEnum):
+    """What happened to a checkpoint."""
+
+    PUBLISHED = "published"
+    LOADED = "loaded"
+    REFUSED = "refused"
 
 
 class DetectionKind(enum.StrEnum):
@@ -245,3 +255,25 @@ class Strike:
     """The strike changed no bit, or only elements that are masked."""
     relative_change: float | None = None
     """max|ΔY| ÷ rms(Y) of the struck tensor; None for faults of processes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFact:
+    """A checkpoint was published, loaded, or refused because it cannot be trusted."""
+
+    kind: CheckpointKind
+    directory: str
+    """The script's save_dir or load_dir."""
+    tag: str
+    step: int
+    """Its step; 0 where it cannot be known."""
+    generation: int
+    """Generation that wrote it; 0 where it cannot be known."""
+    last_verified_step: int
+    """Newest verified-clean step when it was written."""
+    reason: str = ""
+    """With `refused`: what is wrong with it, in words."""
+    seconds: float = 0.0
+    """How long saving and hashing, or verifying and loading, took."""
+    at: float = 0.0
+    """Seconds since the Unix epoch."""
