@@ -82,6 +82,7 @@ def corrupted(values: torch.Tensor, fault: Fault) -> torch.Tensor:
         case "stride":
             return values.roll(-1)
         case "scale":
+            assert fault.factor is not None
             # In double precision, so that the factor itself is not rounded to the tensor's dtype.
             return (values.double() * fault.factor).to(values.dtype)
     raise AssertionError(f"kind {fault.kind!r} passed the plan's checks but has no arithmetic")

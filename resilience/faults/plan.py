@@ -67,8 +67,8 @@ class Fault(pydantic.BaseModel):
     """Only this execution of the operation within an attempt (0 the first, 1 a recomputation by activation
     checkpointing, …); unset: any."""
     kind: str
-    """For tensors: `inf`; `nan`; `near_inf` (0.9 × the dtype's maximum); `zero`; `bitflip` (`bit`); `multibit` (`bits`);
-    `stride` (elements 32 apart, one warp's width, hold each other's values, cyclically); `scale` (`factor`).
+    """For tensors: `inf`; `nan`; `near_inf` (0.9 × the dtype's maximum); `zero`; `bitflip` (`bit`); `multibit`
+    (`bits`); `stride` (elements 32 apart, one warp's width, hold each other's values, cyclically); `scale` (`factor`).
     For `process`: `kill` (SIGKILL), `stop` (SIGSTOP), `exit` (`exit_code`). For `coordinator`: `kill`, `stop`."""
     repeat: Annotated[int, Field(ge=-1)] = 1
     """How many times it strikes when the operation is run again: 1 is transient, −1 persistent."""
@@ -179,9 +179,11 @@ def load_plan(path: Path, *, world_size: int | None = None, num_steps: int | Non
 def _explain(error: pydantic.ValidationError) -> str:
     """The first complaint, as one line with the fault's number, the key, the value and the fix."""
     first = error.errors()[0]
-    location = [part for part in first["loc"] if part != "fault" or first["loc"] == ("fault",)]
-    prefix = f"fault {location.pop(0) + 1}: " if location and isinstance(location[0], int) else ""
-    key = str(location[0]) if location else ""
+    match first["loc"]:
+        case ("fault", int(place), *rest):
+            prefix, key = f"fault {place + 1}: ", str(rest[0]) if rest else ""
+        case location:
+            prefix, key = "", str(location[0]) if location else ""
     if first["type"] == "extra_forbidden":
         valid = Fault.model_fields if prefix else FaultPlan.model_fields
         return f"{prefix}unknown key {key!r}; {_nearest(key, valid)}"

@@ -108,6 +108,7 @@ class TensorInjector:
         # Each fault has its own draw, so that the same element is struck at every repeat and in every generation.
         where = positions(fault, target.numel(), random.Random(f"{self._seed}:{i}"))
         before = _take(target, where)
+        bits_before = bits_of(before)
         after = corrupted(before, fault)
         strike = Strike(
             strike_id=self._ledger.next_id(i),
@@ -119,7 +120,7 @@ class TensorInjector:
             kind=fault.kind,
             struck_at=self._clock.wall(),
             attempt=self._attempt,
-            no_effect=torch.equal(bits_of(before), bits_of(after)),
+            no_effect=torch.equal(bits_before, bits_of(after)),
             relative_change=_relative_change(target, before, after),
         )
         self._ledger.append(strike)
