@@ -1,0 +1,24 @@
+"""The policy: evidence and limits in, a decision with its reason out.
+
+Pure: the same functions serve the coordinator, a rank that the coordinator does not answer, `resilience explain` and
+the documentation. Nothing here reads a clock, a file or an environment, and nothing here imports torch or grpc.
+"""
+
+from resilience.policy.failures import EXIT_RULES, Failure, FailureKind, decide_exit, restarts_left, root_exit
+from resilience.policy.ladder import Ruling, decide, decide_locally, judge
+from resilience.policy.table import RULES, Rule
+
+__all__ = [
+    "EXIT_RULES",
+    "RULES",
+    "Failure",
+    "FailureKind",
+    "Rule",
+    "Ruling",
+    "decide",
+    "decide_exit",
+    "decide_locally",
+    "judge",
+    "restarts_left",
+    "root_exit",
+]
