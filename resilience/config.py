@@ -12,7 +12,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -190,7 +190,7 @@ def load_config(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    parsers = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+    parsers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
     parse = parsers.get(path.suffix.lower())
     if parse is None:
         raise ConfigError(f"{path}: ending {path.suffix!r} is not known; name it .toml, .yaml or .json")
