@@ -114,7 +114,7 @@ class CoordinatorConfig(_Section):
     heartbeat_interval_s: Positive = 0.5
     """Seconds between two heartbeats of a rank or an agent."""
     lease_s: Positive = 15.0
-    """Seconds without a heartbeat before a member counts as lost, and before a remote agent whose launcher is silent ends."""
+    """Seconds of silence before a member counts as lost, or before an agent ends whose launcher is silent."""
 
 
 class LaunchConfig(_Section):
@@ -151,7 +151,9 @@ class Config(_Section):
     @pydantic.model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.coordinator.address is not None and self.coordinator.port is not None:
-            raise ValueError("coordinator.address names an external coordinator; drop coordinator.port, which is for an embedded one")
+            raise ValueError(
+                "coordinator.address names an external coordinator; drop coordinator.port, which is for an embedded one"
+            )
         return self
 
 
@@ -190,7 +192,12 @@ def load_config(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    parsers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
+    parsers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+        ".json": json.loads,
+    }
     parse = parsers.get(path.suffix.lower())
     if parse is None:
         raise ConfigError(f"{path}: ending {path.suffix!r} is not known; name it .toml, .yaml or .json")
@@ -254,7 +261,8 @@ def _valid_keys(location: tuple[int | str, ...]) -> set[str]:
         annotation = model.model_fields[str(part)].annotation
         if isinstance(annotation, types.UnionType):
             annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-        assert isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, pydantic.BaseModel)
         model = annotation
     return set(model.model_fields)
 
