@@ -125,7 +125,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_the_demo_plan_is_valid() -> None:
-    path = Path(__file__).parents[3] / "scripts" / "demo" / "faults.toml"
+    path = Path(__file__).parents[3] / "scripts" / "demo_gpt" / "faults.toml"
     plan = load_plan(path, world_size=2, num_steps=80)
     assert [(f.step, f.site, f.kind) for f in plan.fault] == [
         (12, "attention.scores", "inf"),
