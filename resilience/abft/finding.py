@@ -28,6 +28,8 @@ class Finding:
     inputs_bad: bool = False
     """The operation's inputs were not finite already: this alarm only propagates an earlier one."""
     param: str | None = None
+    micro_step: int = 0
+    """Micro-batch of the step in which it was seen, from 0."""
     detected_at: float = 0.0
     """Seconds since the Unix epoch."""
     latency_ms: float = 0.0

@@ -1,0 +1,270 @@
+"""Checksums of one GEMM in torch: the screen of every call, and the confirmation of suspect rows.
+
+The arithmetic that `thresholds.py` describes. No state but the checksum vectors, no sites, no decisions about mending.
+Shapes: m×k by k×n, or b of them; c checksum columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from resilience.abft.gemm import Gemm
+from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
+from resilience.events import DetectionKind
+from resilience.kernels import weighted_row_sums
+
+__all__ = ["Confirmation", "WeightSums", "confirm", "deferred_result", "extreme", "operand_roundoff", "screen"]
+
+_MAX_ROWS = 64
+"""Suspect rows that one confirmation computes again, the worst first."""
+
+_TINY = 1e-37
+"""Keeps 0 ÷ 0 out of the residual ratio of an empty row."""
+
+
+# --- checksum vectors -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """V, (n, c): plain and position-weighted sums, each with fixed pseudo-random signs.
+
+    float32 and float64 have one column of each. bfloat16 has eight of each, every one over an eighth of the elements, dealt
+    out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own result,
+    and a library GEMM with 16 columns costs what one with 1 costs. Every entry is exact in 4 bits, so products with it
+    are exact. Two elements that swap places differ in sign, in weight or in column in at least one of the sums.
+    """
+    position = torch.arange(n, dtype=torch.int64)
+    mixed = (position * 0x9E3779B1) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    plain = ((mixed >> 13) & 1) * 2.0 - 1.0
+    weighted = (((mixed >> 19) & 1) * 2.0 - 1.0) * (1.0 + (position % 8) / 8.0)
+    if dtype == torch.bfloat16:
+        columns = torch.zeros(n, 16)
+        columns[position, position % 8] = plain.float()
+        columns[position, 8 + (position // 8) % 8] = weighted.float()
+    else:
+        columns = torch.stack([plain, weighted], dim=1)
+    return columns.to(device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
+
+
+class WeightSums:
+    """B·V for operands that are module parameters, taken once per optimizer step.
+
+    The key is the parameter's memory and version counter, never a reference to it: a gathered ZeRO-3 parameter is not kept
+    alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the confirmation (it reads the
+    parameter itself) dismisses, and the entry is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def discard(self, right: torch.Tensor) -> None:
+        self._sums.pop(self._key(right), None)
+
+    def get(self, right: torch.Tensor) -> torch.Tensor:
+        """(k, c·p) sums of `right`, ready to be multiplied from the left; see `_right_sums`."""
+        if not _is_parameter(right):
+            return _right_sums(right, exact=False)
+        key = self._key(right)
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = _right_sums(right, exact=True)
+        return sums
+
+    @staticmethod
+    def _key(right: torch.Tensor) -> tuple[object, ...]:
+        version = None if right.is_inference() else right._version
+        return right.data_ptr(), right.shape, right.stride(), right.dtype, right.device, version
+
+
+def _is_parameter(operand: torch.Tensor) -> bool:
+    base = operand._base
+    return isinstance(operand if base is None else base, torch.nn.Parameter)
+
+
+def _right_sums(right: torch.Tensor, *, exact: bool) -> torch.Tensor:
+    """B·V. For bfloat16 and `exact`, its high and low parts side by side, 2·c columns that together hold 16 bits."""
+    vectors = _vectors(right.shape[-1], right.dtype, right.device)
+    if right.dtype == torch.float16:
+        return weighted_row_sums(right.float(), vectors)
+    if right.dtype != torch.bfloat16 or not exact:
+        return weighted_row_sums(right, vectors)
+    sums = weighted_row_sums(right.float(), vectors.float())
+    high = sums.bfloat16()
+    return torch.cat([high, (sums - high.float()).bfloat16()], dim=-1)
+
+
+# --- first stage ------------------------------------------------------------------------------------------------------
+
+
+def screen(gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: float = 1.0) -> torch.Tensor:
+    """Residual ÷ tolerance of every row of `out`, (m,) or (b, m), on its device; NaN where a sum is not finite.
+
+    `not (ratio <= 1)` is an alarm. Reads A, C and, unless cached, B once.
+    """
+    expected = _expected_sums(gemm, out, sums)
+    observed = _observed_sums(out)
+    columns = expected.shape[-1]
+    factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=columns)
+    scale = torch.linalg.vector_norm(expected, dim=-1)
+    tolerance = scale.add_(scale.mean()).mul_(factor).add_(_TINY)
+    worst = torch.linalg.vector_norm(expected.sub_(observed), ord=float("inf"), dim=-1)
+    return worst.div_(tolerance)
+
+
+def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Tensor:
+    """E = alpha·A·(B·V) + beta·D·V, (m, c) or (b, m, c) in float32 (float64 for float64)."""
+    right = _attention_sums(gemm) if gemm.right.dim() == 3 else sums.get(gemm.right)
+    left = gemm.left.float() if gemm.left.dtype == torch.float16 else gemm.left
+    expected = weighted_row_sums(left, right)
+    if expected.dtype == torch.bfloat16:
+        expected = expected.float()
+        if expected.shape[-1] == 32:
+            expected = expected[..., :16] + expected[..., 16:]
+    if gemm.alpha != 1.0:
+        expected = expected * gemm.alpha
+    if gemm.addend is not None:
+        expected = expected + gemm.beta * _addend_sums(gemm.addend, out)
+    return expected
+
+
+def _attention_sums(gemm: Gemm) -> torch.Tensor:
+    # The operands of attention share large components that cancel in the product (Σ_j dS_ij = 0 against K's mean): there
+    # B·V needs its low part. It is cheap where B is the smaller operand.
+    return _right_sums(gemm.right, exact=gemm.right.numel() <= gemm.left.numel())
+
+
+def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """D·V with D expanded to C's shape, in float32 (float64 for float64)."""
+    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+    vectors = _vectors(out.shape[-1], out.dtype, out.device).to(wide)
+    addend = addend.to(wide)
+    if addend.dim() == 0 or addend.shape[-1] != out.shape[-1]:
+        addend = addend.expand(*addend.shape[:-1], out.shape[-1])
+    return addend @ vectors
+
+
+def _observed_sums(out: torch.Tensor) -> torch.Tensor:
+    """O = C·V in float32 (float64 for float64)."""
+    vectors = _vectors(out.shape[-1], out.dtype, out.device)
+    if out.dtype == torch.float16:
+        out = out.float()
+    observed = weighted_row_sums(out, vectors)
+    return observed.float() if observed.dtype == torch.bfloat16 else observed
+
+
+def _precision(dtype: torch.dtype) -> Precision:
+    return _precision_of(dtype, torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest")
+
+
+@functools.cache
+def _precision_of(dtype: torch.dtype, matmul_precision: str) -> Precision:
+    stored = torch.finfo(dtype).eps / 2
+    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+    return Precision(
+        stored=stored,
+        accumulated=wide,
+        checked=stored if dtype == torch.bfloat16 else wide,
+        operand=operand_roundoff(matmul_precision),
+    )
+
+
+def operand_roundoff(matmul_precision: str) -> float:
+    """Unit round-off of float32 operands under `torch.set_float32_matmul_precision`."""
+    return {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}[matmul_precision]
+
+
+# --- second stage -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What the second stage found in the suspect rows."""
+
+    kind: DetectionKind | None
+    """Of the worst faulty element; None if every element is within round-off."""
+    inputs_bad: bool
+    """Whether the operands of these rows hold values that are not finite."""
+
+
+def deferred_result(gemm: Gemm, ratio: torch.Tensor) -> torch.Tensor:
+    """(worst ratio, whether an operand holds values that are not finite), shape (2,), without waiting for the device."""
+    finite = gemm.left.isfinite().all() & gemm.right.isfinite().all()
+    return torch.stack([ratio.max().float(), (~finite).float()])
+
+
+def extreme(out: torch.Tensor) -> float:
+    """The most extreme element of `out`: NaN if there is one, else the largest in magnitude."""
+    return float(out.abs().max())
+
+
+def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_scale: float = 1.0) -> Confirmation:
+    """Compute the suspect rows again in float64 and hold every element against its bound.
+
+    Elements whose reference is not finite, because an operand is not or because the products exceed the range of the
+    arithmetic, are no evidence about this operation.
+    """
+    addend = None if gemm.addend is None else gemm.addend.expand(out.shape)
+    worst: DetectionKind | None = None
+    inputs_bad = False
+    for batch, rows in _suspects(ratio, everything=addend is not None and not bool(addend.isfinite().all())):
+        left, right, stored = gemm.left, gemm.right, out
+        added = addend
+        if batch is not None:
+            left, right, stored = left[batch], right[batch], stored[batch]
+            added = None if added is None else added[batch]
+        left, stored = left[rows].double(), stored[rows]
+        added = None if added is None else added[rows].double() * gemm.beta
+        kind = _faulty(left * gemm.alpha, right.double(), added, stored, tolerance_scale)
+        worst = worst or kind
+        inputs_bad = inputs_bad or not bool(left.isfinite().all() & right.isfinite().all())
+        inputs_bad = inputs_bad or (added is not None and bool(added.isnan().any()))
+    return Confirmation(worst, inputs_bad)
+
+
+def _suspects(ratio: torch.Tensor, *, everything: bool) -> list[tuple[int | None, torch.Tensor]]:
+    """(batch, rows) of the rows over their tolerance, at most `_MAX_ROWS` of them unless `everything` is suspect."""
+    flat = torch.where(ratio.isnan(), torch.inf, ratio).flatten()
+    if everything:
+        chosen = torch.arange(flat.numel())
+    else:
+        chosen = torch.nonzero(~(flat <= 1.0)).flatten()
+        if chosen.numel() > _MAX_ROWS:
+            chosen = torch.topk(flat, _MAX_ROWS).indices
+    if ratio.dim() == 1:
+        return [(None, chosen)]
+    batches = chosen.div(ratio.shape[1], rounding_mode="floor")
+    return [(int(batch), chosen[batches == batch] % ratio.shape[1]) for batch in batches.unique()]
+
+
+def _faulty(
+    left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor | None, stored: torch.Tensor, tolerance_scale: float
+) -> DetectionKind | None:
+    """Kind of the worst element of `stored` (r, n) that round-off does not explain, or None. Operands in float64."""
+    limits = torch.finfo(stored.dtype)
+    factors = element_factors(_precision(stored.dtype), k=left.shape[1], smallest_normal=limits.smallest_normal)
+    reference = left @ right
+    magnitude = left.abs() @ right.abs()
+    size = reference.abs()
+    if addend is not None:
+        size = size + addend.abs()
+        magnitude = magnitude + addend.abs()
+        reference = reference + addend
+        size = size + reference.abs()
+    tolerance = (factors.relative * size + factors.accumulated * magnitude + factors.absolute) * tolerance_scale
+    error = (stored.double() - reference).abs()
+    largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max
+    overflowed = ~(reference.abs() + tolerance < limits.max) | ~(magnitude < largest_sum)
+    same_infinity = stored.double() == reference
+    faulty = ~(error <= tolerance) & ~same_infinity & ~(overflowed & ~stored.isfinite()) & reference.isfinite()
+    if not bool(faulty.any()):
+        return None
+    error = torch.where(faulty, torch.where(error.isnan(), torch.inf, error), -1.0)
+    return classify(float(stored.flatten()[error.argmax()]), limits.max)

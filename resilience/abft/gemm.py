@@ -1,0 +1,82 @@
+"""One matrix product as the checks see it, whichever operator it came through. No arithmetic here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["GEMM_OPERATORS", "Gemm", "parse_gemm"]
+
+GEMM_OPERATORS = (
+    "mm",
+    "mm.out",
+    "addmm",
+    "addmm.out",
+    "addmm_",
+    "bmm",
+    "bmm.out",
+    "baddbmm",
+    "baddbmm.out",
+    "baddbmm_",
+)
+"""The operators of aten that every GEMM of matmul, linear, einsum, Conv1D and MultiheadAttention arrives at."""
+
+_CHECKED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gemm:
+    """C = alpha·left·right + beta·addend; (m, k) by (k, n), or with a batch dimension in front of both."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    addend: torch.Tensor | None = None
+    """Broadcastable to C; for an operator in place a copy of what C held before."""
+    beta: float = 1.0
+    alpha: float = 1.0
+    overwritten: torch.Tensor | None = None
+    """The addend itself, where the call writes its result over it: `addend` must be put back before the call is repeated."""
+    repeatable: bool = True
+    """Whether the same call can be made again: what it reads can be had as it was."""
+
+    @property
+    def m(self) -> int:
+        return int(self.left.shape[-2])
+
+    @property
+    def k(self) -> int:
+        return int(self.left.shape[-1])
+
+    @property
+    def n(self) -> int:
+        return int(self.right.shape[-1])
+
+
+def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gemm | None:
+    """What a call of one of `GEMM_OPERATORS` computes; None where it has nothing that could be checked.
+
+    An addend that the call overwrites is copied first. Integer and complex products, and empty ones, are not checked.
+    """
+    base, _, form = operator.partition(".")
+    with_addend = base.startswith(("addmm", "baddbmm"))
+    left, right = args[1:3] if with_addend else args[0:2]
+    if left.dtype not in _CHECKED_DTYPES or left.numel() == 0 or right.numel() == 0:
+        return None
+    target = args[0] if base.endswith("_") else kwargs.get("out") if form == "out" else None
+    repeatable = target is None or not (_overlap(target, left) or _overlap(target, right))
+    if not with_addend:
+        return Gemm(left, right, repeatable=repeatable)
+    addend, beta, alpha = args[0], float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+    if beta == 0.0:
+        return Gemm(left, right, None, beta, alpha, repeatable=repeatable)
+    if target is None or not _overlap(target, addend):
+        return Gemm(left, right, addend, beta, alpha, repeatable=repeatable)
+    same = target.data_ptr() == addend.data_ptr() and target.shape == addend.shape and target.stride() == addend.stride()
+    return Gemm(left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=repeatable and same)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,272 @@
+"""Names for operations: the site and the layer of each GEMM, softmax and fused attention, forward and backward.
+
+Forward: module hooks keep a stack of the modules that matter; the innermost one names the operation.
+
+* A module whose class name contains "attention" or "attn" is an attention. Linear modules below it are named after
+  themselves by `PROJECTIONS`: attention.q, .k, .v, .out. A fused projection (c_attn, qkv, in_proj) is attention.q.
+* In the attention's own code, the batched products before the softmax are attention.scores, the softmax is
+  attention.probs, products after it attention.context. Plain products there (MultiheadAttention projects so) are
+  attention.q, .k, .v in their order before the softmax, and attention.out after it.
+* Every other linear module, or product with a parameter, is linear.out; every other product is matmul.
+
+`layer` counts the calls of a site in the order of the forward pass of a micro-step, from 0. A recomputation inside backward
+(activation checkpointing) takes the numbers that its module had in the forward pass.
+
+Backward: the autograd node that is being executed leads to the forward operation by its sequence number. The gradients of a
+linear operation are linear.dgrad and linear.wgrad, with the number of that operation among *all* linear operations; those
+of scores are attention.dq and .dk, of context attention.dp and .dv, of probs attention.ds, with the layer of their
+forward. Which of the two it is follows from the dimension that is summed over, or where that is ambiguous (square
+products) from the order in which autograd computes them.
+
+No arithmetic, and nothing that a wrong label could break: labels address faults and explain alarms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+import torch
+
+from resilience.abft.gemm import Gemm
+
+__all__ = ["PROJECTIONS", "Label", "Labels"]
+
+PROJECTIONS = {
+    "attention.q": ("q_proj", "query", "q", "wq", "to_q", "q_lin", "c_attn", "qkv", "qkv_proj", "wqkv", "w_qkv", "in_proj", "query_key_value"),
+    "attention.k": ("k_proj", "key", "k", "wk", "to_k", "k_lin"),
+    "attention.v": ("v_proj", "value", "v", "wv", "to_v", "v_lin"),
+    "attention.out": ("o_proj", "out_proj", "c_proj", "proj", "dense", "wo", "to_out", "out_lin", "out", "o"),
+}
+"""Site of a linear module by its own name, within an attention."""
+
+_PROJECTION_SITES = {name: site for site, names in PROJECTIONS.items() for name in names}
+_ATTENTION_WORDS = ("attention", "attn")
+_LINEAR_CLASSES = ("Linear", "Conv1D")
+_MAX_NODES = 1 << 16
+
+
+class Label(NamedTuple):
+    """Where an operation is in the model."""
+
+    site: str
+    layer: int
+
+
+class _Phase(enum.Enum):
+    BEFORE_SCORES = enum.auto()
+    SCORED = enum.auto()
+    NORMALISED = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclasses.dataclass(slots=True)
+class _Frame:
+    """A module that is being executed."""
+
+    module: int
+    site: str | None
+    """Of a linear module; None for an attention."""
+    phase: _Phase = _Phase.BEFORE_SCORES
+    num_projections: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Forward:
+    """What backward needs to know of a forward operation."""
+
+    left_site: str
+    right_site: str
+    layer: int
+    m: int
+    n: int
+
+
+class Labels:
+    """Labels of one process's operations; one thread at a time executes the model."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._stack: list[_Frame] = []
+        self._nodes: dict[int, _Forward] = {}
+        self._counters: Counter[str] = Counter()
+        self._given: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        self._recomputed: Counter[tuple[str, int]] = Counter()
+        self._last_node: tuple[int, int] = (-1, 0)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Put hooks on the attentions and the linear modules of `model`."""
+        self.detach()
+        attentions = [name for name, module in model.named_modules() if _is_attention(module)]
+        for name, module in model.named_modules():
+            if _is_attention(module):
+                self._hook(module, None)
+            elif type(module).__name__.endswith(_LINEAR_CLASSES):
+                inside = any(name.startswith(f"{attention}." if attention else "") for attention in attentions)
+                site = _PROJECTION_SITES.get(name.rpartition(".")[2].lower()) if inside else None
+                self._hook(module, site or "linear.out")
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stack.clear()
+
+    def begin_micro_step(self) -> None:
+        """Count layers from 0 again. Backward of earlier micro-steps keeps its labels."""
+        self._counters.clear()
+        self._given.clear()
+        self._recomputed.clear()
+        self._stack.clear()
+        for sequence in list(itertools.islice(self._nodes, max(0, len(self._nodes) - _MAX_NODES))):
+            del self._nodes[sequence]
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def gemm(self, gemm: Gemm) -> Label:
+        """The label of a product that is about to run."""
+        node = self._backward_node()
+        if node is not None:
+            return self._backward_gemm(gemm, node)
+        site, linear = self._forward_site(gemm)
+        layer = self._next(site)
+        left, right, backward_layer = "matmul", "matmul", layer
+        if linear:
+            left, right, backward_layer = "linear.dgrad", "linear.wgrad", self._next("linear")
+        elif site == "attention.scores":
+            left, right = "attention.dq", "attention.dk"
+        elif site == "attention.context":
+            left, right = "attention.dp", "attention.dv"
+        self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.n))
+        return Label(site, layer)
+
+    def softmax(self) -> Label | None:
+        """The label of a softmax that is about to run; None outside of attention."""
+        frame = self._stack[-1] if self._stack else None
+        if frame is None or frame.site is not None:
+            return None
+        frame.phase = _Phase.NORMALISED
+        layer = self._next("attention.probs")
+        self._remember(_Forward("attention.ds", "attention.ds", layer, 0, 0))
+        return Label("attention.probs", layer)
+
+    def softmax_backward(self) -> Label | None:
+        """The label of a softmax's backward; None outside of attention."""
+        node = torch._C._current_autograd_node()
+        forward = None if node is None else self._nodes.get(node._sequence_nr())
+        return None if forward is None or forward.left_site != "attention.ds" else Label("attention.ds", forward.layer)
+
+    def fused_attention(self) -> Label:
+        """The label of a fused attention that is about to run."""
+        if self._stack and self._stack[-1].site is None:
+            self._stack[-1].phase = _Phase.DONE
+        layer = self._next("attention.context")
+        self._remember(_Forward("attention.dq", "attention.dk", layer, 0, 0))
+        return Label("attention.context", layer)
+
+    def fused_attention_backward(self) -> int:
+        """The layer of a fused attention's backward; −1 if its forward was not seen."""
+        node = torch._C._current_autograd_node()
+        forward = None if node is None else self._nodes.get(node._sequence_nr())
+        return -1 if forward is None else forward.layer
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _forward_site(self, gemm: Gemm) -> tuple[str, bool]:
+        """(site, whether it is a linear operation) by the innermost module."""
+        frame = self._stack[-1] if self._stack else None
+        if frame is None:
+            linear = gemm.left.dim() == 2 and _is_parameter(gemm.right)
+            return ("linear.out" if linear else "matmul"), linear
+        if frame.site is not None:
+            return frame.site, True
+        if gemm.left.dim() == 2:
+            if frame.phase in (_Phase.NORMALISED, _Phase.DONE):
+                return "attention.out", True
+            frame.num_projections += 1
+            return ("attention.q", "attention.k", "attention.v")[min(frame.num_projections, 3) - 1], True
+        if frame.phase is _Phase.NORMALISED:
+            frame.phase = _Phase.DONE
+            return "attention.context", False
+        if frame.phase is _Phase.DONE:
+            return "matmul", False
+        frame.phase = _Phase.SCORED
+        return "attention.scores", False
+
+    def _next(self, site: str) -> int:
+        """The number of this call of `site`; the number of the first forward if it is a recomputation."""
+        key = (site, self._stack[-1].module if self._stack else 0)
+        given = self._given[key]
+        if given and torch._C._current_graph_task_id() != -1:
+            # Checkpointed blocks are recomputed last to first, so a module that is shared takes its numbers backwards.
+            self._recomputed[key] += 1
+            return given[-min(self._recomputed[key], len(given))]
+        layer = self._counters[site]
+        self._counters[site] += 1
+        given.append(layer)
+        return layer
+
+    def _remember(self, forward: _Forward) -> None:
+        # Autograd has made the operation's node before it calls the kernel. The first operation under a number keeps it:
+        # operations without a node (no_grad) come later under the same number.
+        self._nodes.setdefault(torch._C._autograd._get_sequence_nr() - 1, forward)
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def _backward_node(self) -> Any | None:
+        """The node that backward executes, unless a forward pass is being recomputed inside it."""
+        if torch._C._current_graph_task_id() == -1 or self._stack or torch.is_grad_enabled():
+            return None
+        return torch._C._current_autograd_node()
+
+    def _backward_gemm(self, gemm: Gemm, node: Any) -> Label:
+        sequence = node._sequence_nr()
+        num_calls = self._last_node[1] + 1 if self._last_node[0] == sequence else 0
+        self._last_node = (sequence, num_calls)
+        forward = self._nodes.get(sequence)
+        if forward is None:
+            return Label("matmul", -1)
+        is_left = self._is_left_gradient(gemm, forward, node, num_calls)
+        return Label(forward.left_site if is_left else forward.right_site, forward.layer)
+
+    @staticmethod
+    def _is_left_gradient(gemm: Gemm, forward: _Forward, node: Any, num_calls: int) -> bool:
+        """dA = dC·Bᵀ sums over n; dB = Aᵀ·dC sums over m."""
+        if forward.m != forward.n and gemm.k in (forward.m, forward.n):
+            return gemm.k == forward.n
+        left, right = [function is not None for function, _ in node.next_functions[-2:]] or [True, True]
+        if left != right:
+            return left
+        right_first = node.name().startswith(("MmBackward", "BmmBackward"))
+        return (num_calls % 2 == 1) if right_first else (num_calls % 2 == 0)
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def _hook(self, module: torch.nn.Module, site: str | None) -> None:
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._stack.append(_Frame(id(module), site))
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            while self._stack and self._stack.pop().module != id(module):
+                pass
+
+        self._handles.append(module.register_forward_pre_hook(enter))
+        # Also when forward raises: early stop ends a recomputation with an exception.
+        self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return any(word in name for word in _ATTENTION_WORDS) and any(True for _ in module.children())
+
+
+def _is_parameter(operand: torch.Tensor) -> bool:
+    base = operand._base
+    return isinstance(operand if base is None else base, torch.nn.Parameter)

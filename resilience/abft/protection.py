@@ -1,0 +1,103 @@
+"""Detection on one rank: puts checks around the operations of a model, mends what it can, reports what it saw.
+
+The only entry that the guard uses. It joins the seam, the labels and the checks; here are no thresholds and no arithmetic on
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from resilience.abft.finding import Finding
+from resilience.abft.gemm import GEMM_OPERATORS
+from resilience.abft.handlers import GemmHandlers, Injector
+from resilience.abft.labels import Labels
+from resilience.abft.record import Record
+from resilience.abft.seam import Gate, Seam
+from resilience.clock import Clock, SystemClock
+from resilience.config import DetectionConfig
+
+__all__ = ["Protection"]
+
+
+class Protection:
+    """Checks around the GEMMs, softmaxes and fused attentions of one process.
+
+    Strengths: `off` and `screen` override nothing here (the screen of gradients is the guard's); `invariants` checks fused
+    attention; `checksum` adds every GEMM and eager attention's softmax.
+
+    On a CPU a check is read at once, and a faulty operation is run again in place, verified again, and reported as mended.
+    On a GPU nothing is read while the model runs: a fault is reported by `drain` at the boundary, to be repaired by a replay.
+
+    Args:
+        config: strength, share, number of mends, scale of the thresholds.
+        injector: strikes inside protected operations, after the arithmetic and before the check; None without a fault plan.
+        clock: times of findings and of the checks themselves.
+    """
+
+    def __init__(
+        self, config: DetectionConfig, *, injector: Injector | None = None, clock: Clock | None = None
+    ) -> None:
+        self._gate = Gate()
+        self._seam = Seam(self._gate)
+        self._labels = Labels()
+        self._record = Record(share=config.share, clock=clock or SystemClock())
+        self._gemms = GemmHandlers(config, self._labels, self._record, injector)
+        self._step = -1
+        if config.strength == "checksum":
+            for operator in GEMM_OPERATORS:
+                self._seam.add(operator, self._gemms.handler(operator))
+
+    def install(self) -> None:
+        """Put the overrides in place. They do nothing until `active()`."""
+        self._seam.install()
+
+    def uninstall(self) -> None:
+        """Remove the overrides and the hooks; torch is as it was."""
+        self._seam.uninstall()
+        self.detach()
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Put the hooks that name operations on `module`; replaces an earlier model."""
+        self._labels.attach(module)
+
+    def detach(self) -> None:
+        """Remove the hooks and the cached sums."""
+        self._labels.detach()
+        self._gemms.sums.clear()
+
+    def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None:
+        """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay."""
+        self._labels.begin_micro_step()
+        if step != self._step or attempt > 0:
+            self._gemms.sums.clear()
+        self._step = step
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Protect what this thread executes within: the engine's forward or backward."""
+        with self._gate.opened():
+            yield
+
+    def drain(self) -> list[Finding]:
+        """Findings since the last call, in the order of the operations.
+
+        On a CPU complete at any time. With work on a GPU it waits for the device: call it at the boundary only.
+        """
+        return self._record.drain()
+
+    def checks(self) -> dict[str, int]:
+        """How many operations of each site were checked since the process began."""
+        return dict(self._record.checks)
+
+    def residual_sample(self) -> list[float]:
+        """Residual ÷ threshold of up to 64 clean operations since the last call, drawn uniformly."""
+        return self._record.sample()
+
+    @property
+    def check_seconds(self) -> float:
+        """Seconds spent in checks and repairs since the process began."""
+        return self._record.check_seconds

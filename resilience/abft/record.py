@@ -1,0 +1,131 @@
+"""What the checks of one process have seen since somebody last asked: findings, counts, clean residuals, time.
+
+Results that lie on a GPU wait here as device tensors until `drain` reads them all at once. No checks, no repairs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from resilience.abft.finding import Finding
+from resilience.abft.labels import Label
+from resilience.clock import Clock
+from resilience.events import Check, DetectionKind
+
+__all__ = ["Record"]
+
+_MAX_FINDINGS = 4096
+"""Findings kept between two drains; a tensor of NaN would otherwise fill memory with its consequences."""
+
+_SAMPLE_SIZE = 64
+"""Clean residual ratios kept between two readings."""
+
+
+class Record:
+    """Written by the checks, read by the guard.
+
+    Args:
+        share: share of the calls of each site that are to be checked.
+        clock: wall time of findings, monotonic time of checks.
+    """
+
+    def __init__(self, *, share: float, clock: Clock) -> None:
+        self._share = share
+        self._clock = clock
+        self._findings: list[Finding] = []
+        self._deferred: list[tuple[Label, Check, float, torch.Tensor]] = []
+        self._shares: Counter[str] = Counter()
+        self._sample: list[float] = []
+        self._num_clean = 0
+        self._random = random.Random(0)
+        self.checks: Counter[str] = Counter()
+        """Operations checked, by site."""
+        self.check_seconds = 0.0
+        """Time spent in checks and repairs."""
+
+    def due(self, site: str) -> bool:
+        """Whether this call is among the share that is checked; counts it if so. Spread evenly, the first included."""
+        if self._share < 1.0:
+            calls = self._shares[site]
+            self._shares[site] += 1
+            if math.ceil(calls * self._share) == math.ceil((calls + 1) * self._share):
+                return False
+        self.checks[site] += 1
+        return True
+
+    @contextmanager
+    def timed(self) -> Iterator[float]:
+        """Add the time within to `check_seconds`; gives the monotonic time of its beginning."""
+        started = self._clock.monotonic()
+        try:
+            yield started
+        finally:
+            self.check_seconds += self._clock.monotonic() - started
+
+    def clean(self, ratio: float) -> None:
+        """Note a residual ÷ threshold that raised no alarm (reservoir sampling)."""
+        self._num_clean += 1
+        if len(self._sample) < _SAMPLE_SIZE:
+            self._sample.append(ratio)
+            return
+        slot = self._random.randrange(self._num_clean)
+        if slot < _SAMPLE_SIZE:
+            self._sample[slot] = ratio
+
+    def alarm(
+        self,
+        label: Label,
+        check: Check,
+        kind: DetectionKind,
+        ratio: float,
+        started: float,
+        *,
+        mended: bool = False,
+        inputs_bad: bool = False,
+    ) -> None:
+        """Note an alarm; a repair is always by the same call again, hence bit-exact."""
+        if len(self._findings) >= _MAX_FINDINGS:
+            return
+        self._findings.append(
+            Finding(
+                site=label.site,
+                layer=label.layer,
+                check=check,
+                kind=kind,
+                residual_ratio=ratio if math.isfinite(ratio) else math.inf,
+                mended=mended,
+                bit_exact=mended,
+                inputs_bad=inputs_bad,
+                detected_at=self._clock.wall(),
+                latency_ms=(self._clock.monotonic() - started) * 1e3,
+            )
+        )
+
+    def defer(self, label: Label, check: Check, result: torch.Tensor) -> None:
+        """Keep (worst ratio, whether the inputs were bad), shape (2,), on its device until the next drain."""
+        self._deferred.append((label, check, self._clock.monotonic(), result))
+
+    def drain(self) -> list[Finding]:
+        """Everything that was noted since the last call; waits for the device if results are deferred there."""
+        deferred, self._deferred = self._deferred, []
+        if deferred:
+            results = torch.stack([result for *_, result in deferred]).tolist()
+            for (label, check, started, _), (ratio, inputs_bad) in zip(deferred, results, strict=True):
+                if ratio <= 1.0:
+                    self.clean(ratio)
+                else:
+                    kind = DetectionKind.MISMATCH if math.isfinite(ratio) else DetectionKind.NAN
+                    self.alarm(label, check, kind, ratio, started, inputs_bad=bool(inputs_bad))
+        findings, self._findings = self._findings, []
+        return findings
+
+    def sample(self) -> list[float]:
+        """Up to 64 clean ratios since the last call, drawn uniformly."""
+        sample, self._sample, self._num_clean = self._sample, [], 0
+        return sample

@@ -1,0 +1,103 @@
+"""Numbers that decide between round-off and a fault. Pure: floats in, floats out; never a tensor, never torch.
+
+Words: a GEMM is C = α·A·B + β·D with A of m×k, B of k×n. Its checksum vectors are the columns of V (n×c). E = α·A·(B·V) +
+β·D·V is what the inputs say that the row sums of C must be, O = C·V is what they are. Both have m rows and c columns.
+
+Two stages decide.
+
+1. **Screen**, for every call. Row i is suspect unless |E_i − O_i| ≤ factor · scale_i in every column, where scale_i = ‖E_i‖₂ + the
+   mean of that norm over the rows. V has random signs, so ‖E_i‖₂² ÷ c estimates the energy of a row of C (a Rademacher
+   sketch), and it comes **from the inputs alone**: a fault in C cannot widen its own tolerance. The factor is statistical:
+   a multiple of the standard deviation of round-off. It may be wrong now and then.
+2. **Confirm**, for suspect rows only. The rows are computed again in float64 and compared element by element with a bound
+   that round-off does not exceed (`element_factors`). Only what this stage confirms is a fault, so a false alarm of the
+   screen costs a little time and nothing else.
+
+Where no second stage can run (a GPU, whose verdicts are read at the boundary) the screen is widened by `UNCONFIRMED`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from resilience.events import DetectionKind
+
+__all__ = ["NEAR_INF_SHARE", "UNCONFIRMED", "ElementFactors", "Precision", "classify", "element_factors", "screen_factor"]
+
+UNCONFIRMED = 4.0
+"""Factor on the screen's tolerance where its alarms are final."""
+
+NEAR_INF_SHARE = 0.25
+"""Values above this share of the dtype's maximum are called near-INF."""
+
+_SIGMAS = 8.0
+"""Standard deviations of round-off that the screen lets pass."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """Unit round-offs u (the largest relative error of one rounding) along one GEMM."""
+
+    stored: float
+    """Of C's dtype: 2⁻⁸ for bfloat16, 2⁻¹¹ for float16, 2⁻²⁴ for float32, 2⁻⁵³ for float64."""
+    accumulated: float
+    """Of the arithmetic inside: 2⁻²⁴ for float32 accumulation."""
+    checked: float
+    """Of the stored row sums E and O."""
+    operand: float = 0.0
+    """Of operands that are rounded on the way in (TF32, or bf16 passes for float32); 0 where they are exact."""
+
+
+def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> float:
+    """Tolerance of a row's residual as a multiple of scale_i, for a clean GEMM (see the head of this file).
+
+    With ρ the root-mean-square of a row of C, one column of V that sums g elements gives sums of size ρ·√g. Each stored
+    element errs by at most `stored`·|c|, standard deviation stored·ρ ÷ √3·√g over the sum; E and O are each stored with
+    `checked`; accumulation over k products is a random walk, about accumulated·√k·ρ an element, and so are the sums over
+    n. scale_i is about √columns·ρ·√g·2, hence the division.
+    """
+    rounding = precision.stored / math.sqrt(3.0)
+    checking = 2.0 * precision.checked / math.sqrt(3.0)
+    accumulation = precision.accumulated * (math.sqrt(k) + math.sqrt(n) + 4.0)
+    operands = 2.0 * precision.operand
+    deviation = rounding + checking + accumulation + operands
+    return _SIGMAS * deviation / math.sqrt(columns)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ElementFactors:
+    """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + absolute, with R in float64.
+
+    S = |R| for a plain product; with an addend, S = |R| + |α·A·B| + |β·D|, since a library may round in between.
+    """
+
+    relative: float
+    accumulated: float
+    absolute: float
+
+
+def element_factors(precision: Precision, *, k: int, smallest_normal: float) -> ElementFactors:
+    """Bounds of one element's round-off, for the confirming stage.
+
+    Worst-case accumulation errs by k·u·(|A|·|B|)_ij; beyond some 64 products no order of summation comes near that, and
+    8·√k·u is used (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14).
+    Results below the smallest normal number may be flushed to zero.
+    """
+    terms = min(k + 2.0, 8.0 * math.sqrt(k) + 8.0)
+    return ElementFactors(
+        relative=1.01 * precision.stored,
+        accumulated=2.0 * precision.accumulated * terms + 2.0 * precision.operand,
+        absolute=4.0 * smallest_normal,
+    )
+
+
+def classify(value: float, largest: float) -> DetectionKind:
+    """Name what stands in a faulty element: `value` as stored, `largest` the dtype's maximum."""
+    if math.isnan(value):
+        return DetectionKind.NAN
+    if math.isinf(value):
+        return DetectionKind.INF
+    if abs(value) >= NEAR_INF_SHARE * largest:
+        return DetectionKind.NEAR_INF
+    return DetectionKind.MISMATCH
