@@ -1,0 +1,220 @@
+"""Looking at checkpoints on disk: which there are, and whether their files are as the manifest says.
+
+Reads files as bytes only. Nothing here unpickles, and nothing writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from resilience.checkpoint.manifest import FileEntry, Manifest, Problem, ProblemKind, assign, compare, visible
+from resilience.checkpoint.publish import FOLDER, MANIFEST, MARKER, hash_file, read_latest, read_manifest, read_marker
+from resilience.errors import CheckpointError
+
+__all__ = [
+    "Candidate",
+    "State",
+    "candidates",
+    "check_plain",
+    "fallbacks",
+    "in_loading_order",
+    "latest_tag",
+    "list_files",
+    "verify",
+]
+
+_OWN = {MANIFEST, MARKER}
+_TEMPORARY = f"{FOLDER}/.resilience-"
+
+
+class State(enum.StrEnum):
+    """What can be said of a checkpoint without reading its files."""
+
+    PUBLISHED = "published"
+    """It has a manifest."""
+    UNFINISHED = "unfinished"
+    """A save began and never ended."""
+    DAMAGED = "damaged"
+    """Its manifest cannot be read."""
+    PLAIN = "plain"
+    """DeepSpeed's files without a manifest: saved without this package."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One tag of a save_dir."""
+
+    tag: str
+    state: State
+    at: float
+    """When it was saved, in seconds since the Unix epoch."""
+    step: int = 0
+    """0 where it cannot be known."""
+    generation: int = 0
+    """0 where it cannot be known."""
+    last_verified_step: int = 0
+    latest: bool = True
+    """Whether the script wanted `latest` to name it; True where it cannot be known."""
+    reason: str = ""
+    """With `unfinished` and `damaged`: why it must not be loaded."""
+
+
+def list_files(tag_dir: Path) -> dict[str, int]:
+    """Sizes in bytes of all files of a checkpoint, by relative path, without the manifest itself."""
+    found = {}
+    for path in sorted(tag_dir.rglob("*")):
+        relative = path.relative_to(tag_dir).as_posix()
+        if relative in _OWN or relative.startswith(_TEMPORARY) or not path.is_file():
+            continue
+        found[relative] = path.stat().st_size
+    return found
+
+
+def verify(
+    tag_dir: Path, manifest: Manifest, *, index: int = 0, count: int = 1, node: str | None = None
+) -> tuple[Problem, ...]:
+    """Hold a checkpoint's files against its manifest.
+
+    Args:
+        tag_dir: the checkpoint.
+        manifest: what should be there.
+        index: which of `count` workers this is; together they read every file once.
+        count: how many workers share the work.
+        node: the node of this worker; files that only other nodes hold are left to them.
+
+    Returns:
+        What differs, in the order of the names; stray files are reported by worker 0.
+    """
+    expected = visible(manifest, node)
+    mine = set(assign({path: entry.size for path, entry in expected.items()}, index, count))
+    present = list_files(tag_dir)
+    found: dict[str, FileEntry] = {}
+    unreadable: list[Problem] = []
+    for path, size in present.items():
+        if path in mine:
+            try:
+                found[path] = _look(tag_dir / path, size, expected[path])
+            except OSError as error:
+                detail = f"{path} cannot be read ({error.strerror})"
+                unreadable.append(Problem(kind=ProblemKind.UNREADABLE, path=path, detail=detail))
+        elif path not in expected and index == 0:
+            found[path] = FileEntry(size=size, digest="")
+    bad = {problem.path for problem in unreadable}
+    others = [p for p in compare(manifest, found, node=node) if _concerns(p, mine) and p.path not in bad]
+    return tuple(sorted([*unreadable, *others], key=lambda problem: problem.path))
+
+
+def _look(path: Path, size: int, expected: FileEntry) -> FileEntry:
+    # A wrong size says enough: gigabytes need not be read for it.
+    return hash_file(path) if size == expected.size else FileEntry(size=size, digest="")
+
+
+def _concerns(problem: Problem, mine: set[str]) -> bool:
+    return problem.kind is ProblemKind.EXTRA or problem.path in mine
+
+
+def check_plain(tag_dir: Path, required: Iterable[str]) -> tuple[Problem, ...]:
+    """What can be found wrong with files that have no manifest.
+
+    Files of torch's zip format carry a CRC for each record, which torch itself never looks at: a torn file and a
+    flipped byte are found. Older formats are only seen to be there.
+
+    Args:
+        tag_dir: the checkpoint.
+        required: names of the files to look at.
+    """
+    problems = []
+    for name in sorted(required):
+        path = tag_dir / name
+        if not path.is_file():
+            problems.append(Problem(kind=ProblemKind.MISSING, path=name, detail=f"{name} is missing"))
+            continue
+        damage = _zip_damage(path)
+        if damage:
+            problems.append(Problem(kind=ProblemKind.CHECKSUM, path=name, detail=f"{name} {damage}"))
+    return tuple(problems)
+
+
+def _zip_damage(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if not head.startswith(b"PK"):
+            return "" if head else "is empty"
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        return f"is torn or damaged ({error})"
+    return f"is damaged (record {record} has another CRC)" if record is not None else ""
+
+
+def candidates(save_dir: Path) -> list[Candidate]:
+    """All checkpoints of a save_dir, newest first."""
+    if not save_dir.is_dir():
+        return []
+    found = [_candidate(path) for path in save_dir.iterdir() if path.is_dir()]
+    return sorted((c for c in found if c is not None), key=lambda c: (c.at, c.step, c.tag), reverse=True)
+
+
+def in_loading_order(found: list[Candidate], latest: str | None) -> list[Candidate]:
+    """The candidates for a load without a tag: what to try, best first.
+
+    `latest` is honoured, so that a person can point it at an older checkpoint; what is newer is looked at before it
+    only if it was never finished or is damaged, so that it is named. Where `latest` fails or is missing, the others
+    come, newest first, without those that the script never wanted to be `latest`.
+    """
+    named = next((candidate for candidate in found if candidate.tag == latest), None)
+    others = [candidate for candidate in found if candidate is not named and candidate.latest]
+    if named is None:
+        return others
+    newer_and_bad = [c for c in others if c.at >= named.at and c.state in (State.UNFINISHED, State.DAMAGED)]
+    return [*newer_and_bad, named, *(c for c in others if c not in newer_and_bad)]
+
+
+def fallbacks(found: list[Candidate], tag: str) -> list[Candidate]:
+    """The candidates for a load of `tag`: itself, then what was saved before it, newest first; none without it."""
+    named = next((candidate for candidate in found if candidate.tag == tag), None)
+    if named is None:
+        return []
+    return [named, *(c for c in found if c is not named and c.latest and c.at <= named.at)]
+
+
+def _candidate(tag_dir: Path) -> Candidate | None:
+    try:
+        manifest = read_manifest(tag_dir)
+    except CheckpointError as error:
+        at = (tag_dir / MANIFEST).stat().st_mtime
+        return Candidate(tag=tag_dir.name, state=State.DAMAGED, at=at, reason=str(error))
+    if manifest is not None:
+        return Candidate(
+            tag=tag_dir.name,
+            state=State.PUBLISHED,
+            at=manifest.created_at,
+            step=manifest.step,
+            generation=manifest.generation,
+            last_verified_step=manifest.last_verified_step,
+            latest=manifest.latest,
+        )
+    marker = read_marker(tag_dir)
+    if marker is not None:
+        return Candidate(
+            tag=tag_dir.name,
+            state=State.UNFINISHED,
+            at=marker.started_at or (tag_dir / MARKER).stat().st_mtime,
+            step=marker.step,
+            generation=marker.generation,
+            reason=f"its save was never finished (begun by generation {marker.generation} of run {marker.run_id})",
+        )
+    states = [path.stat().st_mtime for path in tag_dir.glob("*_states.pt")]
+    return Candidate(tag=tag_dir.name, state=State.PLAIN, at=max(states)) if states else None
+
+
+def latest_tag(save_dir: Path) -> str | None:
+    """The tag that a load without one would try first; None if nothing is there."""
+    order = in_loading_order(candidates(save_dir), read_latest(save_dir))
+    usable = [c for c in order if c.state in (State.PUBLISHED, State.PLAIN)]
+    return usable[0].tag if usable else None

@@ -1,0 +1,227 @@
+"""Loading: candidates are verified before DeepSpeed opens, and so unpickles, any of their files.
+
+All ranks share the hashing and come to the same answer. What is refused is said in one line and reported; the next
+older good one is loaded instead. Random states and counters come back with a checkpoint of the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+from resilience.checkpoint import randomness
+from resilience.checkpoint.exchange import attempt, broadcast, gather
+from resilience.checkpoint.manifest import Manifest, assign
+from resilience.checkpoint.publish import hash_file, read_latest, read_manifest
+from resilience.checkpoint.verify import (
+    Candidate,
+    State,
+    candidates,
+    check_plain,
+    fallbacks,
+    in_loading_order,
+    verify,
+)
+from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.errors import CheckpointError
+from resilience.events import CheckpointKind
+
+__all__ = ["Loader"]
+
+_log = logging.getLogger(__name__)
+
+
+class Loader:
+    """The wrapper around one engine's load_checkpoint."""
+
+    def __init__(self, setting: Setting, original: Callable[..., Any]) -> None:
+        self._setting = setting
+        self._original = original
+        self._signature = inspect.signature(original)
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """`DeepSpeedEngine.load_checkpoint` of the newest checkpoint that can be trusted, or of `tag` if that can.
+
+        Raises:
+            CheckpointError: there are checkpoints and none can be trusted, or the one to load was saved by another
+                number of ranks. On all ranks alike.
+        """
+        call = self._signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        options = call.arguments
+        setting, engine = self._setting, self._setting.engine
+        if engine.load_universal_checkpoint():
+            self._say("a universal checkpoint carries no manifest: it is loaded without being verified")
+            return self._original(*args, **kwargs)
+        started = setting.clock.monotonic()
+        load_dir = Path(options["load_dir"])
+        full = bool(options["load_optimizer_states"] and not options["load_module_only"])
+        chosen = self._choose(load_dir, options["tag"], full)
+        if chosen is None:
+            return self._original(*args, **kwargs)
+        tag_dir = load_dir / chosen.tag
+        if full:
+            self._refuse_other_world_size(tag_dir, chosen)
+        options["tag"] = chosen.tag
+        result = self._original(*call.args, **call.kwargs)
+        if result[0] is None:
+            return result
+        if full and chosen.state is State.PUBLISHED:
+            what = f"restoring random states from {tag_dir}"
+            attempt(what, lambda: self._restore_random_states(tag_dir), setting.device)
+        setting.guard_state.loaded_step = engine.global_steps
+        setting.report(
+            CheckpointKind.LOADED,
+            str(load_dir),
+            chosen.tag,
+            engine.global_steps,
+            generation=chosen.generation,
+            last_verified_step=chosen.last_verified_step,
+            seconds=setting.clock.monotonic() - started,
+        )
+        return result
+
+    def _choose(self, load_dir: Path, tag: str | None, full: bool) -> Candidate | None:
+        """The checkpoint to load; None leaves everything to DeepSpeed."""
+        refused: list[tuple[Candidate, str]] = []
+        for candidate in self._candidates(load_dir, tag):
+            reason = self._refusal(load_dir / candidate.tag, candidate, full)
+            if reason is None:
+                if refused:
+                    self._say(f"{load_dir}: falls back to checkpoint {candidate.tag}")
+                return candidate
+            refused.append((candidate, reason))
+            self._refuse(load_dir, candidate, reason)
+            if not self._setting.enforce:
+                return None
+        if not refused:
+            return None
+        if tag is None and all(candidate.state is State.UNFINISHED for candidate, _ in refused):
+            self._say(f"{load_dir}: no checkpoint was ever finished; the script starts without one")
+            return None
+        listed = "; ".join(f"{candidate.tag}: {reason}" for candidate, reason in refused)
+        raise CheckpointError(f"{load_dir}: no checkpoint can be trusted ({listed}); move them away to start afresh")
+
+    def _candidates(self, load_dir: Path, tag: str | None) -> list[Candidate]:
+        """What to try, best first, as rank 0 sees it."""
+
+        def look() -> list[Candidate]:
+            if self._setting.rank != 0:
+                return []
+            found = candidates(load_dir)
+            return in_loading_order(found, read_latest(load_dir)) if tag is None else fallbacks(found, str(tag))
+
+        order = attempt(f"looking for checkpoints in {load_dir}", look, self._setting.device)
+        rows = broadcast([dataclasses.asdict(candidate) for candidate in order], self._setting.device)
+        return [Candidate(**{**row, "state": State(row["state"])}) for row in rows]
+
+    def _refusal(self, tag_dir: Path, candidate: Candidate, full: bool) -> str | None:
+        """Why a checkpoint must not be loaded, in the same words on all ranks; None if it may be."""
+        if candidate.state in (State.UNFINISHED, State.DAMAGED):
+            return candidate.reason
+        plain = candidate.state is State.PLAIN
+        details = self._check_plain(tag_dir, full) if plain else self._verify(tag_dir)
+        found: list[str] = [detail for each in gather(details, self._setting.device) for detail in each]
+        if found:
+            return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+        if plain:
+            self._say(f"{tag_dir}: has no manifest; its files are whole, but that they belong together is not verified")
+        return None
+
+    def _verify(self, tag_dir: Path) -> list[str]:
+        """What this rank finds wrong with its share of a published checkpoint."""
+        share = self._setting.share
+        try:
+            manifest = read_manifest(tag_dir)
+            if manifest is None:
+                return [f"rank {self._setting.rank} does not see its manifest"]
+            problems = verify(tag_dir, manifest, index=share.index, count=share.count, node=share.node)
+        except (OSError, CheckpointError) as error:
+            return [str(error)]
+        return [problem.detail for problem in problems if problem.fatal]
+
+    def _check_plain(self, tag_dir: Path, full: bool) -> list[str]:
+        """What this rank finds wrong with files that were saved without this package."""
+        setting, engine = self._setting, self._setting.engine
+        try:
+            sizes = {path.name: path.stat().st_size for path in tag_dir.glob("*.pt")}
+            mine = set(assign(sizes, setting.share.index, setting.share.count))
+            mine.add(Path(engine._get_ckpt_name(str(tag_dir.parent), tag_dir.name)).name)
+            if full and engine.save_zero_checkpoint and _num_shards(tag_dir) == setting.world_size:
+                mine.add(self._optimizer_file(tag_dir, sizes))
+            return [problem.detail for problem in check_plain(tag_dir, mine)]
+        except OSError as error:
+            return [str(error)]
+
+    def _optimizer_file(self, tag_dir: Path, present: dict[str, int]) -> str:
+        name = Path(self._setting.engine._get_zero_ckpt_name(str(tag_dir.parent), tag_dir.name)).name
+        other = name.removeprefix("bf16_") if name.startswith("bf16_") else f"bf16_{name}"
+        return other if other in present and name not in present else name
+
+    def _refuse_other_world_size(self, tag_dir: Path, chosen: Candidate) -> None:
+        """DeepSpeed's shards fit one number of ranks; a checkpoint without shards can be loaded by any number."""
+        world_size, device = self._setting.world_size, self._setting.device
+
+        def check() -> None:
+            if not self._setting.engine.save_zero_checkpoint:
+                return
+            manifest = read_manifest(tag_dir) if chosen.state is State.PUBLISHED else None
+            saved_by = manifest.world_size if manifest is not None else _num_shards(tag_dir)
+            if saved_by != world_size:
+                raise CheckpointError(
+                    f"{tag_dir} was saved by {saved_by} ranks and this run has {world_size}, which its shards do not "
+                    f"fit: start with {saved_by} ranks, or convert it with deepspeed.checkpoint.ds_to_universal"
+                )
+
+        attempt(f"loading {tag_dir}", check, device)
+
+    def _restore_random_states(self, tag_dir: Path) -> None:
+        """Install this rank's random states and counters, if this run wrote them with as many ranks."""
+        setting, engine = self._setting, self._setting.engine
+        manifest = read_manifest(tag_dir)
+        assert manifest is not None
+        if manifest.run_id != setting.run_id or manifest.world_size != setting.world_size:
+            return
+        content = json.loads(_verified_text(tag_dir, manifest, random_states_file(setting.rank), setting.share.node))
+        tracked = randomness.restore(content["random"], source=str(tag_dir))
+        if tracked:
+            get_cuda_rng_tracker().set_states(tracked)
+        # An unfinished accumulation is not in a checkpoint: the step begins anew with its first micro-batch.
+        micro_steps = int(content["counters"]["micro_steps"])
+        engine.micro_steps = micro_steps - micro_steps % engine.gradient_accumulation_steps()
+
+    def _refuse(self, load_dir: Path, candidate: Candidate, reason: str) -> None:
+        self._say(f"{load_dir}: checkpoint {candidate.tag} refused: {reason}")
+        self._setting.report(
+            CheckpointKind.REFUSED,
+            str(load_dir),
+            candidate.tag,
+            candidate.step,
+            generation=candidate.generation,
+            last_verified_step=candidate.last_verified_step,
+            reason=reason,
+        )
+
+    def _say(self, line: str) -> None:
+        if self._setting.rank == 0:
+            _log.warning("resilience: %s", line)
+
+
+def _num_shards(tag_dir: Path) -> int:
+    return sum(1 for _ in tag_dir.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
+
+
+def _verified_text(tag_dir: Path, manifest: Manifest, name: str, node: str | None) -> str:
+    """A small file's content, if its checksum is that of the manifest."""
+    path = tag_dir / name
+    entry = manifest.files.get(name if node is None else f"{node}:{name}")
+    if entry is None or hash_file(path).digest != entry.digest:
+        raise CheckpointError(f"{path}: is not what the manifest says; the checkpoint changed while it was loaded")
+    return path.read_text(encoding="utf-8")

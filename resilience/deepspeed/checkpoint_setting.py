@@ -1,0 +1,84 @@
+"""What saving and loading of verified checkpoints both need to know of the engine and of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+
+from resilience.checkpoint.publish import FOLDER
+from resilience.clock import Clock
+from resilience.events import CheckpointFact, CheckpointKind
+
+__all__ = ["GuardState", "Reporter", "Setting", "Share", "random_states_file"]
+
+
+class Reporter(Protocol):
+    """Where facts go."""
+
+    def report(self, fact: CheckpointFact, /) -> None:
+        """Pass a fact on; never blocks."""
+
+
+class GuardState(Protocol):
+    """What the guard knows, and must be told."""
+
+    @property
+    def generation(self) -> int:
+        """The generation of this process."""
+
+    @property
+    def last_verified_step(self) -> int:
+        """Newest step whose checks have all reported."""
+
+    loaded_step: int | None
+    """Set here to the step of the checkpoint that was loaded."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Which part of the hashing is this rank's: the ranks that see the same storage divide its files among them."""
+
+    index: int
+    count: int
+    node: str | None
+    """Set where each node has storage of its own (DeepSpeed's use_node_local_storage)."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes the manifest and `latest` on its storage."""
+        return self.index == 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One engine in one run."""
+
+    engine: Any
+    run_id: str
+    enforce: bool
+    """False in shadow mode: what cannot be trusted is said, and loaded all the same."""
+    client: Reporter
+    guard_state: GuardState
+    clock: Clock
+    rank: int
+    world_size: int
+    share: Share
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ranks can exchange tensors."""
+        return torch.device(self.engine.device)
+
+    def report(self, kind: CheckpointKind, directory: str, tag: str, step: int, **fields: Any) -> None:
+        """Pass a fact to the coordinator, once for the job."""
+        if self.rank != 0:
+            return
+        at = self.clock.wall()
+        self.client.report(CheckpointFact(kind=kind, directory=directory, tag=tag, step=step, at=at, **fields))
+
+
+def random_states_file(rank: int) -> str:
+    """Where a rank's random states and counters are kept, relative to the tag's directory."""
+    return f"{FOLDER}/random-rank-{rank:05d}.json"
