@@ -276,7 +276,7 @@ class Device(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., device: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class AgentInfo(_message.Message):
-    __slots__ = ("node", "node_rank", "num_nodes", "address", "devices", "pid", "last_generation", "exits", "reason")
+    __slots__ = ("node", "node_rank", "num_nodes", "address", "devices", "pid", "last_generation", "exits", "reason", "master_port")
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +286,7 @@ class AgentInfo(_message.Message):
     LAST_GENERATION_FIELD_NUMBER: _ClassVar[int]
     EXITS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
     node: str
     node_rank: int
     num_nodes: int
@@ -295,7 +296,8 @@ class AgentInfo(_message.Message):
     last_generation: int
     exits: _containers.RepeatedCompositeFieldContainer[RankExit]
     reason: str
-    def __init__(self, node: _Optional[str] = ..., node_rank: _Optional[int] = ..., num_nodes: _Optional[int] = ..., address: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., pid: _Optional[int] = ..., last_generation: _Optional[int] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+    master_port: int
+    def __init__(self, node: _Optional[str] = ..., node_rank: _Optional[int] = ..., num_nodes: _Optional[int] = ..., address: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., pid: _Optional[int] = ..., last_generation: _Optional[int] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("generation", "rank", "local_rank", "world_size", "node", "device", "pid", "versions")
@@ -337,7 +339,7 @@ class JoinRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., agent: _Optional[_Union[AgentInfo, _Mapping]] = ..., rank: _Optional[_Union[RankInfo, _Mapping]] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("generation", "node_index", "num_nodes", "world_size", "first_rank", "slots", "master_addr", "reason")
+    __slots__ = ("generation", "node_index", "num_nodes", "world_size", "first_rank", "slots", "master_addr", "reason", "master_port")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NODE_INDEX_FIELD_NUMBER: _ClassVar[int]
     NUM_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +348,7 @@ class Assignment(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     MASTER_ADDR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
     generation: int
     node_index: int
     num_nodes: int
@@ -354,7 +357,8 @@ class Assignment(_message.Message):
     slots: _containers.RepeatedScalarFieldContainer[int]
     master_addr: str
     reason: str
-    def __init__(self, generation: _Optional[int] = ..., node_index: _Optional[int] = ..., num_nodes: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., master_addr: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    master_port: int
+    def __init__(self, generation: _Optional[int] = ..., node_index: _Optional[int] = ..., num_nodes: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., master_addr: _Optional[str] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("status", "assignment", "exit_code", "reason", "last_verified_step", "consecutive_skips")
