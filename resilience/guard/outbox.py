@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from resilience.events import Decision, Detection, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Strike
 from resilience.rpc.codec import to_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
 __all__ = ["Fact", "Outbox"]
 
-Fact = Detection | Decision | Strike | pb.CheckpointFact | pb.Note
+Fact = Detection | Decision | Strike | CheckpointFact | pb.Note
 """What can be reported one by one."""
 
 _FIELD_OF = {
     Detection: "detections",
     Decision: "decisions",
     Strike: "strikes",
-    pb.CheckpointFact: "checkpoints",
+    CheckpointFact: "checkpoints",
     pb.Note: "notes",
 }
 
@@ -101,5 +101,5 @@ class Outbox:
 
 
 def _append(report: pb.ReportRequest, fact: Fact) -> None:
-    message = fact if isinstance(fact, pb.CheckpointFact | pb.Note) else to_proto(fact)
+    message = fact if isinstance(fact, pb.Note) else to_proto(fact)
     getattr(report, _FIELD_OF[type(fact)]).append(message)

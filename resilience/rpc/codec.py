@@ -50,6 +50,7 @@ _MESSAGE_OF: dict[type, type[Message]] = {
     events.Decision: pb.Decision,
     events.Strike: pb.Strike,
     events.RankExit: pb.RankExit,
+    events.CheckpointFact: pb.CheckpointFact,
 }
 _VALUE_OF = {message: value for value, message in _MESSAGE_OF.items()}
 
@@ -60,6 +61,7 @@ _ENUMS: dict[str, type[enum.StrEnum]] = {
     "Verdict": events.Verdict,
     "Origin": events.Origin,
     "Outcome": events.Outcome,
+    "Kind": events.CheckpointKind,
 }
 _DEFAULTS: dict[str, enum.StrEnum] = {
     "Verdict": events.Verdict.PENDING,
@@ -79,6 +81,8 @@ def to_proto(value: events.Decision) -> pb.Decision: ...
 def to_proto(value: events.Strike) -> pb.Strike: ...
 @overload
 def to_proto(value: events.RankExit) -> pb.RankExit: ...
+@overload
+def to_proto(value: events.CheckpointFact) -> pb.CheckpointFact: ...
 def to_proto(value: Any) -> Any:
     """The message that mirrors `value`. Strings that are too long are cut, with an ellipsis."""
     message = _MESSAGE_OF[type(value)]()
@@ -108,6 +112,8 @@ def from_proto(message: pb.Decision) -> events.Decision: ...
 def from_proto(message: pb.Strike) -> events.Strike: ...
 @overload
 def from_proto(message: pb.RankExit) -> events.RankExit: ...
+@overload
+def from_proto(message: pb.CheckpointFact) -> events.CheckpointFact: ...
 def from_proto(message: Any) -> Any:
     """The value that `message` mirrors.
 
@@ -194,7 +200,9 @@ def _read(message: Any, field: Any) -> Any:
 
 
 def _number(enum_type: Any, member: enum.Enum) -> Any:
-    return enum_type.values_by_name[f"{_prefix(enum_type.name)}_{member.name}"].number
+    names = enum_type.values_by_name  # those of a nested enum carry no prefix
+    prefixed = f"{_prefix(enum_type.name)}_{member.name}"
+    return names[prefixed if prefixed in names else member.name].number
 
 
 def _member(field: Any, number: int, message_name: str) -> enum.StrEnum:
