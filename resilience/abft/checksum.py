@@ -16,9 +16,18 @@ from resilience.abft.thresholds import Precision, classify, element_factors, scr
 from resilience.events import DetectionKind
 from resilience.kernels import weighted_row_sums
 
-__all__ = ["Confirmation", "WeightSums", "confirm", "deferred_result", "extreme", "operand_roundoff", "screen"]
+__all__ = [
+    "MAX_ROWS",
+    "Confirmation",
+    "WeightSums",
+    "confirm",
+    "deferred_result",
+    "operand_roundoff",
+    "screen",
+    "worst_kind",
+]
 
-_MAX_ROWS = 64
+MAX_ROWS = 64
 """Suspect rows that one confirmation computes again, the worst first."""
 
 _TINY = 1e-37
@@ -32,10 +41,11 @@ _TINY = 1e-37
 def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """V, (n, c): plain and position-weighted sums, each with fixed pseudo-random signs.
 
-    float32 and float64 have one column of each. bfloat16 has eight of each, every one over an eighth of the elements, dealt
-    out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own result,
-    and a library GEMM with 16 columns costs what one with 1 costs. Every entry is exact in 4 bits, so products with it
-    are exact. Two elements that swap places differ in sign, in weight or in column in at least one of the sums.
+    float32 and float64 have one column of each. bfloat16 has eight of each, every one over an eighth of the elements,
+    dealt out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own
+    result, and a library GEMM with 16 columns costs what one with 1 costs. Every entry is exact in 4 bits, so products
+    with it are exact. Two elements that swap places differ in sign, in weight or in column in at least one of the
+    sums.
     """
     position = torch.arange(n, dtype=torch.int64)
     mixed = (position * 0x9E3779B1) & 0xFFFFFFFF
@@ -54,9 +64,9 @@ def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 class WeightSums:
     """B·V for operands that are module parameters, taken once per optimizer step.
 
-    The key is the parameter's memory and version counter, never a reference to it: a gathered ZeRO-3 parameter is not kept
-    alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the confirmation (it reads the
-    parameter itself) dismisses, and the entry is dropped.
+    The key is the parameter's memory and version counter, never a reference to it: a gathered ZeRO-3 parameter is not
+    kept alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the confirmation (it
+    reads the parameter itself) dismisses, and the entry is dropped.
     """
 
     def __init__(self) -> None:
@@ -115,7 +125,7 @@ def screen(gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: flo
     factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=columns)
     scale = torch.linalg.vector_norm(expected, dim=-1)
     tolerance = scale.add_(scale.mean()).mul_(factor).add_(_TINY)
-    worst = torch.linalg.vector_norm(expected.sub_(observed), ord=float("inf"), dim=-1)
+    worst: torch.Tensor = torch.linalg.vector_norm(expected.sub_(observed), ord=float("inf"), dim=-1)
     return worst.div_(tolerance)
 
 
@@ -136,8 +146,8 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
 
 
 def _attention_sums(gemm: Gemm) -> torch.Tensor:
-    # The operands of attention share large components that cancel in the product (Σ_j dS_ij = 0 against K's mean): there
-    # B·V needs its low part. It is cheap where B is the smaller operand.
+    # The operands of attention share large components that cancel in the product (Σ_j dS_ij = 0 against K's mean):
+    # there B·V needs its low part. It is cheap where B is the smaller operand.
     return _right_sums(gemm.right, exact=gemm.right.numel() <= gemm.left.numel())
 
 
@@ -195,14 +205,9 @@ class Confirmation:
 
 
 def deferred_result(gemm: Gemm, ratio: torch.Tensor) -> torch.Tensor:
-    """(worst ratio, whether an operand holds values that are not finite), shape (2,), without waiting for the device."""
+    """(worst ratio, whether an operand has values that are not finite), shape (2,), without waiting for the device."""
     finite = gemm.left.isfinite().all() & gemm.right.isfinite().all()
     return torch.stack([ratio.max().float(), (~finite).float()])
-
-
-def extreme(out: torch.Tensor) -> float:
-    """The most extreme element of `out`: NaN if there is one, else the largest in magnitude."""
-    return float(out.abs().max())
 
 
 def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_scale: float = 1.0) -> Confirmation:
@@ -230,18 +235,18 @@ def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_sca
 
 
 def _suspects(ratio: torch.Tensor, *, everything: bool) -> list[tuple[int | None, torch.Tensor]]:
-    """(batch, rows) of the rows over their tolerance, at most `_MAX_ROWS` of them unless `everything` is suspect."""
+    """(batch, rows) of the rows over their tolerance, at most `MAX_ROWS` of them unless `everything` is suspect."""
     flat = torch.where(ratio.isnan(), torch.inf, ratio).flatten()
     if everything:
         chosen = torch.arange(flat.numel())
     else:
         chosen = torch.nonzero(~(flat <= 1.0)).flatten()
-        if chosen.numel() > _MAX_ROWS:
-            chosen = torch.topk(flat, _MAX_ROWS).indices
+        if chosen.numel() > MAX_ROWS:
+            chosen = torch.topk(flat, MAX_ROWS).indices
     if ratio.dim() == 1:
         return [(None, chosen)]
     batches = chosen.div(ratio.shape[1], rounding_mode="floor")
-    return [(int(batch), chosen[batches == batch] % ratio.shape[1]) for batch in batches.unique()]
+    return [(batch, chosen[batches == batch] % ratio.shape[1]) for batch in sorted(set(batches.tolist()))]
 
 
 def _faulty(
@@ -264,7 +269,12 @@ def _faulty(
     overflowed = ~(reference.abs() + tolerance < limits.max) | ~(magnitude < largest_sum)
     same_infinity = stored.double() == reference
     faulty = ~(error <= tolerance) & ~same_infinity & ~(overflowed & ~stored.isfinite()) & reference.isfinite()
+    return worst_kind(stored, error, faulty)
+
+
+def worst_kind(stored: torch.Tensor, error: torch.Tensor, faulty: torch.Tensor) -> DetectionKind | None:
+    """Kind of the faulty element with the largest error, or None if none is faulty. All of one shape."""
     if not bool(faulty.any()):
         return None
     error = torch.where(faulty, torch.where(error.isnan(), torch.inf, error), -1.0)
-    return classify(float(stored.flatten()[error.argmax()]), limits.max)
+    return classify(float(stored.flatten()[error.argmax()]), torch.finfo(stored.dtype).max)

@@ -38,7 +38,9 @@ class Gemm:
     beta: float = 1.0
     alpha: float = 1.0
     overwritten: torch.Tensor | None = None
-    """The addend itself, where the call writes its result over it: `addend` must be put back before the call is repeated."""
+    """The addend itself, where the call writes its result over it: `addend` must be put back before the call is
+    repeated.
+    """
     repeatable: bool = True
     """Whether the same call can be made again: what it reads can be had as it was."""
 
@@ -74,8 +76,12 @@ def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return Gemm(left, right, None, beta, alpha, repeatable=repeatable)
     if target is None or not _overlap(target, addend):
         return Gemm(left, right, addend, beta, alpha, repeatable=repeatable)
-    same = target.data_ptr() == addend.data_ptr() and target.shape == addend.shape and target.stride() == addend.stride()
-    return Gemm(left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=repeatable and same)
+    same = (
+        target.data_ptr() == addend.data_ptr() and target.shape == addend.shape and target.stride() == addend.stride()
+    )
+    return Gemm(
+        left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=repeatable and same
+    )
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

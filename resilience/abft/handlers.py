@@ -1,12 +1,14 @@
 """What happens around one protected operation: label, run, strike, check, mend, record.
 
-One class a family of operators. The arithmetic is in `checksum.py`, `probabilities.py` and `invariants.py`; how an operation is
-reached is in `seam.py`. On a CPU the check is read at once, and a faulty operation is run again in place. On any other device
-nothing is read: the result of the check goes to the record as a tensor, and a fault is repaired by a replay of the step.
+One class a family of operators. The arithmetic is in `checksum.py`, `probabilities.py` and `invariants.py`; how an
+operation is reached is in `seam.py`. On a CPU the check is read at once, and a faulty operation is run again in place.
+On any other device nothing is read: the result of the check goes to the record as a tensor, and a fault is repaired by
+a replay of the step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,13 +18,14 @@ from resilience.abft import checksum
 from resilience.abft.gemm import Gemm, parse_gemm
 from resilience.abft.labels import Label, Labels
 from resilience.abft.mend import repeat_until_clean, restore_overwritten
+from resilience.abft.probabilities import confirm_softmax, screen_softmax
 from resilience.abft.record import Record
 from resilience.abft.seam import Handler, Original
 from resilience.abft.thresholds import UNCONFIRMED, classify
 from resilience.config import DetectionConfig
-from resilience.events import Check
+from resilience.events import Check, DetectionKind
 
-__all__ = ["GemmHandlers", "Injector"]
+__all__ = ["Context", "GemmHandlers", "Injector", "softmax_handler"]
 
 
 class Injector(Protocol):
@@ -36,37 +39,53 @@ class Injector(Protocol):
         """Corrupt `tensor` in place if the fault plan says so at this address."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """What all handlers of a process share."""
+
+    config: DetectionConfig
+    labels: Labels
+    record: Record
+    injector: Injector | None
+
+    def strike(self, site: str, layer: int, tensor: torch.Tensor) -> None:
+        """Let the fault plan corrupt a result, as broken hardware would: after the arithmetic, before the check."""
+        if self.injector is not None and self.injector.armed:
+            self.injector.strike(site, layer, tensor)
+
+    def inputs_alarm(self, label: Label, check: Check, out: torch.Tensor, ratio: float, started: float) -> None:
+        """Record an operation whose operands were not finite already."""
+        kind = classify(float(out.abs().max()), torch.finfo(out.dtype).max)
+        self.record.alarm(label, check, kind, ratio, started, inputs_bad=True)
+
+
 class GemmHandlers:
     """Checksums around matrix products."""
 
-    def __init__(self, config: DetectionConfig, labels: Labels, record: Record, injector: Injector | None) -> None:
-        self._scale = config.threshold_scale
-        self._max_mends = config.max_mends
-        self._labels = labels
-        self._record = record
-        self._injector = injector
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._scale = context.config.threshold_scale
         self.sums = checksum.WeightSums()
 
     def handler(self, operator: str) -> Handler:
         """The handler of one of `gemm.GEMM_OPERATORS`."""
+        context = self._context
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             gemm = parse_gemm(operator, args, kwargs)
             if gemm is None:
                 return original(*args, **kwargs)
-            label = self._labels.gemm(gemm)
-            injector = self._injector
+            label = context.labels.gemm(gemm)
 
             def run() -> torch.Tensor:
                 out: torch.Tensor = original(*args, **kwargs)
-                if injector is not None and injector.armed:
-                    injector.strike(label.site, label.layer, out)
+                context.strike(label.site, label.layer, out)
                 return out
 
             out = run()
-            if not self._record.due(label.site):
+            if not context.record.due(label.site):
                 return out
-            with self._record.timed() as started:
+            with context.record.timed() as started:
                 return self._check(label, gemm, out, run, started)
 
         return handle
@@ -74,27 +93,25 @@ class GemmHandlers:
     def _check(
         self, label: Label, gemm: Gemm, out: torch.Tensor, run: Callable[[], torch.Tensor], started: float
     ) -> torch.Tensor:
+        record = self._context.record
         if out.device.type != "cpu":
             ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale * UNCONFIRMED)
-            self._record.defer(label, Check.CHECKSUM, checksum.deferred_result(gemm, ratio))
+            record.defer(label, Check.CHECKSUM, checksum.deferred_result(gemm, ratio))
             return out
         ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale)
         worst = float(ratio.max())
         if worst <= 1.0:
-            self._record.clean(worst)
+            record.clean(worst)
             return out
         # A parameter that changed without a new version would make its cached sums stale.
         self.sums.discard(gemm.right)
         confirmation = checksum.confirm(gemm, out, ratio, tolerance_scale=self._scale)
         if confirmation.kind is not None:
             mended = self._mend(gemm, run)
-            self._record.alarm(
-                label, Check.CHECKSUM, confirmation.kind, worst, started, mended=mended is not None
-            )
+            record.alarm(label, Check.CHECKSUM, confirmation.kind, worst, started, mended=mended is not None)
             return out if mended is None else mended
         if confirmation.inputs_bad:
-            kind = classify(checksum.extreme(out), torch.finfo(out.dtype).max)
-            self._record.alarm(label, Check.CHECKSUM, kind, worst, started, inputs_bad=True)
+            self._context.inputs_alarm(label, Check.CHECKSUM, out, worst, started)
         return out
 
     def _mend(self, gemm: Gemm, run: Callable[[], torch.Tensor]) -> torch.Tensor | None:
@@ -104,8 +121,61 @@ class GemmHandlers:
             restore_overwritten(gemm)
             return run()
 
-        def clean(result: torch.Tensor) -> bool:
-            ratio = checksum.screen(gemm, result, self.sums, factor_scale=self._scale)
-            return float(ratio.max()) <= 1.0 or checksum.confirm(gemm, result, ratio, tolerance_scale=self._scale).kind is None
+        def clean(out: torch.Tensor) -> bool:
+            ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale)
+            if float(ratio.max()) <= 1.0:
+                return True
+            return checksum.confirm(gemm, out, ratio, tolerance_scale=self._scale).kind is None
 
-        return repeat_until_clean(again, clean, max_mends=self._max_mends if gemm.repeatable else 0)
+        max_mends = self._context.config.max_mends if gemm.repeatable else 0
+        return repeat_until_clean(again, clean, max_mends=max_mends)
+
+
+def softmax_handler(context: Context) -> Handler:
+    """Row sums around `aten::_softmax` of eager attention; every other softmax passes by."""
+    scale = context.config.threshold_scale
+
+    def suspicion(scores: torch.Tensor, out: torch.Tensor) -> tuple[float, DetectionKind | None, bool]:
+        """(worst ratio, kind of a confirmed fault, whether the scores were bad)."""
+        ratio = screen_softmax(out) / scale
+        worst = float(ratio.max())
+        if worst <= 1.0:
+            return worst, None, False
+        confirmation = confirm_softmax(scores, out, ratio, tolerance_scale=scale)
+        return worst, confirmation.kind, confirmation.inputs_bad
+
+    def check(label: Label, scores: torch.Tensor, out: torch.Tensor, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with context.record.timed() as started:
+            if out.device.type != "cpu":
+                ratio = screen_softmax(out) / (scale * UNCONFIRMED)
+                context.record.defer(label, Check.CHECKSUM, torch.stack([ratio.max(), scores.isnan().any().float()]))
+                return out
+            worst, kind, inputs_bad = suspicion(scores, out)
+            if worst <= 1.0:
+                context.record.clean(worst)
+            elif kind is not None:
+                mended = repeat_until_clean(
+                    run, lambda result: suspicion(scores, result)[1] is None, max_mends=context.config.max_mends
+                )
+                context.record.alarm(label, Check.CHECKSUM, kind, worst, started, mended=mended is not None)
+                return out if mended is None else mended
+            elif inputs_bad:
+                context.inputs_alarm(label, Check.CHECKSUM, out, worst, started)
+            return out
+
+    def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scores, dimension = args[0], args[1]
+        last = dimension in (-1, scores.dim() - 1)
+        label = context.labels.softmax() if last and scores.dim() >= 3 and scores.numel() > 0 else None
+        if label is None:
+            return original(*args, **kwargs)
+
+        def run() -> torch.Tensor:
+            out: torch.Tensor = original(*args, **kwargs)
+            context.strike(label.site, label.layer, out)
+            return out
+
+        out = run()
+        return check(label, scores, out, run) if context.record.due(label.site) else out
+
+    return handle

@@ -9,14 +9,14 @@ Forward: module hooks keep a stack of the modules that matter; the innermost one
   attention.q, .k, .v in their order before the softmax, and attention.out after it.
 * Every other linear module, or product with a parameter, is linear.out; every other product is matmul.
 
-`layer` counts the calls of a site in the order of the forward pass of a micro-step, from 0. A recomputation inside backward
-(activation checkpointing) takes the numbers that its module had in the forward pass.
+`layer` counts the calls of a site in the order of the forward pass of a micro-step, from 0. A recomputation inside
+backward (activation checkpointing) takes the numbers that its module had in the forward pass.
 
-Backward: the autograd node that is being executed leads to the forward operation by its sequence number. The gradients of a
-linear operation are linear.dgrad and linear.wgrad, with the number of that operation among *all* linear operations; those
-of scores are attention.dq and .dk, of context attention.dp and .dv, of probs attention.ds, with the layer of their
-forward. Which of the two it is follows from the dimension that is summed over, or where that is ambiguous (square
-products) from the order in which autograd computes them.
+Backward: the autograd node that is being executed leads to the forward operation by its sequence number. The gradients
+of a linear operation are linear.dgrad and linear.wgrad, with the number of that operation among *all* linear
+operations; those of scores are attention.dq and .dk, of context attention.dp and .dv, of probs attention.ds, with the
+layer of their forward. Which of the two it is follows from the dimension that is summed over, or where that is
+ambiguous (square products) from the order in which autograd computes them.
 
 No arithmetic, and nothing that a wrong label could break: labels address faults and explain alarms.
 """
@@ -36,7 +36,21 @@ from resilience.abft.gemm import Gemm
 __all__ = ["PROJECTIONS", "Label", "Labels"]
 
 PROJECTIONS = {
-    "attention.q": ("q_proj", "query", "q", "wq", "to_q", "q_lin", "c_attn", "qkv", "qkv_proj", "wqkv", "w_qkv", "in_proj", "query_key_value"),
+    "attention.q": (
+        "q_proj",
+        "query",
+        "q",
+        "wq",
+        "to_q",
+        "q_lin",
+        "c_attn",
+        "qkv",
+        "qkv_proj",
+        "wqkv",
+        "w_qkv",
+        "in_proj",
+        "query_key_value",
+    ),
     "attention.k": ("k_proj", "key", "k", "wk", "to_k", "k_lin"),
     "attention.v": ("v_proj", "value", "v", "wv", "to_v", "v_lin"),
     "attention.out": ("o_proj", "out_proj", "c_proj", "proj", "dense", "wo", "to_out", "out_lin", "out", "o"),
@@ -211,8 +225,8 @@ class Labels:
         return layer
 
     def _remember(self, forward: _Forward) -> None:
-        # Autograd has made the operation's node before it calls the kernel. The first operation under a number keeps it:
-        # operations without a node (no_grad) come later under the same number.
+        # Autograd has made the operation's node before it calls the kernel. The first operation under a number keeps
+        # it: operations without a node (no_grad) come later under the same number.
         self._nodes.setdefault(torch._C._autograd._get_sequence_nr() - 1, forward)
 
     # --- backward -----------------------------------------------------------------------------------------------------

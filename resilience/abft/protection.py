@@ -1,7 +1,7 @@
 """Detection on one rank: puts checks around the operations of a model, mends what it can, reports what it saw.
 
-The only entry that the guard uses. It joins the seam, the labels and the checks; here are no thresholds and no arithmetic on
-tensors.
+The only entry that the guard uses. It joins the seam, the labels and the checks; here are no thresholds and no
+arithmetic on tensors.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from resilience.abft.finding import Finding
+from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
 from resilience.abft.gemm import GEMM_OPERATORS
-from resilience.abft.handlers import GemmHandlers, Injector
+from resilience.abft.handlers import Context, GemmHandlers, Injector, softmax_handler
 from resilience.abft.labels import Labels
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
@@ -26,15 +27,17 @@ __all__ = ["Protection"]
 class Protection:
     """Checks around the GEMMs, softmaxes and fused attentions of one process.
 
-    Strengths: `off` and `screen` override nothing here (the screen of gradients is the guard's); `invariants` checks fused
-    attention; `checksum` adds every GEMM and eager attention's softmax.
+    Strengths: `off` and `screen` override nothing here (the screen of gradients is the guard's); `invariants` checks
+    fused attention; `checksum` adds every GEMM and eager attention's softmax.
 
-    On a CPU a check is read at once, and a faulty operation is run again in place, verified again, and reported as mended.
-    On a GPU nothing is read while the model runs: a fault is reported by `drain` at the boundary, to be repaired by a replay.
+    On a CPU a check is read at once, and a faulty operation is run again in place, verified again, and reported as
+    mended. On a GPU nothing is read while the model runs: a fault is reported by `drain` at the boundary, to be
+    repaired by a replay.
 
     Args:
         config: strength, share, number of mends, scale of the thresholds.
-        injector: strikes inside protected operations, after the arithmetic and before the check; None without a fault plan.
+        injector: strikes inside protected operations, after the arithmetic and before the check; None without a fault
+            plan.
         clock: times of findings and of the checks themselves.
     """
 
@@ -45,9 +48,15 @@ class Protection:
         self._seam = Seam(self._gate)
         self._labels = Labels()
         self._record = Record(share=config.share, clock=clock or SystemClock())
-        self._gemms = GemmHandlers(config, self._labels, self._record, injector)
+        context = Context(config, self._labels, self._record, injector)
+        self._gemms = GemmHandlers(context)
         self._step = -1
+        if config.strength in ("invariants", "checksum"):
+            for operator in FUSED_OPERATORS:
+                self._seam.add(operator, fused_forward_handler(context, operator))
+                self._seam.add(f"{operator}_backward", fused_backward_handler(context, operator))
         if config.strength == "checksum":
+            self._seam.add("_softmax", softmax_handler(context))
             for operator in GEMM_OPERATORS:
                 self._seam.add(operator, self._gemms.handler(operator))
 

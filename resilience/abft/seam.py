@@ -1,8 +1,10 @@
-"""The dispatcher seam: our function in front of a kernel of aten, below autograd. Reversible, gated by thread, nothing else.
+"""The dispatcher seam: our function in front of a kernel of aten, below autograd. Reversible, gated by thread, nothing
+else.
 
-An override is registered at one backend key with `torch.library`. Forward, backward, both kinds of activation checkpointing,
-einsum, MultiheadAttention and ZeRO-3's own autograd Functions all arrive here. Outside of gated work, and for everything that
-a handler itself calls, an override is one attribute test in front of the kernel that was there before.
+An override is registered at one backend key with `torch.library`. Forward, backward, both kinds of activation
+checkpointing, einsum, MultiheadAttention and ZeRO-3's own autograd Functions all arrive here. Outside of gated work,
+and for everything that a handler itself calls, an override is one attribute test in front of the kernel that was there
+before.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ class _ThreadState(threading.local):
 class Gate:
     """Whether the current thread does the work that is protected.
 
-    CPU backward runs in the thread that called it. CUDA backward runs on autograd's own threads, one a device: those count
-    as open while any thread has the gate open and they execute a backward graph.
+    CPU backward runs in the thread that called it. CUDA backward runs on autograd's own threads, one a device: those
+    count as open while any thread has the gate open and they execute a backward graph.
     """
 
     def __init__(self) -> None:
@@ -81,7 +83,7 @@ class Seam:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._library: torch.library.Library | None = None
+        self._library: Any = None
         self._handlers: dict[tuple[str, str], Handler] = {}
 
     def add(self, operator: str, handler: Handler, *, keys: tuple[str, ...] = ("CPU", "CUDA")) -> None:
@@ -100,10 +102,12 @@ class Seam:
         """Register all overrides. A second call does nothing."""
         if self._library is not None:
             return
-        self._library = torch.library.Library("aten", "IMPL")
+        self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch has no annotation
         with warnings.catch_warnings():
             # Replacing a kernel is the purpose here; torch says so on every registration.
-            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel", category=UserWarning)
+            warnings.filterwarnings(
+                "ignore", message="(?s).*Overriding a previously registered kernel", category=UserWarning
+            )
             for (operator, key), handler in self._handlers.items():
                 self._library.impl(operator, self._override(operator, key, handler), key, with_keyset=True)
 

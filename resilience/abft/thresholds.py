@@ -1,17 +1,18 @@
 """Numbers that decide between round-off and a fault. Pure: floats in, floats out; never a tensor, never torch.
 
-Words: a GEMM is C = α·A·B + β·D with A of m×k, B of k×n. Its checksum vectors are the columns of V (n×c). E = α·A·(B·V) +
-β·D·V is what the inputs say that the row sums of C must be, O = C·V is what they are. Both have m rows and c columns.
+Words: a GEMM is C = α·A·B + β·D with A of m×k, B of k×n. Its checksum vectors are the columns of V (n×c). E =
+α·A·(B·V) + β·D·V is what the inputs say that the row sums of C must be, O = C·V is what they are. Both have m rows and
+c columns.
 
 Two stages decide.
 
-1. **Screen**, for every call. Row i is suspect unless |E_i − O_i| ≤ factor · scale_i in every column, where scale_i = ‖E_i‖₂ + the
-   mean of that norm over the rows. V has random signs, so ‖E_i‖₂² ÷ c estimates the energy of a row of C (a Rademacher
-   sketch), and it comes **from the inputs alone**: a fault in C cannot widen its own tolerance. The factor is statistical:
-   a multiple of the standard deviation of round-off. It may be wrong now and then.
-2. **Confirm**, for suspect rows only. The rows are computed again in float64 and compared element by element with a bound
-   that round-off does not exceed (`element_factors`). Only what this stage confirms is a fault, so a false alarm of the
-   screen costs a little time and nothing else.
+1. **Screen**, for every call. Row i is suspect unless |E_i − O_i| ≤ factor · scale_i in every column, where scale_i =
+   ‖E_i‖₂ + the mean of that norm over the rows. V has random signs, so ‖E_i‖₂² ÷ c estimates the energy of a row of C
+   (a Rademacher sketch), and it comes **from the inputs alone**: a fault in C cannot widen its own tolerance. The
+   factor is statistical: a multiple of the standard deviation of round-off. It may be wrong now and then.
+2. **Confirm**, for suspect rows only. The rows are computed again in float64 and compared element by element with a
+   bound that round-off does not exceed (`element_factors`). Only what this stage confirms is a fault, so a false alarm
+   of the screen costs a little time and nothing else.
 
 Where no second stage can run (a GPU, whose verdicts are read at the boundary) the screen is widened by `UNCONFIRMED`.
 """
@@ -23,7 +24,18 @@ import math
 
 from resilience.events import DetectionKind
 
-__all__ = ["NEAR_INF_SHARE", "UNCONFIRMED", "ElementFactors", "Precision", "classify", "element_factors", "screen_factor"]
+__all__ = [
+    "NEAR_INF_SHARE",
+    "UNCONFIRMED",
+    "ElementFactors",
+    "Precision",
+    "classify",
+    "element_factors",
+    "invariant_factor",
+    "probability_factor",
+    "row_mass_tolerance",
+    "screen_factor",
+]
 
 UNCONFIRMED = 4.0
 """Factor on the screen's tolerance where its alarms are final."""
@@ -54,8 +66,8 @@ def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> floa
 
     With ρ the root-mean-square of a row of C, one column of V that sums g elements gives sums of size ρ·√g. Each stored
     element errs by at most `stored`·|c|, standard deviation stored·ρ ÷ √3·√g over the sum; E and O are each stored with
-    `checked`; accumulation over k products is a random walk, about accumulated·√k·ρ an element, and so are the sums over
-    n. scale_i is about √columns·ρ·√g·2, hence the division.
+    `checked`; accumulation over k products is a random walk, about accumulated·√k·ρ an element, and so are the sums
+    over n. scale_i is about √columns·ρ·√g·2, hence the division.
     """
     rounding = precision.stored / math.sqrt(3.0)
     checking = 2.0 * precision.checked / math.sqrt(3.0)
@@ -101,3 +113,31 @@ def classify(value: float, largest: float) -> DetectionKind:
     if abs(value) >= NEAR_INF_SHARE * largest:
         return DetectionKind.NEAR_INF
     return DetectionKind.MISMATCH
+
+
+def invariant_factor(*, stored: float, accumulated: float, length: int, width: int) -> float:
+    """Tolerance of an identity of fused attention, as a multiple of the root of the sum of squares of its terms.
+
+    Inside the kernel P and dS are rounded to the stored dtype before they are multiplied, and each sum over `length`
+    keys and `width` components is a random walk. Clean residuals were measured at up to 5·stored in bfloat16 and
+    30·accumulated in float32 at length 256; the factor leaves four times that.
+    """
+    return 20.0 * stored + 8.0 * math.sqrt(length + width) * accumulated
+
+
+def row_mass_tolerance(*, stored: float, accumulated: float, n: int) -> float:
+    """Largest |Σ_j P_ij − 1| that round-off explains, for a softmax over n elements.
+
+    Each stored element errs by `stored` relative to itself, so their sum by at most `stored`; the stored sum by as much
+    again; exponentials and the normalisation by some units of `accumulated`, the sum over n as a random walk.
+    """
+    return 2.02 * stored + (4.0 * math.sqrt(n) + 32.0) * accumulated
+
+
+def probability_factor(*, stored: float, accumulated: float, n: int) -> float:
+    """Largest relative error of one probability that round-off explains.
+
+    exp(x − max) is as exact as its argument: arguments down to −104 matter in float32, and err by half a unit in their
+    last place.
+    """
+    return 1.01 * stored + (4.0 * math.sqrt(n) + 240.0) * accumulated

@@ -1,7 +1,7 @@
 """Numerical primitives of the checks, in the form that is fastest where the tensors live.
 
-Plain functions of tensors: no state, no thresholds, no knowledge of sites or steps. Each has its arithmetic in torch here;
-a device-specific kernel is chosen in this file and nowhere else.
+Plain functions of tensors: no state, no thresholds, no knowledge of sites or steps. Each has its arithmetic in torch
+here; a device-specific kernel is chosen in this file and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def weighted_row_sums(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     if matrix.dim() == 3 and weights.dim() == 2:
         if matrix.is_contiguous():
             flat = matrix.view(-1, matrix.shape[2])
-            return weighted_row_sums(flat, weights).unflatten(0, matrix.shape[:2])
+            return weighted_row_sums(flat, weights).view(*matrix.shape[:2], -1)
         weights = weights.expand(matrix.shape[0], -1, -1)
     product = torch.mm if matrix.dim() == 2 else torch.bmm
     if matrix.dtype == torch.bfloat16 or matrix.is_cuda:

@@ -1,0 +1,169 @@
+"""What happens around fused attention (the SDPA operators): label, run, strike, hold the identities, mend, record.
+
+The operators' arguments are bound by the names in their schemas, so that the CPU's, flash, memory-efficient and cuDNN
+forms are one. The calls are pure: on a CPU a backward that fails is run again in place. What `invariants.py` sees of a
+forward fault only in backward (O within the range of V) cannot be repaired there: it is reported unmended, for a
+replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from resilience.abft.handlers import Context
+from resilience.abft.invariants import (
+    BACKWARD_SITES,
+    AttentionBackward,
+    AttentionForward,
+    backward_ratios,
+    forward_ratio,
+)
+from resilience.abft.labels import Label
+from resilience.abft.mend import repeat_until_clean
+from resilience.abft.seam import Handler, Original
+from resilience.abft.thresholds import classify
+from resilience.events import Check, DetectionKind
+
+__all__ = ["FUSED_OPERATORS", "bind", "fused_backward_handler", "fused_forward_handler"]
+
+FUSED_OPERATORS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+"""Forward operators; each has a `…_backward`."""
+
+_GRADIENT_SITES = ("attention.dq", "attention.dk", "attention.dv")
+
+
+def bind(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the names in the operator's schema, defaults filled in."""
+    schema = getattr(torch.ops.aten, operator).default._schema
+    bound = {argument.name: argument.default_value for argument in schema.arguments}
+    bound.update({argument.name: value for argument, value in zip(schema.arguments, args, strict=False)})
+    bound.update(kwargs)
+    return bound
+
+
+def fused_forward_handler(context: Context, operator: str) -> Handler:
+    """The handler of one of `FUSED_OPERATORS`."""
+
+    def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = bind(operator, args, kwargs)
+        label = context.labels.fused_attention()
+
+        def run() -> Any:
+            results = original(*args, **kwargs)
+            context.strike(label.site, label.layer, results[0])
+            return results
+
+        def ratio(results: Any) -> torch.Tensor:
+            masked = _mask(bound) is not None
+            # The other forms pad the log-sum-exp; only the CPU's is read.
+            logsumexp = results[1] if results[1].device.type == "cpu" else None
+            call = AttentionForward(bound["value"], results[0], logsumexp, masked, bound["dropout_p"] > 0)
+            return forward_ratio(call).reshape(1)
+
+        results = run()
+        inputs = (bound["query"], bound["key"], bound["value"])
+        return _guarded(context, label, (label.site,), inputs, results, run, ratio)
+
+    return handle
+
+
+def fused_backward_handler(context: Context, operator: str) -> Handler:
+    """The handler of the backward of one of `FUSED_OPERATORS`."""
+    backward = f"{operator}_backward"
+
+    def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = bind(backward, args, kwargs)
+        d_out = bound["grad_out"] if "grad_out" in bound else bound["grad_out_"]
+        layer = context.labels.fused_attention_backward()
+
+        def run() -> Any:
+            results = original(*args, **kwargs)
+            for site, gradient in zip(_GRADIENT_SITES, results, strict=False):
+                if gradient is not None:
+                    context.strike(site, layer, gradient)
+            return results
+
+        def ratios(results: Any) -> torch.Tensor:
+            query = bound["query"]
+            call = AttentionBackward(
+                query,
+                bound["key"],
+                bound["value"],
+                bound["out"],
+                d_out,
+                results[0],
+                results[1],
+                results[2],
+                scale=bound["scale"] if bound["scale"] is not None else 1.0 / math.sqrt(query.shape[-1]),
+                masked=_mask(bound) is not None,
+                dropout=bound["dropout_p"] > 0,
+            )
+            return backward_ratios(call)
+
+        results = run()
+        inputs = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
+        return _guarded(context, Label(BACKWARD_SITES[1], layer), BACKWARD_SITES, inputs, results, run, ratios)
+
+    return handle
+
+
+def _mask(bound: dict[str, Any]) -> torch.Tensor | None:
+    mask: torch.Tensor | None = bound.get("attn_mask", bound.get("attn_bias"))
+    return mask
+
+
+def _guarded(
+    context: Context,
+    label: Label,
+    sites: tuple[str, ...],
+    inputs: tuple[torch.Tensor, ...],
+    results: Any,
+    run: Callable[[], Any],
+    ratios: Callable[[Any], torch.Tensor],
+) -> Any:
+    """Hold one call against its identities; `sites` are to blame for their ratios, in order."""
+    record, scale = context.record, context.config.threshold_scale
+    if results[0] is None or results[0].numel() == 0 or not record.due(label.site):
+        return results
+    with record.timed() as started:
+        found = ratios(results) / scale
+        if found.device.type != "cpu":
+            finite = torch.stack([operand.isfinite().all() for operand in inputs]).all()
+            for site, ratio in zip(sites, found, strict=True):
+                record.defer(Label(site, label.layer), Check.INVARIANT, torch.stack([ratio.float(), (~finite).float()]))
+            return results
+        values = found.tolist()
+        if all(value <= 1.0 for value in values):
+            record.clean(max(values))
+            return results
+        index = next(number for number, value in enumerate(values) if not value <= 1.0)
+        blamed = Label(sites[index], label.layer)
+        if not all(bool(operand.isfinite().all()) for operand in inputs):
+            context.inputs_alarm(blamed, Check.INVARIANT, results[0], values[index], started)
+            return results
+        mended = repeat_until_clean(
+            run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=context.config.max_mends
+        )
+        kind = _kind([result for result in results[: len(_GRADIENT_SITES)] if result is not None])
+        record.alarm(blamed, Check.INVARIANT, kind, values[index], started, mended=mended is not None)
+        return results if mended is None else mended
+
+
+def _kind(results: list[torch.Tensor]) -> DetectionKind:
+    """By the most extreme value in any floating-point result."""
+    kinds = [
+        classify(float(result.abs().max()), torch.finfo(result.dtype).max)
+        for result in results
+        if result.is_floating_point() and result.numel() > 0
+    ]
+    extremes = [kind for kind in kinds if kind is not DetectionKind.MISMATCH]
+    return extremes[0] if extremes else DetectionKind.MISMATCH
