@@ -1,0 +1,161 @@
+"""The proof: train under three faults with resilience, train without faults with DeepSpeed alone, compare the weights.
+
+The second run does not load the package at all, so equality says both that every fault was repaired without a trace and
+that protection by itself changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from resilience.launch.shared_memory import remove_buffers
+
+HERE = Path(__file__).parent
+RUN_LIMIT_S = 900
+"""A run that takes longer than this hangs."""
+
+EXPECTED = (
+    ("INF in the attention scores", 12, "attention.scores", "corrected"),
+    ("gradient scaled by 1e4", 33, "gradient", "replay"),
+    ("kill -9 of rank 1", 55, "process", "restart"),
+)
+"""What is injected: in words, at which step, at which site, and what must be decided."""
+
+
+class DemoError(Exception):
+    """The demo cannot go on; one line says why."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def train(launch_options: list[str], directory: Path, checkpoints: Path, *, steps: int) -> float:
+    """Run the training script to its end; returns the seconds it took."""
+    port = free_port()
+    command = ["deepspeed", *launch_options, "--num_gpus", "2", "--master_port", str(port), str(HERE / "train_gpt.py")]
+    command += ["--deepspeed_config", str(HERE / "ds_config.json"), "--save_dir", str(checkpoints)]
+    command += ["--steps", str(steps)]
+    print(f"\n$ {' '.join(command)}", flush=True)
+    started_at = time.monotonic()
+    # Its faults are no news about this machine: the devices' history of the demo stays in its own directory.
+    environment = {**os.environ, "XDG_STATE_HOME": str(directory / "state")}
+    process = subprocess.Popen(command, cwd=directory, env=environment, start_new_session=True)
+    try:
+        exit_code = process.wait(RUN_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"the run did not end within {RUN_LIMIT_S} s") from None
+    finally:
+        end_group(process)
+        remove_buffers([("127.0.0.1", port)])  # plain DeepSpeed leaves its own
+    if exit_code != 0:
+        raise DemoError(f"the run ended with exit code {exit_code}")
+    return time.monotonic() - started_at
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what a run left, if anything: on an interrupt, too, nothing stays behind."""
+    for this in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, this)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def digest(checkpoints: Path) -> str:
+    """SHA-256 over the consolidated fp32 weights of the newest checkpoint."""
+    command = ["resilience", "digest", str(checkpoints), "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if answer.returncode != 0:
+        raise DemoError(f"{' '.join(command)}: {answer.stderr.strip()}")
+    return str(json.loads(answer.stdout)["sha256"])
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DemoError(f"{path}: the run left no readable report ({error})") from None
+    return report
+
+
+def judge(report: dict[str, Any]) -> list[str]:
+    """What is wrong with the report of the faulted run; empty when each fault met its answer, once."""
+    wrong = []
+    injected = [(fault["step"], fault["site"]) for fault in report["faults_injected"]]
+    for words, step, site, action in EXPECTED:
+        if injected.count((step, site)) != 1:
+            wrong.append(f"{words}: injected {injected.count((step, site))} times at step {step}")
+        if not any(decision["step"] == step and decision["action"] == action for decision in report["decisions"]):
+            wrong.append(f"{words}: no decision {action!r} at step {step}")
+    acted = [decision["action"] for decision in report["decisions"] if decision["action"] != "continue"]
+    if len(acted) != len(EXPECTED):
+        wrong.append(f"{len(EXPECTED)} faults, but {len(acted)} actions: {', '.join(acted)}")
+    return wrong
+
+
+def prove(directory: Path, steps: int) -> bool:
+    """Both runs and the verdict, printed."""
+    faulted, plain, run = directory / "faulted", directory / "plain", directory / "run"
+    options = ["--resilience", "--resilience-faults", str(HERE / "faults.toml"), "--resilience-dir", str(run)]
+    faulted_s = train(options, directory, faulted, steps=steps)
+    plain_s = train([], directory, plain, steps=steps)
+    wrong = judge(read_report(run / "report.json"))
+    weights = {"three faults, resilience": digest(faulted), "no faults, plain DeepSpeed": digest(plain)}
+    print()
+    for words, seconds in zip(weights, (faulted_s, plain_s), strict=True):
+        print(f"{words:27} {seconds:5.0f} s   sha256 {weights[words]}")
+    if len(set(weights.values())) > 1:
+        wrong.append("the final weights differ")
+    for line in wrong:
+        print(f"FAILED: {line}", flush=True)
+    if not wrong:
+        print("PROVED: the final weights are equal, bit for bit; each fault was met once, by the expected action.")
+    return not wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--dir", type=Path, help="keep logs, report and checkpoints here (default: a temporary one)")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps; at least 56 (default: 80)")
+    arguments = parser.parse_args()
+    if arguments.steps <= EXPECTED[-1][1]:
+        parser.error(f"--steps {arguments.steps}: the last fault strikes at step {EXPECTED[-1][1]}; take more")
+    if arguments.dir is not None and arguments.dir.exists() and any(arguments.dir.iterdir()):
+        parser.error(f"--dir {arguments.dir}: not empty; name a new directory")
+    directory = (arguments.dir or Path(tempfile.mkdtemp(prefix="resilience-demo-"))).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, and so ends the run in progress
+    started_at = time.monotonic()
+    proved = False
+    try:
+        proved = prove(directory, arguments.steps)
+    except DemoError as error:
+        print(f"FAILED: {error}")
+    print(f"The demo took {time.monotonic() - started_at:.0f} s.")
+    if proved and arguments.dir is None:
+        shutil.rmtree(directory)
+    else:
+        print(f"Logs, report and checkpoints: {directory}")
+    return 0 if proved else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
