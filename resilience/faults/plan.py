@@ -64,8 +64,8 @@ class Fault(pydantic.BaseModel):
     """Which call of that site in the forward order; for `gradient`, which parameter in the order of the module's
     `named_parameters`, unless `param` names it."""
     call: _Index | None = None
-    """Only this execution of the operation within an attempt (0 the first, 1 a recomputation by activation
-    checkpointing, …); unset: any."""
+    """Only this execution of the operation within the micro-step and attempt: 0 is the first, later ones are
+    repetitions by a check or recomputations by activation checkpointing; unset: any."""
     kind: str
     """For tensors: `inf`; `nan`; `near_inf` (0.9 × the dtype's maximum); `zero`; `bitflip` (`bit`); `multibit`
     (`bits`); `stride` (elements 32 apart, one warp's width, hold each other's values, cyclically); `scale` (`factor`).

@@ -8,6 +8,7 @@ is exhausted goes on exactly as one without a plan.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -55,12 +56,14 @@ class TensorInjector:
         self.on_strike = on_strike
         self._clock = clock or SystemClock()
         self._pending: list[tuple[int, Fault]] = []
+        self._num_calls: Counter[tuple[str, int]] = Counter()
         self._step = self._micro_step = self._attempt = 0
         self.armed = False
 
     def begin(self, step: int, micro_step: int, attempt: int) -> None:
         """Set the address: optimizer step from 1, micro-step from 0, attempt from 0 (n is the n-th replay)."""
         self._step, self._micro_step, self._attempt = step, micro_step, attempt
+        self._num_calls.clear()
         self._pending = [
             (i, fault)
             for i, fault in self._faults
@@ -68,7 +71,9 @@ class TensorInjector:
         ]
         self.armed = bool(self._pending)
 
-    def strike(self, site: str, layer: int, tensor: torch.Tensor, call: int = 0, *, param: str | None = None) -> bool:
+    def strike(
+        self, site: str, layer: int, tensor: torch.Tensor, call: int | None = None, *, param: str | None = None
+    ) -> bool:
         """Corrupt `tensor` in place if the plan says so at this address.
 
         Args:
@@ -76,7 +81,7 @@ class TensorInjector:
             layer: which call of that site in the forward order; for `gradient`, the parameter's place in
                 `named_parameters`.
             tensor: what the operation computed (any shape, any strides without overlap; fp16, bf16, fp32 or fp64).
-            call: which execution of this operation within the attempt.
+            call: which execution of this operation within the micro-step and attempt; None counts them here.
             param: for `gradient`, the parameter's name.
 
         Returns:
@@ -87,6 +92,9 @@ class TensorInjector:
         """
         if not self.armed:
             return False
+        if call is None:
+            call = self._num_calls[site, layer]
+            self._num_calls[site, layer] += 1
         struck = False
         for i, fault in self._pending:
             if _is_addressed(fault, site, layer, call, param) and self._is_left(i, fault) and tensor.numel():

@@ -103,6 +103,14 @@ def test_call_narrows_the_address(tmp_path: Path) -> None:
     assert one.strike("linear.out", 0, torch.ones(8), call=1)
 
 
+def test_calls_are_counted_where_the_caller_does_not(tmp_path: Path) -> None:
+    one = injector(tmp_path, {"call": 1, "repeat": -1})
+    for attempt in range(2):
+        one.begin(5, 0, attempt)
+        assert [one.strike("linear.out", 0, torch.ones(8)) for _ in range(3)] == [False, True, False]
+        assert not one.strike("linear.out", 1, torch.ones(8))
+
+
 def test_gradients_are_struck_whole_and_by_name(tmp_path: Path) -> None:
     by_name = {"site": "gradient", "kind": "scale", "factor": 1e4, "param": "head.weight"}
     by_place = {"site": "gradient", "kind": "zero", "layer": 1}
