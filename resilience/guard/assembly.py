@@ -1,0 +1,213 @@
+"""Puts the guard of one engine together: client, injectors, protection, screen, transaction, verified checkpoints.
+
+Never here: anything that happens within a step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import resilience
+from resilience.abft.protection import Protection
+from resilience.config import Config
+from resilience.context import RunContext
+from resilience.deepspeed import checkpoint
+from resilience.deepspeed.adapter import EngineAdapter
+from resilience.deepspeed.profile import profile_of
+from resilience.faults.ledger import Ledger
+from resilience.faults.plan import load_plan
+from resilience.faults.process import ProcessInjector
+from resilience.faults.tensor import TensorInjector
+from resilience.guard import support
+from resilience.guard.client import Client, RankIdentity
+from resilience.guard.line import LineToCoordinator
+from resilience.guard.reporter import Reporter, SilentReporter
+from resilience.guard.screens import GradientScreen
+from resilience.guard.settings import Settings
+from resilience.guard.transaction import Guard
+
+__all__ = ["Guarded", "guard_engine"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Guarded:
+    """An engine under guard."""
+
+    guard: Guard
+    uninstall: Callable[[], None]
+    """Puts the engine, its module and torch back as they were."""
+
+
+def guard_engine(
+    engine: Any,
+    config: Config,
+    *,
+    context: RunContext | None = None,
+    reporter: Reporter | None = None,
+    versions: dict[str, str] | None = None,
+) -> Guarded:
+    """Put `engine` under guard. Collective: every rank calls it at the same place.
+
+    Args:
+        engine: a `DeepSpeedEngine` that trains.
+        config: what is on.
+        context: the run; None outside of a launch by us, where there is no coordinator and no fault plan.
+        reporter: used in place of a coordinator's client.
+        versions: of what matters, for the report.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    run_id = context.run_id if context is not None else config.launch.run_id or "unlaunched"
+    settings = Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
+    adapter = EngineAdapter(engine)
+    undo: list[Callable[[], None]] = []
+    if reporter is None:
+        reporter = _line(context, settings, versions or {}) if context is not None else SilentReporter()
+    problem = _announce(engine, reporter, rank)
+    tensor_injector, process_injector = _injectors(context, settings, reporter)
+    protection = _protection(adapter, config, tensor_injector, undo)
+    screen = GradientScreen(
+        adapter.module,
+        config.detection,
+        enabled=config.detection.strength != "off",
+        injector=tensor_injector,
+        clock=settings.clock,
+    )
+    injectors = [injector for injector in (process_injector, tensor_injector) if injector is not None]
+    guard = Guard(
+        adapter,
+        settings,
+        reporter=reporter,
+        screen=screen,
+        protector=protection,
+        injectors=tuple(injectors),
+        replay_problem=problem,
+    )
+    undo.append(guard.uninstall)
+    if context is not None:
+        undo.append(checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock))
+    undo.append(_tell_of_saves(engine, guard))
+
+    def uninstall() -> None:
+        for step in reversed(undo):
+            step()
+
+    return Guarded(guard, uninstall)
+
+
+def _line(context: RunContext, settings: Settings, versions: dict[str, str]) -> Reporter:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    identity = RankIdentity(
+        generation=settings.generation,
+        rank=settings.rank,
+        local_rank=local_rank,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        node=settings.node,
+        device=settings.device,
+        device_name=name,
+        pid=os.getpid(),
+        versions={
+            "resilience": resilience.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            **versions,
+        },
+    )
+    client = Client(context, identity, clock=settings.clock)
+    client.start()
+    line = LineToCoordinator(client)
+    _say_goodbye(line)
+    return line
+
+
+def _say_goodbye(line: LineToCoordinator) -> None:
+    """Tell the coordinator when this process ends by itself. Its agent's word on the exit code is authoritative."""
+    ending: list[str] = []
+    hook = sys.excepthook
+
+    def remember(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        ending.append(f"{kind.__name__}: {error}")
+        hook(kind, error, traceback)
+
+    sys.excepthook = remember
+    atexit.register(lambda: line.leave(1 if ending else 0, ending[0] if ending else "the script ended"))
+
+
+def _announce(engine: Any, reporter: Reporter, rank: int) -> str:
+    """Say what is off for this engine; returns why no step of it can be replayed, or an empty string."""
+    off = support.problems(profile_of(engine, is_first_engine=True))
+    if not off:
+        return ""
+    text = f"replay off: {', '.join(off)}; {support.INSTEAD}"
+    if rank == 0:
+        print(f"resilience: {text}", file=sys.stderr, flush=True)
+        reporter.note("replay_off", text)
+    return ", ".join(off)
+
+
+def _injectors(
+    context: RunContext | None, settings: Settings, reporter: Reporter
+) -> tuple[TensorInjector | None, ProcessInjector | None]:
+    if context is None or context.fault_plan is None:
+        return None, None
+    plan = load_plan(context.fault_plan)
+    ledger = Ledger(context.run_dir, settings.rank)
+    for strike in ledger.strikes():
+        # The coordinator may have died, or this rank, before it heard of them; it knows them by their ids.
+        reporter.report(strike)
+    tensor = TensorInjector(
+        plan, rank=settings.rank, ledger=ledger, on_strike=reporter.report, clock=settings.clock
+    )
+    process = ProcessInjector(
+        plan,
+        rank=settings.rank,
+        ledger=ledger,
+        run_dir=context.run_dir,
+        on_strike=reporter.report,
+        clock=settings.clock,
+    )
+    return tensor, process
+
+
+def _protection(
+    adapter: EngineAdapter, config: Config, injector: TensorInjector | None, undo: list[Callable[[], None]]
+) -> Protection | None:
+    if config.detection.strength in ("off", "screen") and injector is None:
+        return None
+    protection = Protection(config.detection, injector=injector)
+    protection.install()
+    undo.append(protection.uninstall)
+    protection.attach(adapter.module)
+    return protection
+
+
+def _tell_of_saves(engine: Any, guard: Guard) -> Callable[[], None]:
+    """A drain waits for the script's next checkpoint: tell the guard when one was saved."""
+    saved = engine.save_checkpoint
+    before = engine.__dict__.get("save_checkpoint")
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        result = saved(*args, **kwargs)
+        guard.boundary.checkpoint_saved()
+        return result
+
+    engine.__dict__["save_checkpoint"] = save_checkpoint
+
+    def undo() -> None:
+        with contextlib.suppress(KeyError):
+            del engine.__dict__["save_checkpoint"]
+        if before is not None:
+            engine.__dict__["save_checkpoint"] = before
+
+    return undo

@@ -1,0 +1,255 @@
+"""Records the micro-steps of one optimizer step as a sequence of forward and backward passes that can be run again.
+
+What is recorded is what decides the result: inputs, generator states, buffers that the forward mutates, the engine's
+position, modes of torch and of the modules, and the cotangents that the script sent to the engine's outputs. Weights
+are not recorded: they do not change within a step. Never here: decisions, communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from resilience.deepspeed.adapter import EngineAdapter, Position
+from resilience.guard.buffers import BufferWatch
+from resilience.guard.fingerprint import fingerprint
+from resilience.guard.rng import RngSnapshot, capture_rng, restore_rng
+from resilience.guard.values import KeptTensor, Unrecordable, differentiable, keep, take, tap, unchanged
+
+__all__ = ["BackwardEvent", "ForwardEvent", "Recorder"]
+
+
+@dataclasses.dataclass(slots=True)
+class ForwardEvent:
+    """One training forward of the engine."""
+
+    index: int
+    """Its place among the forwards of the step."""
+    micro_step: int
+    position: Position
+    args: Any
+    kwargs: Any
+    rng: RngSnapshot
+    buffers: dict[str, torch.Tensor]
+    training: tuple[bool, ...]
+    autocast: tuple[bool, torch.dtype, bool]
+    pending: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
+    """Differentiable outputs whose cotangent has not come yet."""
+    handed_out: list[weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=list)
+    """What the script got in their place."""
+    returned_losses: list[tuple[weakref.ref[torch.Tensor], int, float]] = dataclasses.field(default_factory=list)
+    """What `engine.backward` returned for an output: (tensor, place of the output, divisor)."""
+
+
+@dataclasses.dataclass(slots=True)
+class BackwardEvent:
+    """One backward pass, which may begin at outputs of several forwards."""
+
+    graph_task: int
+    micro_step: int
+    position: Position
+    rng: RngSnapshot
+    through_engine: bool
+    cotangents: list[tuple[int, int, KeptTensor, torch.Tensor | None]] = dataclasses.field(default_factory=list)
+    """(forward, place of the output, cotangent, fingerprint of the output unless it is a scalar)."""
+
+
+class Recorder:
+    """The record of the step that is being worked on.
+
+    Args:
+        adapter: the engine.
+        enabled: record what a second run needs; without it only micro-steps are counted.
+    """
+
+    def __init__(self, adapter: EngineAdapter, *, enabled: bool = True) -> None:
+        self._adapter = adapter
+        self._enabled = enabled
+        self._device_type = next((p.device.type for p in adapter.module.parameters()), "cpu")
+        self._buffers = BufferWatch(adapter.module)
+        self._copy_inputs = False
+        self._window = 0
+        self.on_backward: Callable[[BackwardEvent], None] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new step: forget the last one's record."""
+        self._window += 1
+        self.events: list[ForwardEvent | BackwardEvent] = []
+        self.forwards: list[ForwardEvent] = []
+        self.num_backwards = 0
+        self.unavailable = ""
+        self.last_loss: torch.Tensor | None = None
+
+    @property
+    def micro_step(self) -> int:
+        """The micro-step that is being worked on, from 0: how many backward passes have begun."""
+        return self.num_backwards
+
+    def why_unavailable(self) -> str:
+        """Why the step cannot be run again, in words; empty where it can. Asked at the boundary."""
+        if not self._enabled:
+            return "recording is off (guard.replay = false)"
+        if self.unavailable:
+            return self.unavailable
+        if not self.num_backwards:
+            return "no backward pass of the engine was seen in this step"
+        for forward in self.forwards:
+            if not (unchanged(forward.args) and unchanged(forward.kwargs)):
+                # From the next step on each input is copied before the forward.
+                self._copy_inputs = True
+                return "an input was changed in place after its forward began"
+        for event in self.events:
+            if isinstance(event, BackwardEvent) and not all(kept.is_unchanged() for _, _, kept, _ in event.cotangents):
+                return "a gradient of an output was changed in place after its backward pass began"
+        return ""
+
+    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardEvent:
+        """Record what decides a forward, just before it runs."""
+        event = ForwardEvent(
+            index=len(self.forwards),
+            micro_step=self.micro_step,
+            position=self._adapter.position(),
+            args=(),
+            kwargs={},
+            rng=capture_rng(self._adapter),
+            buffers=self._buffers.capture() if self._enabled else {},
+            training=tuple(module.training for module in self._adapter.module.modules()),
+            autocast=_autocast_state(self._device_type),
+        )
+        if self._enabled and not self.unavailable:
+            try:
+                event.args = keep(args, copy=self._copy_inputs)
+                event.kwargs = keep(kwargs, copy=self._copy_inputs)
+            except Unrecordable as error:
+                self.unavailable = str(error)
+        self.forwards.append(event)
+        self.events.append(event)
+        return event
+
+    def after_forward(self, event: ForwardEvent, outputs: Any) -> Any:
+        """Tap the outputs of the forward that `event` began; returns what the script gets."""
+        problem = self._buffers.changed_unseen()
+        if problem:
+            self.unavailable = self.unavailable or problem
+        window = self._window
+
+        def hand_out(place: int, output: torch.Tensor) -> torch.Tensor:
+            event.pending.append(output.detach())
+            # A scalar may be changed in place by the script, which a view of a module's output would not survive.
+            handed = output.clone() if output.dim() == 0 else output.view_as(output)
+            handed.register_hook(lambda cotangent: self._on_cotangent(window, event, place, cotangent))
+            event.handed_out.append(weakref.ref(handed))
+            return handed
+
+        return tap(outputs, hand_out)
+
+    def after_backward(self, loss: Any, returned: Any, divisor: float) -> None:
+        """Remember what `engine.backward(loss)` returned, so that a replay can correct its value."""
+        if not isinstance(returned, torch.Tensor) or not self.forwards:
+            return
+        for forward in reversed(self.forwards):
+            for place, handed in enumerate(forward.handed_out):
+                if handed() is loss:
+                    forward.returned_losses.append((weakref.ref(returned), place, divisor))
+                    return
+
+    def _on_cotangent(self, window: int, forward: ForwardEvent, place: int, cotangent: torch.Tensor) -> None:
+        """Runs inside a backward pass, before any of DeepSpeed's own hooks."""
+        if window != self._window:
+            self.unavailable = self.unavailable or "a backward pass belongs to a forward of an earlier step"
+            return
+        task = torch._C._current_graph_task_id()
+        event = self.events[-1] if self.events else None
+        if not isinstance(event, BackwardEvent) or event.graph_task != task:
+            event = self._begin_backward(task)
+        output = forward.pending[place]
+        if output is None:
+            self.unavailable = self.unavailable or "an output was sent backward twice (retain_graph)"
+            return
+        forward.pending[place] = None
+        if output.dim() == 0:
+            self.last_loss = output
+        if not self._enabled:
+            return
+        mark = fingerprint(output) if output.dim() else None
+        kept = KeptTensor(cotangent.detach(), cotangent._version)
+        if cotangent.dim() == 0:
+            kept = KeptTensor(cotangent.detach().clone(), None)
+        event.cotangents.append((forward.index, place, kept, mark))
+
+    def _begin_backward(self, task: int) -> BackwardEvent:
+        event = BackwardEvent(
+            graph_task=task,
+            micro_step=self.micro_step,
+            position=self._adapter.position(),
+            rng=capture_rng(self._adapter),
+            through_engine=self._adapter.in_engine_backward,
+        )
+        if self._adapter.coalesces_reduction:
+            self.unavailable = self.unavailable or "the script is inside engine.coalesce_grad_reduction()"
+        self.events.append(event)
+        self.num_backwards += 1
+        if self.on_backward is not None:
+            self.on_backward(event)
+        return event
+
+    def run_forward(self, event: ForwardEvent) -> list[torch.Tensor]:
+        """Run a recorded forward again; returns its differentiable outputs."""
+        restore_rng(event.rng, self._adapter)
+        self._adapter.move_to(event.position)
+        self._buffers.restore(event.buffers)
+        enabled, dtype, cache = event.autocast
+        with (
+            self._adapter.training_flags(event.training),
+            torch.enable_grad(),
+            torch.autocast(self._device_type, dtype=dtype, enabled=enabled, cache_enabled=cache),
+        ):
+            return differentiable(self._adapter.forward(*take(event.args), **take(event.kwargs)))
+
+    def run_backward(self, event: BackwardEvent, outputs: dict[int, list[torch.Tensor]]) -> torch.Tensor | None:
+        """Run a recorded backward pass again from the outputs of the replayed forwards.
+
+        Returns:
+            A 0-d bool tensor: whether some output that is no scalar differs from the recorded one, in which case the
+            recorded cotangents do not belong to it; None where all outputs are scalars.
+        """
+        restore_rng(event.rng, self._adapter)
+        self._adapter.move_to(event.position)
+        roots = [outputs[forward][place] for forward, place, _, _ in event.cotangents]
+        for root in roots:
+            if root.dim() == 0:
+                self.last_loss = root.detach()
+        differs = [
+            fingerprint(root) != mark
+            for root, (_, _, _, mark) in zip(roots, event.cotangents, strict=True)
+            if mark is not None
+        ]
+        self._adapter.run_backward(
+            roots, [take(kept) for _, _, kept, _ in event.cotangents], through_engine=event.through_engine
+        )
+        return torch.stack(differs).any() if differs else None
+
+    @torch.no_grad()
+    def overwrite(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
+        """Give the tensors that the script already holds the values of the replayed `outputs`, in place."""
+        for handed, output in zip(event.handed_out, outputs, strict=True):
+            held = handed()
+            if held is not None:
+                held.data.copy_(output.detach())
+        for reference, place, divisor in event.returned_losses:
+            held = reference()
+            if held is not None:
+                held.data.copy_(outputs[place].detach() / divisor)
+
+
+def _autocast_state(device_type: str) -> tuple[bool, torch.dtype, bool]:
+    return (
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_cache_enabled(),
+    )

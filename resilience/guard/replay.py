@@ -1,0 +1,74 @@
+"""Runs the recorded step again, so that afterwards everything is as if the faulty execution had never been.
+
+Gradients, generators, buffers, counters, and the tensors that the script already holds. Never here: the question
+whether to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from resilience.deepspeed.adapter import EngineAdapter
+from resilience.guard.recorder import BackwardEvent, ForwardEvent, Recorder
+from resilience.guard.rng import capture_rng, restore_rng
+
+__all__ = ["replay"]
+
+
+def replay(
+    adapter: EngineAdapter,
+    recorder: Recorder,
+    *,
+    begin_micro_step: Callable[[int], None],
+    protected: Callable[[], AbstractContextManager[None]],
+) -> bool:
+    """Discard the gradients of the step and run its recorded micro-steps again.
+
+    Called at the boundary, inside `engine.step()`. The engine, the generators and the buffers end where they were.
+
+    Args:
+        adapter: the engine.
+        recorder: the record of the step.
+        begin_micro_step: called with the number of each micro-step before its first forward.
+        protected: entered around each forward and backward.
+
+    Returns:
+        Whether the recorded cotangents belong to the replayed outputs: False where an output that is no scalar did
+        not replay bit-equal, in which case the gradients are worth nothing.
+    """
+    position, rng = adapter.position(), capture_rng(adapter)
+    adapter.discard_gradients()
+    outputs: dict[int, list[torch.Tensor]] = {}
+    differences: list[torch.Tensor] = []
+    micro_step = -1
+    for event in recorder.events:
+        if isinstance(event, ForwardEvent) and event.micro_step != micro_step:
+            micro_step = event.micro_step
+            begin_micro_step(micro_step)
+        with protected():
+            if isinstance(event, ForwardEvent):
+                outputs[event.index] = recorder.run_forward(event)
+                recorder.overwrite(event, outputs[event.index])
+            else:
+                _backward(recorder, event, outputs, differences)
+    adapter.move_to(position)
+    adapter.finish_window()
+    restore_rng(rng, adapter)
+    return not (differences and bool(torch.stack(differences).any()))
+
+
+def _backward(
+    recorder: Recorder,
+    event: BackwardEvent,
+    outputs: dict[int, list[torch.Tensor]],
+    differences: list[torch.Tensor],
+) -> None:
+    difference = recorder.run_backward(event, outputs)
+    if difference is not None:
+        differences.append(difference)
+    for forward in {forward for forward, _, _, _ in event.cotangents}:
+        # Their graphs are spent; what they hold is needed no more.
+        outputs[forward] = []

@@ -1,0 +1,197 @@
+"""Screens of this rank's own gradients, before any reduction: what is not finite, and norms out of all proportion.
+
+A hook on each parameter reads the gradient once (its 2-norm, in which an INF or a NaN shows) just before autograd
+accumulates it, so blame stays with the rank that computed it. The norms stay on the device; the host reads them once,
+at the boundary. Injected faults of the site `gradient` strike in the same hook, before the screen reads.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from resilience.abft.finding import Finding
+from resilience.clock import Clock, SystemClock
+from resilience.config import DetectionConfig
+from resilience.events import Check, DetectionKind
+from resilience.faults.tensor import TensorInjector
+from resilience.guard.fingerprint import fingerprint
+
+__all__ = ["GradientScreen", "NormHistory", "Reading"]
+
+_NUM_SILENT_STEPS = 3
+"""Verified steps that the norm screen sees before it speaks."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reading:
+    """The norm of one parameter's gradient in one micro-step, loss scale divided out."""
+
+    micro_step: int
+    index: int
+    """The parameter's place in `named_parameters`."""
+    norm: float
+
+
+class NormHistory:
+    """What norms were normal of late: the largest of each parameter, and of the whole gradient, per verified step.
+
+    Pure: numbers in, numbers out.
+
+    Args:
+        factor: `DetectionConfig.norm_factor`.
+        num_steps: `DetectionConfig.norm_history_steps`.
+    """
+
+    def __init__(self, factor: float, num_steps: int) -> None:
+        self._factor = factor
+        self._steps: collections.deque[tuple[dict[int, float], float]] = collections.deque(maxlen=num_steps)
+
+    def add(self, readings: Iterable[Reading]) -> None:
+        """Take the readings of a verified step into the history; a step with a norm that is not finite is left out."""
+        largest: dict[int, float] = {}
+        squares: dict[int, float] = {}
+        for reading in readings:
+            if not math.isfinite(reading.norm):
+                return
+            largest[reading.index] = max(largest.get(reading.index, 0.0), reading.norm)
+            squares[reading.micro_step] = squares.get(reading.micro_step, 0.0) + reading.norm**2
+        if largest:
+            self._steps.append((largest, math.sqrt(max(squares.values()))))
+
+    def limit(self, index: int) -> float:
+        """The largest norm that is no alarm for this parameter; infinite while too few steps were seen."""
+        seen = [largest[index] for largest, _ in self._steps if index in largest]
+        if len(seen) < _NUM_SILENT_STEPS:
+            return math.inf
+        return max(self._factor * max(seen), max(whole for _, whole in self._steps))
+
+
+class GradientScreen:
+    """Hooks on the parameters of `module`, and what they read since `begin`.
+
+    Args:
+        module: its parameters that require gradients are screened.
+        config: norm factor and history.
+        enabled: screen at all; the hooks still carry out injected faults.
+        injector: strikes the site `gradient`.
+        clock: for `Finding.detected_at`.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: DetectionConfig,
+        *,
+        enabled: bool = True,
+        injector: TensorInjector | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._names = [name for name, _ in module.named_parameters()]
+        self._enabled = enabled
+        self._injector = injector
+        self._clock = clock or SystemClock()
+        self._history = NormHistory(config.norm_factor, config.norm_history_steps)
+        self.micro_step: Callable[[], int] = lambda: 0
+        """Which micro-step a gradient belongs to; set by the transaction."""
+        self.fingerprinting = False
+        """Whether gradients are fingerprinted too: while replaying, never on the clean path."""
+        self.begin()
+        self._handles = [
+            parameter.register_hook(self._hook(index))
+            for index, (_, parameter) in enumerate(module.named_parameters())
+            if parameter.requires_grad and (enabled or injector is not None)
+        ]
+
+    def begin(self) -> None:
+        """Forget what was read: a new attempt begins."""
+        self._places: list[tuple[int, int]] = []
+        self._norms: list[torch.Tensor] = []
+        self._near_inf: set[int] = set()
+        self._fingerprints: list[torch.Tensor] = []
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def read(self, loss_scale: float) -> list[Reading]:
+        """All norms since `begin`, in the order of the backward passes. Waits for the device, once."""
+        if not self._norms:
+            return []
+        norms = torch.stack(self._norms).tolist()
+        return [
+            Reading(micro_step=micro_step, index=index, norm=norm / loss_scale)
+            for (micro_step, index), norm in zip(self._places, norms, strict=True)
+        ]
+
+    def fingerprints(self) -> tuple[int, ...]:
+        """The gradients' fingerprints since `begin`, in the order of the backward passes."""
+        return tuple(torch.stack(self._fingerprints).tolist()) if self._fingerprints else ()
+
+    def findings(self, readings: Sequence[Reading]) -> list[Finding]:
+        """The alarms among `readings`, in their order."""
+        found = []
+        for place, reading in enumerate(readings):
+            if not math.isfinite(reading.norm):
+                found.append(self._not_finite(reading, near=place in self._near_inf))
+                continue
+            limit = self._history.limit(reading.index)
+            if reading.norm > limit:
+                ratio = reading.norm / limit if limit else math.inf
+                found.append(self._finding(reading, Check.NORM, DetectionKind.NORM_SPIKE, ratio))
+        return found
+
+    def verified(self, readings: Iterable[Reading]) -> None:
+        """The step with these readings was taken without an alarm."""
+        self._history.add(readings)
+
+    def _hook(self, index: int) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        name = self._names[index]
+
+        def read(gradient: torch.Tensor) -> torch.Tensor | None:
+            struck = None
+            if self._injector is not None and self._injector.armed:
+                # Autograd may share a gradient's memory; only the copy that goes on is struck.
+                copy = gradient.clone(memory_format=torch.contiguous_format)
+                if self._injector.strike("gradient", index, copy, param=name):
+                    struck = gradient = copy
+            if self._enabled:
+                self._read(index, gradient)
+            return struck
+
+        return read
+
+    @torch.no_grad()
+    def _read(self, index: int, gradient: torch.Tensor) -> None:
+        if gradient.is_sparse:
+            gradient = gradient.coalesce().values()
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        if norm.device.type == "cpu" and torch.isinf(norm) and bool(torch.isfinite(gradient).all()):
+            # Finite, but its squares overflow. Nothing waits on a CPU; on a GPU this reads as INF.
+            self._near_inf.add(len(self._norms))
+        self._places.append((self.micro_step(), index))
+        self._norms.append(norm.double())
+        if self.fingerprinting:
+            self._fingerprints.append(fingerprint(gradient))
+
+    def _not_finite(self, reading: Reading, *, near: bool) -> Finding:
+        kind = DetectionKind.NAN if math.isnan(reading.norm) else DetectionKind.INF
+        return self._finding(reading, Check.SCREEN, DetectionKind.NEAR_INF if near else kind, math.inf)
+
+    def _finding(self, reading: Reading, check: Check, kind: DetectionKind, ratio: float) -> Finding:
+        return Finding(
+            site="gradient",
+            layer=reading.index,
+            check=check,
+            kind=kind,
+            residual_ratio=ratio,
+            param=self._names[reading.index],
+            micro_step=reading.micro_step,
+            detected_at=self._clock.wall(),
+        )

@@ -1,0 +1,265 @@
+"""The step transaction: no rank takes an optimizer step while any rank saw something that is not settled.
+
+Wrapped around the engine: each forward and backward is recorded and protected; at the boundary, before the optimizer,
+the ranks compare notes in one small reduction. Nothing seen anywhere: the step is taken, and that was all. Else rank 0
+gathers the evidence, asks the coordinator (or, where it does not answer in time, the same policy here), and all ranks do
+what was decided. The decision itself, its record and its execution are in `verdict.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+from resilience.abft.finding import Finding
+from resilience.deepspeed.adapter import EngineAdapter
+from resilience.guard.evidence import DetectionFactory
+from resilience.guard.exchange import Exchange
+from resilience.guard.recorder import Recorder
+from resilience.guard.reporter import Reporter
+from resilience.guard.screens import GradientScreen
+from resilience.guard.settings import Settings
+from resilience.guard.verdict import Boundary, Inspection
+
+__all__ = ["Guard", "Injectors", "Protector"]
+
+
+class Protector(Protocol):
+    """What the guard uses of `resilience.abft.protection.Protection`."""
+
+    def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None: ...
+
+    def active(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def drain(self) -> list[Finding]: ...
+
+    def checks(self) -> dict[str, int]: ...
+
+    def residual_sample(self) -> list[float]: ...
+
+    @property
+    def check_seconds(self) -> float: ...
+
+
+class Injector(Protocol):
+    """An injector of faults: it is told where the rank is."""
+
+    def begin(self, step: int, micro_step: int, attempt: int) -> None: ...
+
+
+Injectors = tuple[Injector, ...]
+
+
+class Guard:
+    """The transaction of one engine on one rank. Making one is collective.
+
+    Args:
+        adapter: the engine.
+        settings: this rank.
+        reporter: the line to the coordinator.
+        screen: of the local gradients.
+        protector: checks inside operations; None for the strengths `off` and `screen`.
+        injectors: told of each micro-step as it begins.
+        replay_problem: why no step of this engine can be run again; empty where it can.
+    """
+
+    def __init__(
+        self,
+        adapter: EngineAdapter,
+        settings: Settings,
+        *,
+        reporter: Reporter,
+        screen: GradientScreen,
+        protector: Protector | None = None,
+        injectors: Injectors = (),
+        replay_problem: str = "",
+    ) -> None:
+        self.settings = settings
+        self.reporter = reporter
+        self._adapter = adapter
+        self._screen = screen
+        self._protector = protector
+        self._injectors = injectors
+        recording = settings.config.guard.replay and not replay_problem
+        self.recorder = Recorder(adapter, enabled=recording)
+        self._replay_problem = replay_problem
+        screen.micro_step = self._micro_step_of_gradients
+        self._factory = DetectionFactory(
+            generation=settings.generation, rank=settings.rank, node=settings.node, device=settings.device
+        )
+        self._findings: list[Finding] = []
+        self._attempt = 0
+        self._micro_step = -1
+        self._replayed_micro_step: int | None = None
+        self._is_cpu = next((p.device.type for p in adapter.module.parameters()), "cpu") == "cpu"
+        self._step_began_at: float | None = None
+        self._check_seconds = 0.0
+        self._num_tokens = 0
+        self.boundary = Boundary(self, adapter, Exchange())
+        self.loaded_step: int | None = None
+        self._unwrap = adapter.wrap(
+            forward=self._forward, backward=self._backward, take_model_step=self._take_model_step
+        )
+
+    # ------ what checkpoints read (resilience.deepspeed.checkpoint.GuardState)
+
+    @property
+    def generation(self) -> int:
+        """The generation of this process."""
+        return self.settings.generation
+
+    @property
+    def last_verified_step(self) -> int:
+        """Newest step whose checks all reported."""
+        return self.boundary.last_verified_step
+
+    def uninstall(self) -> None:
+        """Put the engine back as it was."""
+        self._unwrap()
+        self._screen.remove()
+        self.boundary.close()
+
+    # ------ the wrappers
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._adapter.forward(*args, **kwargs)
+        self.boundary.leave_if_drained()
+        self._begin_micro_step(self.recorder.micro_step)
+        event = self.recorder.before_forward(args, kwargs)
+        self._num_tokens += _num_tokens((args, kwargs))
+        with self.protected():
+            outputs = self._adapter.forward(*args, **kwargs)
+        return self.recorder.after_forward(event, outputs)
+
+    def _backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.protected():
+            returned = self._adapter.backward(loss, *args, **kwargs)
+        scaled = kwargs.get("scale_wrt_gas", args[1] if len(args) > 1 else True)
+        self.recorder.after_backward(loss, returned, self._adapter.gradient_accumulation_steps if scaled else 1)
+        return returned
+
+    def _take_model_step(self, lr_kwargs: Any) -> Any:
+        self.boundary.settle()
+        taken = self._adapter.take_model_step(lr_kwargs)
+        self.boundary.step_taken()
+        self._say_how_it_goes()
+        self.recorder.clear()
+        self._screen.begin()
+        self._findings.clear()
+        self._attempt, self._micro_step = 0, -1
+        return taken
+
+    # ------ what the boundary uses
+
+    @property
+    def step(self) -> int:
+        """The step that is being worked on."""
+        return self._adapter.global_steps + 1
+
+    def begin_attempt(self, attempt: int) -> None:
+        """A replay begins: what was seen so far belongs to the attempt before."""
+        self._attempt, self._micro_step = attempt, -1
+        self._screen.begin()
+        self._screen.fingerprinting = True
+        self._findings.clear()
+
+    def end_attempts(self) -> None:
+        """No further replay of this step."""
+        self._screen.fingerprinting = False
+        self._replayed_micro_step = None
+
+    def begin_replayed_micro_step(self, micro_step: int) -> None:
+        """A replay reaches this micro-step."""
+        self._replayed_micro_step = micro_step
+        self._begin_micro_step(micro_step)
+
+    @contextlib.contextmanager
+    def protected(self) -> Iterator[None]:
+        """The checks inside operations are on."""
+        if self._protector is None:
+            yield
+            return
+        with self._protector.active():
+            yield
+
+    def inspect(self) -> Inspection:
+        """All that this rank saw in the attempt that has just run. Waits for the device."""
+        self._collect()
+        readings = self._screen.read(self._adapter.loss_scale)
+        findings = [*self._findings, *self._screen.findings(readings)]
+        return Inspection(
+            detections=tuple(self._factory.make(findings, step=self.step, attempt=self._attempt)),
+            findings=tuple(findings),
+            readings=tuple(readings),
+            fingerprints=self._screen.fingerprints(),
+            replay_problem=self._replay_problem or self.recorder.why_unavailable(),
+        )
+
+    def verified(self, inspection: Inspection) -> None:
+        """The step was taken, and this is what its last attempt showed."""
+        self._screen.verified(inspection.readings)
+
+    # ------
+
+    def _micro_step_of_gradients(self) -> int:
+        if self._replayed_micro_step is not None:
+            return self._replayed_micro_step
+        return max(0, self.recorder.num_backwards - 1)
+
+    def _begin_micro_step(self, micro_step: int) -> None:
+        if micro_step == self._micro_step:
+            return
+        if self._step_began_at is None:
+            self._step_began_at = self.settings.clock.monotonic()
+        if self._is_cpu:
+            # Reading early costs nothing on a CPU, and tells micro-steps apart.
+            self._collect()
+        self._micro_step = micro_step
+        for injector in self._injectors:
+            injector.begin(self.step, micro_step, self._attempt)
+        if self._protector is not None:
+            self._protector.begin_micro_step(self.step, micro_step, self._attempt)
+
+    def _collect(self) -> None:
+        if self._protector is None:
+            return
+        findings = self._protector.drain()
+        if self._is_cpu:
+            micro_step = max(0, self._micro_step)
+            findings = [dataclasses.replace(finding, micro_step=micro_step) for finding in findings]
+        self._findings.extend(findings)
+
+    def _say_how_it_goes(self) -> None:
+        """Fill in the next heartbeat; it is sent by another thread."""
+        now = self.settings.clock.monotonic()
+        seconds = now - (self._step_began_at if self._step_began_at is not None else now)
+        self._step_began_at = None
+        fields: dict[str, Any] = {"state": "training", "step": self._adapter.global_steps, "micro_step": 0}
+        loss = self.recorder.last_loss
+        if loss is not None and (self._is_cpu or self._adapter.global_steps % 10 == 0):
+            fields["loss"] = float(loss)
+        if self._num_tokens and seconds > 0:
+            fields["tokens_per_s"] = self._num_tokens / seconds
+        self._num_tokens = 0
+        if self._protector is not None:
+            spent = self._protector.check_seconds - self._check_seconds
+            self._check_seconds += spent
+            fields["checks"] = self._protector.checks()
+            fields["residual_ratios"] = self._protector.residual_sample()
+            if seconds > 0:
+                fields["abft_overhead_ratio"] = spent / seconds
+        fields["last_verified_step"] = self.last_verified_step
+        self.reporter.heartbeat(step_seconds=seconds, **fields)
+
+
+def _num_tokens(values: Any) -> int:
+    """Elements of the first integer tensor among a forward's inputs."""
+    if isinstance(values, torch.Tensor):
+        return 0 if values.is_floating_point() else values.numel()
+    items = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
+    return next((count for count in map(_num_tokens, items) if count), 0)
