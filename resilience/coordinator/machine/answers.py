@@ -1,0 +1,123 @@
+"""Replies and directives, read off the state. Nothing is queued: what a member is told follows from what is so."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from resilience.coordinator.machine.facts import Seat
+from resilience.coordinator.machine.state import State
+
+__all__ = ["Directive", "DirectiveKind", "JoinAnswer", "JoinStatus", "answer_join", "directives_for", "skips_in_a_row"]
+
+
+class JoinStatus(enum.StrEnum):
+    """What an agent that asks for a place should do."""
+
+    READY = "ready"
+    PENDING = "pending"
+    STOP = "stop"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JoinAnswer:
+    """The answer to an agent."""
+
+    status: JoinStatus
+    generation: int = 0
+    node_index: int = 0
+    num_nodes: int = 0
+    world_size: int = 0
+    seats: tuple[Seat, ...] = ()
+    """Those of the agent's node, in rank order."""
+    master_addr: str = ""
+    exit_code: int = 0
+    reason: str = ""
+
+
+class DirectiveKind(enum.StrEnum):
+    """Orders that ride on answers to reports."""
+
+    RESTART = "restart"
+    STOP = "stop"
+    DRAIN = "drain"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Directive:
+    """An order for one member."""
+
+    directive_id: str
+    kind: DirectiveKind
+    expires_at: float
+    reason: str
+    generation: int = 0
+    exit_code: int = 0
+
+
+def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
+    """What to tell the agent of `node`, whose newest generation is `last_generation`."""
+    ending = state.finished or state.ending
+    if ending is not None:
+        return JoinAnswer(status=JoinStatus.STOP, exit_code=ending.exit_code, reason=ending.reason)
+    own = tuple(seat.seat for seat in state.seats.values() if seat.seat.node == node)
+    if state.generation_ended or last_generation >= state.generation or not own:
+        missing = max(0, state.num_nodes - sum(1 for known in state.nodes.values() if known.waiting))
+        return JoinAnswer(
+            status=JoinStatus.PENDING, reason=f"waiting for the agents of {missing} of {state.num_nodes} nodes"
+        )
+    nodes = list(dict.fromkeys(seat.seat.node for seat in state.seats.values()))
+    return JoinAnswer(
+        status=JoinStatus.READY,
+        generation=state.generation,
+        node_index=nodes.index(node),
+        num_nodes=len(nodes),
+        world_size=len(state.seats),
+        seats=own,
+        master_addr=state.nodes[nodes[0]].agent.address,
+        reason=state.generations[-1].reason,
+    )
+
+
+def directives_for(state: State, member: str, generation: int, now: float) -> tuple[Directive, ...]:
+    """The orders for `member`, whose newest generation is `generation`.
+
+    Restarts and stops go to agents, which end their ranks; a drain goes to everybody. An order expires with the lease:
+    a member that hears it later asks again.
+    """
+    kind, _, name = member.partition(":")
+    expires_at = now + state.lease_s
+    orders: list[Directive] = []
+    ending = state.finished or state.ending
+    if kind == "agent" and ending is not None:
+        orders.append(
+            Directive(
+                directive_id="stop",
+                kind=DirectiveKind.STOP,
+                expires_at=expires_at,
+                reason=ending.reason,
+                exit_code=ending.exit_code,
+            )
+        )
+    elif kind == "agent" and state.generation_ended and generation == state.generation > 0:
+        node = state.nodes.get(name)
+        if node is not None and not node.waiting:
+            orders.append(
+                Directive(
+                    directive_id=f"restart-g{generation}",
+                    kind=DirectiveKind.RESTART,
+                    expires_at=expires_at,
+                    reason=state.generations[-1].ended_by,
+                    generation=generation,
+                )
+            )
+    if state.drain is not None and ending is None:
+        orders.append(
+            Directive(directive_id="drain", kind=DirectiveKind.DRAIN, expires_at=expires_at, reason=state.drain)
+        )
+    return tuple(orders)
+
+
+def skips_in_a_row(state: State) -> int:
+    """Steps in a row, up to the newest one, that were handed to DeepSpeed's skip outside the loss scaler's search."""
+    return state.num_skips_in_a_row if state.newest_step <= state.skipped_at_step else 0

@@ -1,0 +1,142 @@
+"""What the ranks' next reports bring back anyway: heartbeats, leases, and sums that are not yet sampled.
+
+It is not journaled. What of it must survive is turned into a `Sampled` fact, at most every `sample_interval_s`; a
+coordinator that is killed loses at most so much of its telemetry, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from resilience.coordinator.machine.commands import Heartbeat
+from resilience.coordinator.machine.facts import Observations, Sampled
+from resilience.coordinator.machine.state import State
+from resilience.metrics import BY_NAME, bucket_of
+
+__all__ = ["Pulse", "sample", "sample_interval_s"]
+
+_RANKS_PER_SECOND = 64
+"""Ranks whose steps one second's worth of journal may carry."""
+
+_MEASURED_HERE = frozenset({"init"})
+"""Causes of badput that the coordinator measures itself, from the launch to the first step."""
+
+
+@dataclasses.dataclass
+class _Sum:
+    counts: list[int]
+    total: float = 0.0
+
+
+@dataclasses.dataclass
+class Pulse:
+    """The volatile half of the machine."""
+
+    since: float
+    """When this process began to watch: leases of members not heard of yet count from here."""
+    seen: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Member -> its last sign of life."""
+    beats: dict[int, Heartbeat] = dataclasses.field(default_factory=dict)
+    """Rank -> its last heartbeat in this generation."""
+    sequences: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Member -> newest sequence whose increments are in the sums."""
+    moved_at: float = 0.0
+    """When a rank last finished a micro-step."""
+    sampled_at: float = 0.0
+    durations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    first_step_at: float | None = None
+    sums: dict[tuple[str, str], _Sum] = dataclasses.field(default_factory=dict)
+    badput: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def age(self, member: str, now: float) -> float:
+        """Seconds since `member` gave a sign of life."""
+        return now - self.seen.get(member, self.since)
+
+    def begin_generation(self, now: float) -> None:
+        """Ranks of the generation before say nothing any more."""
+        self.beats.clear()
+        self.sequences.clear()
+        for member in [member for member in self.seen if member.startswith("rank:")]:
+            del self.seen[member]
+        self.moved_at = now
+        self.first_step_at = None
+
+    def observe(self, metric: str, value: float, label: str = "") -> None:
+        """One value into a histogram; values that are not finite are left out."""
+        if not math.isfinite(value):
+            return
+        row = BY_NAME[metric]
+        found = self.sums.setdefault((metric, label), _Sum([0] * (len(row.buckets) + 1)))
+        found.counts[bucket_of(row, value)] += 1
+        found.total += value
+
+    def take_beat(self, state: State, rank: int, beat: Heartbeat, *, is_new: bool, now: float) -> None:
+        """A heartbeat of `rank`; its increments count once (`is_new`), its levels always."""
+        before = self.beats.get(rank)
+        if before is None or (beat.step, beat.micro_step) != (before.step, before.micro_step):
+            self.moved_at = now
+        self.beats[rank] = beat
+        if not is_new:
+            return
+        for seconds in beat.step_seconds_since:
+            self.observe("step_seconds", seconds)
+        for ratio in beat.residual_ratios:
+            self.observe("abft_residual_ratio", ratio)
+        if rank == 0 and beat.step_seconds_since:
+            self._take_steps(state, beat, now)
+
+    def _take_steps(self, state: State, beat: Heartbeat, now: float) -> None:
+        first = beat.step - len(beat.step_seconds_since) + 1
+        self.durations += [(first + index, seconds) for index, seconds in enumerate(beat.step_seconds_since)]
+        if state.generations and state.generations[-1].first_step_at is None and self.first_step_at is None:
+            self.first_step_at = max(state.generations[-1].began_at, now - sum(beat.step_seconds_since))
+
+    def take_badput(self, state: State, seconds: tuple[tuple[str, float], ...]) -> None:
+        """Seconds of one rank; all ranks wait together, so they count by the share of one rank."""
+        for cause, spent in seconds:
+            if cause not in _MEASURED_HERE and math.isfinite(spent) and spent > 0:
+                share = spent / max(1, len(state.seats))
+                self.badput[cause] = self.badput.get(cause, 0.0) + share
+
+
+def sample_interval_s(num_ranks: int) -> float:
+    """How often heartbeats are sampled into the journal."""
+    return max(1.0, num_ranks / _RANKS_PER_SECOND)
+
+
+def sample(state: State, pulse: Pulse, now: float) -> Sampled | None:
+    """What has changed since the last sample, or None; the sums in `pulse` begin again."""
+    steps = tuple((rank, b.step) for rank, b in sorted(pulse.beats.items()) if b.step != state.seats[rank].step)
+    states = tuple((rank, b.state) for rank, b in sorted(pulse.beats.items()) if b.state != state.seats[rank].state)
+    verified = min((beat.last_verified_step for beat in pulse.beats.values()), default=0)
+    known = state.telemetry.rank_checks
+    checks = tuple(
+        (rank, site, count)
+        for rank, beat in sorted(pulse.beats.items())
+        for site, count in beat.checks
+        if count != known.get((rank, site))
+    )
+    rates = [beat.tokens_per_s for beat in pulse.beats.values() if beat.tokens_per_s is not None]
+    lead = pulse.beats.get(0)
+    pulse.sampled_at = now
+    if not (steps or states or checks or pulse.durations or pulse.sums or pulse.badput):
+        return None
+    fact = Sampled(
+        generation=state.generation,
+        steps=steps,
+        states=states,
+        durations=tuple(pulse.durations),
+        first_step_at=pulse.first_step_at,
+        last_verified_step=verified,
+        checks=checks,
+        observations=tuple(
+            Observations(metric=metric, label=label, counts=tuple(found.counts), total=found.total)
+            for (metric, label), found in pulse.sums.items()
+        ),
+        badput=tuple(sorted(pulse.badput.items())),
+        loss=None if lead is None else lead.loss,
+        tokens_per_s=sum(rates) if rates else None,
+    )
+    pulse.durations, pulse.first_step_at, pulse.sums, pulse.badput = [], None, {}, {}
+    return fact

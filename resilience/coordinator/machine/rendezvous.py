@@ -1,0 +1,181 @@
+"""Agents ask for places; when all are there, a generation begins. Ranks follow the order of the hostfile.
+
+agent asks -> known node? --no--> joined
+                |yes
+running generation has it --> it asks again (answer lost) | its ranks ended (failure) | it is another process (failure)
+no generation runs        --> it waits; all nodes wait -> cordons clear -> generation begins
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from resilience.coordinator.machine import facts as f
+from resilience.coordinator.machine.commands import JoinAgent, JoinRank, Leave
+from resilience.coordinator.machine.effects import RefusalKind, Refused
+from resilience.coordinator.machine.members import check_generation, check_run, check_running, seat_of
+from resilience.coordinator.machine.pulse import Pulse
+from resilience.coordinator.machine.reports import flush
+from resilience.coordinator.machine.state import State
+from resilience.coordinator.machine.supervision import fail, fail_of_exits
+from resilience.errors import ExitCode
+from resilience.events import Action, Decision
+from resilience.policy import FailureKind
+
+__all__ = ["finish", "join_agent", "join_rank", "leave"]
+
+
+def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> Iterator[f.Fact]:
+    """An agent asks for a place in the next generation."""
+    agent = command.agent
+    check_run(state, command.run_id)
+    _check_agent(state, command)
+    pulse.seen[f"agent:{agent.node}"] = now
+    if state.finished is not None:
+        return
+    known = state.nodes.get(agent.node)
+    if known is None or known.agent != agent or known.left is not None:
+        yield f.AgentJoined(agent=agent)
+    if not state.generation_ended:
+        is_seated = any(seat.seat.node == agent.node for seat in state.seats.values())
+        if known is not None and known.agent.pid != agent.pid and is_seated:
+            detail = f"the agent of {agent.node} is another process now (pid {known.agent.pid}, then {agent.pid})"
+            yield from fail(state, pulse, FailureKind.AGENT, detail, now)
+        elif command.last_generation < state.generation:
+            return
+        elif command.exits:
+            yield from fail_of_exits(state, pulse, command.exits, now)
+        else:
+            detail = f"the agent of {agent.node} asks for a new generation: {command.reason or 'no reason given'}"
+            yield from fail(state, pulse, FailureKind.AGENT, detail, now)
+    if state.ending is not None or not state.generation_ended:
+        return
+    if not state.nodes[agent.node].waiting:
+        yield f.AgentWaits(node=agent.node, reason=command.reason)
+    yield from _begin(state, pulse, now)
+
+
+def _check_agent(state: State, command: JoinAgent) -> None:
+    agent = command.agent
+    if agent.num_nodes < 1 or not agent.devices:
+        raise Refused(
+            RefusalKind.INVALID,
+            f"agent of {agent.node!r} offers {len(agent.devices)} devices on {agent.num_nodes} nodes",
+        )
+    if state.num_nodes and agent.num_nodes != state.num_nodes:
+        raise Refused(
+            RefusalKind.INVALID,
+            f"agent of {agent.node} was started for {agent.num_nodes} nodes, this run has {state.num_nodes};"
+            " start all agents from one launch",
+        )
+    for other in state.nodes.values():
+        if other.agent.node != agent.node and other.agent.node_rank == agent.node_rank and other.left is None:
+            raise Refused(
+                RefusalKind.INVALID, f"node rank {agent.node_rank} of {agent.node} is taken by {other.agent.node}"
+            )
+    if command.last_generation > state.generation:
+        raise Refused(
+            RefusalKind.STALE,
+            f"agent of {agent.node} comes from generation {command.last_generation}, this run is in {state.generation};"
+            " is it another run's agent?",
+        )
+    if agent.node not in state.nodes and len(state.nodes) >= agent.num_nodes:
+        raise Refused(RefusalKind.UNKNOWN, f"node {agent.node} is not one of this run's: {', '.join(state.nodes)}")
+
+
+def _begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
+    waiting = [node for node in state.nodes.values() if node.waiting]
+    if len(waiting) < state.num_nodes:
+        return
+    agents = sorted((node.agent for node in waiting), key=lambda agent: agent.node_rank)
+    seats = [(agent.node, device) for agent in agents for device in agent.devices]
+    cordoned = next((device.device for _, device in seats if device.device in state.cordons), None)
+    if cordoned is not None:
+        yield from _refuse_device(state, cordoned, now)
+        return
+    reason = state.generations[-1].ended_by if state.generations else "the run starts"
+    yield from flush(state, pulse, now)
+    pulse.begin_generation(now)
+    yield f.GenerationBegan(
+        generation=state.generation + 1,
+        seats=tuple(
+            f.Seat(rank=rank, node=node, slot=device.slot, device=device.device)
+            for rank, (node, device) in enumerate(seats)
+        ),
+        reason=reason,
+    )
+
+
+def _refuse_device(state: State, device: str, now: float) -> Iterator[f.Fact]:
+    """Every device that an agent offers is one that the launch asked for, so there is no spare to take instead."""
+    cordon = state.cordons[device]
+    decision = Decision(
+        decision_id=f"g{state.generation + 1}-place",
+        generation=state.generation + 1,
+        step=0,
+        attempt=0,
+        action=Action.STOP,
+        reason=f"device {device} is cordoned: {cordon.reason or 'no reason given'};"
+        f" launch without it, or `resilience uncordon {device}` once it is mended",
+        exit_code=int(ExitCode.REQUEUE),
+        decided_at=now,
+        rule="cordoned-device",
+    )
+    yield f.DecisionMade(decision=decision)
+    yield f.OrderTaken(decision_id=decision.decision_id)
+
+
+def join_rank(state: State, pulse: Pulse, command: JoinRank, now: float) -> Iterator[f.Fact]:
+    """A rank announces itself in the generation that it was started for."""
+    check_run(state, command.run_id)
+    check_generation(state, command.generation, f"rank {command.rank}")
+    check_running(state)
+    seat = seat_of(state, command.rank)
+    if seat.seat.node != command.node or command.world_size != len(state.seats):
+        raise Refused(
+            RefusalKind.INVALID,
+            f"rank {command.rank} of {command.world_size} on {command.node} does not match its place in generation"
+            f" {state.generation}: rank {command.rank} of {len(state.seats)} on {seat.seat.node}",
+        )
+    member = f"rank:{command.rank}"
+    pulse.seen[member] = pulse.moved_at = now
+    if not seat.joined or seat.pid != command.pid:
+        pulse.sequences.pop(member, None)
+        yield f.RankJoined(rank=command.rank, pid=command.pid, versions=command.versions)
+
+
+def leave(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.Fact]:
+    """A member ends and says so. The run is over when all its agents have left."""
+    check_run(state, command.run_id)
+    kind, _, name = command.member.partition(":")
+    if kind == "agent":
+        if name not in state.nodes:
+            raise Refused(RefusalKind.UNKNOWN, f"{command.member} is not a member of this run")
+        if state.nodes[name].left is not None:
+            return
+    else:
+        check_generation(state, command.generation, command.member)
+        if seat_of(state, command.member).left is not None:
+            return
+    yield f.MemberLeft(
+        member=command.member, generation=command.generation, exit_code=command.exit_code, reason=command.reason
+    )
+    everyone = len(state.nodes) == state.num_nodes and all(node.left is not None for node in state.nodes.values())
+    if kind == "agent" and everyone and state.finished is None:
+        yield finish(state)
+
+
+def finish(state: State) -> f.Finished:
+    """The last fact, from what was decided and how the agents left."""
+    code = state.ending.exit_code if state.ending is not None else 0
+    reason = state.ending.reason if state.ending is not None else "all ranks ended with 0"
+    return f.Finished(exit_code=code, outcome=_OUTCOMES.get(code, "failed"), reason=reason)
+
+
+_OUTCOMES = {
+    int(ExitCode.DONE): "done",
+    int(ExitCode.USAGE): "usage",
+    int(ExitCode.UNAVAILABLE): "unavailable",
+    int(ExitCode.REQUEUE): "requeue",
+    int(ExitCode.DO_NOT_REQUEUE): "do_not_requeue",
+}

@@ -1,0 +1,205 @@
+"""The state: everything that a recovered coordinator needs, as plain data. Only `fold` changes it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from resilience.config import PolicyConfig
+from resilience.coordinator.machine.facts import Agent, CheckpointFact, Note, Seat
+from resilience.events import Action, Decision, Detection, Evidence, Mode, Strike, Verdict
+from resilience.metrics import BY_NAME
+from resilience.policy import Failure
+
+__all__ = ["Cordon", "Ending", "GenerationRecord", "Histogram", "Node", "Order", "RankSeat", "State", "StoryLine"]
+
+MAX_DURATIONS = 4096
+"""Steps whose durations are kept one by one, so that lost work can be told exactly that far back."""
+
+MAX_STORY = 10_000
+
+
+@dataclasses.dataclass
+class Node:
+    """An agent, as the coordinator knows it."""
+
+    agent: Agent
+    waiting: bool = False
+    """Asks for a place in the next generation."""
+    left: int | None = None
+    """The code that it left with."""
+
+
+@dataclasses.dataclass
+class RankSeat:
+    """A rank of the current generation."""
+
+    seat: Seat
+    joined: bool = False
+    pid: int = 0
+    left: int | None = None
+    step: int = 0
+    state: str = "starting"
+    sequence: int = 0
+
+
+@dataclasses.dataclass
+class GenerationRecord:
+    """One generation, for the report."""
+
+    generation: int
+    began_at: float
+    world_size: int
+    reason: str
+    first_step_at: float | None = None
+    ended_at: float | None = None
+    ended_by: str = ""
+
+
+@dataclasses.dataclass
+class Order:
+    """A restart or a stop that was decided; it takes effect when the rank concludes it, or after a grace."""
+
+    decision_id: str
+    action: Action
+    at: float
+
+
+@dataclasses.dataclass
+class Ending:
+    """The run is to end."""
+
+    exit_code: int
+    reason: str
+    decision_id: str = ""
+
+
+@dataclasses.dataclass
+class Cordon:
+    """A device that is out of use."""
+
+    node: str
+    reason: str
+    at: float
+
+
+@dataclasses.dataclass
+class StoryLine:
+    """One line of the run's story."""
+
+    sequence: int
+    at: float
+    kind: str
+    text: str
+    generation: int
+    step: int
+
+
+@dataclasses.dataclass
+class Histogram:
+    """Counts per bucket (not cumulative, the last is +Inf) and the sum of the values."""
+
+    counts: list[int]
+    total: float = 0.0
+
+    def add(self, counts: tuple[int, ...], total: float) -> None:
+        assert len(counts) == len(self.counts), "buckets of another version"
+        self.counts = [have + new for have, new in zip(self.counts, counts, strict=True)]
+        self.total += total
+
+
+@dataclasses.dataclass
+class Telemetry:
+    """Sums over the run."""
+
+    num_steps_taken: int = 0
+    durations: collections.OrderedDict[int, float] = dataclasses.field(default_factory=collections.OrderedDict)
+    """Seconds of each kept step, newest last; the oldest are folded into `kept_s`."""
+    kept_s: float = 0.0
+    badput_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    checks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By site, over all generations."""
+    rank_checks: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
+    """(rank, site) -> count that the rank reported last, in this generation."""
+    histograms: dict[tuple[str, str], Histogram] = dataclasses.field(default_factory=dict)
+    num_skipped_steps: int = 0
+    timed: set[str] = dataclasses.field(default_factory=set)
+    """Decisions whose duration was counted."""
+
+    def histogram(self, metric: str, label: str = "") -> Histogram:
+        found = self.histograms.get((metric, label))
+        if found is None:
+            found = self.histograms[metric, label] = Histogram([0] * (len(BY_NAME[metric].buckets) + 1))
+        return found
+
+
+@dataclasses.dataclass
+class State:
+    """A run."""
+
+    run_id: str = ""
+    mode: Mode = Mode.ENFORCE
+    limits: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    lease_s: float = 15.0
+    started_at: float = 0.0
+    config_digest: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
+    generation: int = 0
+    generation_ended: bool = True
+    seats: dict[int, RankSeat] = dataclasses.field(default_factory=dict)
+    generations: list[GenerationRecord] = dataclasses.field(default_factory=list)
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+
+    detections: dict[str, Detection] = dataclasses.field(default_factory=dict)
+    verdicts: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    """What decisions settled, also for detections that have not arrived yet."""
+    decisions: dict[str, Decision] = dataclasses.field(default_factory=dict)
+    evidence: dict[str, Evidence] = dataclasses.field(default_factory=dict)
+    """By decision."""
+    strikes: dict[str, Strike] = dataclasses.field(default_factory=dict)
+    checkpoints: list[CheckpointFact] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
+    cordons: dict[str, Cordon] = dataclasses.field(default_factory=dict)
+
+    deterministic: bool | None = None
+    last_verified_step: int = 0
+    skipped_at_step: int = 0
+    """The newest step that was handed to DeepSpeed's skip …"""
+    num_skips_in_a_row: int = 0
+    """… and how many there were in a row with it, outside the loss scaler's search."""
+    loss: float | None = None
+    tokens_per_s: float | None = None
+
+    order: Order | None = None
+    ending: Ending | None = None
+    drain: str | None = None
+    finished: Ending | None = None
+    finished_at: float | None = None
+    outcome: str = ""
+
+    telemetry: Telemetry = dataclasses.field(default_factory=Telemetry)
+    story: list[StoryLine] = dataclasses.field(default_factory=list)
+    num_lines: int = 0
+
+    @property
+    def newest_step(self) -> int:
+        """Newest step that all ranks of the generation have taken, as far as it was sampled."""
+        return min((seat.step for seat in self.seats.values()), default=0)
+
+    @property
+    def newest_checkpoint_step(self) -> int:
+        return max((c.step for c in self.checkpoints if c.kind == "published"), default=0)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the launch asked for; 0 before the first agent came."""
+        return next((node.agent.num_nodes for node in self.nodes.values()), 0)
+
+    def tell(self, at: float, kind: str, text: str, *, step: int = 0) -> None:
+        """Add a line to the story; the oldest make room."""
+        self.num_lines += 1
+        self.story.append(StoryLine(self.num_lines, at, kind, text, self.generation, step))
+        if len(self.story) > MAX_STORY:
+            del self.story[: MAX_STORY // 10]

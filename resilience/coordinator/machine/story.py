@@ -1,0 +1,126 @@
+"""Facts as lines for people: what `resilience events` shows. Called by `fold`, after the state has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from resilience.coordinator.machine import facts as f
+from resilience.coordinator.machine.state import State
+from resilience.events import Decision, Detection
+
+__all__ = ["detection_line", "tell"]
+
+
+def tell(state: State, fact: f.Fact, at: float) -> None:
+    """Add the lines that `fact` is worth; heartbeats are worth none."""
+    teller = _TELLERS.get(type(fact))
+    if teller is not None:
+        teller(state, fact, at)
+
+
+def detection_line(d: Detection) -> str:
+    """A detection, as one line."""
+    layer = f"[{d.layer}]" if d.layer >= 0 else ""
+    micro = f" micro-step {d.micro_step}" if d.micro_step else ""
+    mended = ", mended in place" if d.mended else ""
+    cause = f", caused by {d.caused_by}" if d.caused_by else ""
+    where = f"{d.site}{layer} on rank {d.rank}, step {d.step}{micro}"
+    return f"{d.detection_id}: {d.kind} in {where} ({d.check}){mended}{cause}"
+
+
+def _decision_line(decision: Decision) -> str:
+    return f"{decision.decision_id}: {decision.action}: {decision.reason}"
+
+
+def _opened(state: State, fact: f.Opened, at: float) -> None:
+    state.tell(at, "note", f"run {fact.run_id} opened in mode {fact.mode}")
+
+
+def _recovered(state: State, fact: f.Recovered, at: float) -> None:
+    state.tell(at, "note", f"the coordinator came back from its journal (pid {fact.pid})")
+
+
+def _cordon_set(state: State, fact: f.CordonSet, at: float) -> None:
+    what = "out of use" if fact.cordoned else "back in use"
+    for device, _ in fact.devices:
+        state.tell(at, "note", f"{device} is {what} ({fact.by}): {fact.reason or 'no reason given'}")
+
+
+def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> None:
+    agent = fact.agent
+    state.tell(at, "member", f"agent of {agent.node} joined with {len(agent.devices)} devices (pid {agent.pid})")
+
+
+def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> None:
+    state.tell(at, "generation", f"generation {fact.generation} begins on {len(fact.seats)} ranks: {fact.reason}")
+
+
+def _reported(state: State, fact: f.Reported, at: float) -> None:
+    for strike in fact.strikes:
+        text = f"{strike.strike_id}: injected {strike.kind} in {strike.site}[{strike.layer}] on rank {strike.rank}"
+        state.tell(at, "strike", text + (" (no effect)" if strike.no_effect else ""), step=strike.step)
+    for detection in fact.detections:
+        state.tell(at, "detection", detection_line(detection), step=detection.step)
+    for point in fact.checkpoints:
+        text = f"checkpoint {point.tag} in {point.directory} {point.kind}" + (
+            f": {point.reason}" if point.reason else ""
+        )
+        state.tell(at, "checkpoint", text, step=point.step)
+    for note in fact.notes:
+        state.tell(at, "note", f"{note.kind}: {note.message}", step=note.step)
+
+
+def _decision_made(state: State, fact: f.DecisionMade, at: float) -> None:
+    state.tell(at, "decision", _decision_line(fact.decision), step=fact.decision.step)
+
+
+def _concluded(state: State, fact: f.Concluded, at: float) -> None:
+    d = fact.decision
+    text = f"{d.decision_id}: {d.action} executed on the word of the {d.origin}: {d.outcome}"
+    state.tell(at, "decision", text, step=d.step)
+
+
+def _failure_seen(state: State, fact: f.FailureSeen, at: float) -> None:
+    failure = fact.failure
+    for end in failure.exits:
+        text = f"rank {end.rank} on {end.node} ended with {end.exit_code}" + (f": {end.message}" if end.message else "")
+        state.tell(at, "exit", text, step=failure.step)
+    if not failure.exits:
+        state.tell(at, "exit", f"{failure.kind}: {failure.detail}", step=failure.step)
+
+
+def _restart_settled(state: State, fact: f.RestartSettled, at: float) -> None:
+    took = f"{fact.latency_ms / 1000:.1f} s"
+    text = f"{fact.decision_id}: restart {fact.outcome}, {took}, resumed after step {fact.resumed_step}"
+    state.tell(at, "decision", text, step=fact.resumed_step)
+
+
+def _member_left(state: State, fact: f.MemberLeft, at: float) -> None:
+    why = f": {fact.reason}" if fact.reason else ""
+    state.tell(at, "member", f"{fact.member} of generation {fact.generation} left with {fact.exit_code}{why}")
+
+
+def _drain_asked(state: State, fact: f.DrainAsked, at: float) -> None:
+    state.tell(at, "note", f"drain asked for: {fact.reason or 'no reason given'}")
+
+
+def _finished(state: State, fact: f.Finished, at: float) -> None:
+    state.tell(at, "finished", f"run ended with {fact.exit_code} ({fact.outcome}): {fact.reason}")
+
+
+_TELLERS: dict[type, Callable[[State, Any, float], None]] = {
+    f.Opened: _opened,
+    f.Recovered: _recovered,
+    f.CordonSet: _cordon_set,
+    f.AgentJoined: _agent_joined,
+    f.GenerationBegan: _generation_began,
+    f.Reported: _reported,
+    f.DecisionMade: _decision_made,
+    f.Concluded: _concluded,
+    f.FailureSeen: _failure_seen,
+    f.RestartSettled: _restart_settled,
+    f.MemberLeft: _member_left,
+    f.DrainAsked: _drain_asked,
+    f.Finished: _finished,
+}

@@ -1,0 +1,170 @@
+"""From the messages of the Coordinator service to commands, and from answers to messages. No rules of its own."""
+
+from __future__ import annotations
+
+from resilience.coordinator.machine import commands as c
+from resilience.coordinator.machine.answers import Directive, DirectiveKind, JoinAnswer, JoinStatus
+from resilience.coordinator.machine.facts import Agent, CheckpointFact, Device, Note
+from resilience.rpc.codec import BoundsError, clip, from_proto
+from resilience.rpc.v1 import coordinator_pb2 as pb
+
+__all__ = [
+    "conclude_command",
+    "decide_command",
+    "directive_message",
+    "join_agent_command",
+    "join_rank_command",
+    "join_response",
+    "leave_command",
+    "report_command",
+]
+
+
+def join_agent_command(request: pb.JoinRequest) -> c.JoinAgent:
+    """An agent's request for a place."""
+    info = request.agent
+    _require(info.node, "JoinRequest.agent.node")
+    return c.JoinAgent(
+        run_id=request.run_id,
+        agent=Agent(
+            node=info.node,
+            node_rank=info.node_rank,
+            num_nodes=info.num_nodes,
+            address=info.address,
+            devices=tuple(Device(slot=d.slot, device=d.device, name=d.name) for d in info.devices),
+            pid=info.pid,
+        ),
+        last_generation=info.last_generation,
+        exits=tuple(from_proto(e) for e in info.exits),
+        reason=info.reason,
+    )
+
+
+def join_rank_command(request: pb.JoinRequest) -> c.JoinRank:
+    """A rank's announcement."""
+    info = request.rank
+    return c.JoinRank(
+        run_id=request.run_id,
+        generation=info.generation,
+        rank=info.rank,
+        world_size=info.world_size,
+        node=info.node,
+        pid=info.pid,
+        versions=tuple(sorted(info.versions.items())),
+    )
+
+
+def report_command(request: pb.ReportRequest) -> c.Report:
+    """One report of a member."""
+    _require(request.member, "ReportRequest.member")
+    return c.Report(
+        run_id=request.run_id,
+        generation=request.generation,
+        member=request.member,
+        sequence=request.sequence,
+        heartbeat=_heartbeat(request.heartbeat) if request.HasField("heartbeat") else None,
+        detections=tuple(from_proto(d) for d in request.detections),
+        decisions=tuple(from_proto(d) for d in request.decisions),
+        strikes=tuple(from_proto(s) for s in request.strikes),
+        exits=tuple(from_proto(e) for e in request.exits),
+        checkpoints=tuple(_checkpoint(fact) for fact in request.checkpoints),
+        notes=tuple(Note(kind=n.kind, message=n.message, step=n.step, at=n.at) for n in request.notes),
+        deterministic=request.deterministic if request.HasField("deterministic") else None,
+        badput_seconds=tuple(sorted(request.badput_seconds.items())),
+        num_skipped_steps=request.num_skipped_steps,
+    )
+
+
+def _heartbeat(beat: pb.Heartbeat) -> c.Heartbeat:
+    return c.Heartbeat(
+        step=beat.step,
+        micro_step=beat.micro_step,
+        state=beat.state or "training",
+        loss=beat.loss if beat.HasField("loss") else None,
+        tokens_per_s=beat.tokens_per_s if beat.HasField("tokens_per_s") else None,
+        step_seconds=beat.step_seconds if beat.HasField("step_seconds") else None,
+        last_verified_step=beat.last_verified_step,
+        checks=tuple((check.site, check.count) for check in beat.checks),
+        abft_overhead_ratio=beat.abft_overhead_ratio if beat.HasField("abft_overhead_ratio") else None,
+        step_seconds_since=tuple(beat.step_seconds_since),
+        residual_ratios=tuple(beat.residual_ratios),
+    )
+
+
+def _checkpoint(fact: pb.CheckpointFact) -> CheckpointFact:
+    if fact.kind == pb.CheckpointFact.KIND_UNSPECIFIED or fact.kind not in pb.CheckpointFact.Kind.values():
+        raise BoundsError(
+            f"CheckpointFact.kind = {fact.kind} is not set or not known; is the sender of another version?"
+        )
+    return CheckpointFact(
+        kind=pb.CheckpointFact.Kind.Name(fact.kind).lower(),
+        directory=fact.directory,
+        tag=fact.tag,
+        step=fact.step,
+        generation=fact.generation,
+        last_verified_step=fact.last_verified_step,
+        reason=fact.reason,
+        seconds=fact.seconds,
+        at=fact.at,
+    )
+
+
+def decide_command(request: pb.DecideRequest) -> c.Decide:
+    """Rank 0's question."""
+    return c.Decide(evidence=from_proto(request.evidence))
+
+
+def conclude_command(request: pb.ConcludeRequest) -> c.Conclude:
+    """What rank 0 executed."""
+    decision = from_proto(request.decision)
+    _require(decision.decision_id, "ConcludeRequest.decision.decision_id")
+    return c.Conclude(run_id=request.run_id, rank=request.rank, decision=decision)
+
+
+def leave_command(request: pb.LeaveRequest) -> c.Leave:
+    """A member's goodbye."""
+    return c.Leave(
+        run_id=request.run_id,
+        generation=request.generation,
+        member=request.member,
+        exit_code=request.exit_code,
+        reason=request.reason,
+    )
+
+
+def join_response(answer: JoinAnswer) -> pb.JoinResponse:
+    """The answer to an agent."""
+    if answer.status is JoinStatus.READY:
+        return pb.JoinResponse(
+            status=pb.JoinResponse.READY,
+            assignment=pb.Assignment(
+                generation=answer.generation,
+                node_index=answer.node_index,
+                num_nodes=answer.num_nodes,
+                world_size=answer.world_size,
+                first_rank=answer.seats[0].rank,
+                slots=[seat.slot for seat in answer.seats],
+                master_addr=answer.master_addr,
+                reason=clip(answer.reason),
+            ),
+        )
+    status = pb.JoinResponse.STOP if answer.status is JoinStatus.STOP else pb.JoinResponse.PENDING
+    return pb.JoinResponse(status=status, exit_code=answer.exit_code, reason=clip(answer.reason))
+
+
+def directive_message(directive: Directive) -> pb.Directive:
+    """An order as a message."""
+    message = pb.Directive(directive_id=directive.directive_id, expires_at=directive.expires_at)
+    reason = clip(directive.reason)
+    if directive.kind is DirectiveKind.RESTART:
+        message.restart.CopyFrom(pb.Restart(ended_generation=directive.generation, reason=reason))
+    elif directive.kind is DirectiveKind.STOP:
+        message.stop.CopyFrom(pb.Stop(exit_code=directive.exit_code, reason=reason))
+    else:
+        message.drain.CopyFrom(pb.Drain(reason=reason))
+    return message
+
+
+def _require(text: str, name: str) -> None:
+    if not text:
+        raise BoundsError(f"{name} is empty; it must be set")
