@@ -1,0 +1,168 @@
+"""The embedded coordinator: started beside the runner, restarted on the same port when it dies, ended with the run.
+
+It lives in a session of its own, so that a Ctrl-C on the terminal does not reach it before the agents have told it how
+the run ended, and it gets SIGTERM from the kernel when the runner dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from resilience.clock import Clock, SystemClock
+from resilience.config import CoordinatorConfig
+from resilience.context import RunContext
+from resilience.errors import ExitCode, ResilienceError, UsageError
+from resilience.launch import shim
+from resilience.launch.network import free_port, is_free
+from resilience.launch.run_directory import RunDirectory
+
+__all__ = ["EmbeddedCoordinator", "choose_metrics_port", "choose_port"]
+
+DEFAULT_METRICS_PORT = 9464
+_START_S = 30.0
+_STOP_S = 15.0
+_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+_STABLE_S = 30.0
+"""After so long a life the next death counts as the first one again."""
+
+
+def choose_port(config: CoordinatorConfig) -> int:
+    """The gRPC port: the explicit one if it is free, else any.
+
+    Raises:
+        UsageError: the explicit port is busy.
+    """
+    if config.port:
+        return _explicit(config.bind, config.port, "coordinator.port")
+    return free_port(config.bind)
+
+
+def choose_metrics_port(config: CoordinatorConfig) -> int:
+    """The Prometheus port: the explicit one, else 9464, else any.
+
+    Raises:
+        UsageError: the explicit port is busy.
+    """
+    if config.metrics_port:
+        return _explicit(config.metrics_bind, config.metrics_port, "coordinator.metrics_port")
+    if config.metrics_port is None and is_free(config.metrics_bind, DEFAULT_METRICS_PORT):
+        return DEFAULT_METRICS_PORT
+    return free_port(config.metrics_bind)
+
+
+def _explicit(host: str, port: int, key: str) -> int:
+    if not is_free(host, port):
+        raise UsageError(f"{key} = {port}: in use on {host}; give a free port, or leave it out for any free one")
+    return port
+
+
+class EmbeddedCoordinator:
+    """One coordinator process at a time, on ports that stay."""
+
+    def __init__(
+        self, directory: RunDirectory, context: RunContext, *, metrics_port: int, clock: Clock | None = None
+    ) -> None:
+        self._directory = directory
+        self._context = context
+        self._host, _, port = context.coordinator_address.rpartition(":")
+        self._port = int(port)
+        self._metrics_port = metrics_port
+        self._clock = clock or SystemClock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._restart_at: float | None = None
+        self._num_deaths = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The coordinator's process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def metrics_address(self) -> str:
+        """`host:port` of the Prometheus endpoint."""
+        return f"{self._context.config.coordinator.metrics_bind}:{self._metrics_port}"
+
+    def start(self) -> None:
+        """Start it and wait until it listens.
+
+        Raises:
+            ResilienceError: it ended at once; the message is its own last line.
+        """
+        self._spawn()
+        deadline = self._clock.monotonic() + _START_S
+        while not self._listens():
+            if self._process is not None and self._process.poll() is not None:
+                raise self._failed_to_start(self._process.returncode)
+            if self._clock.monotonic() > deadline:
+                raise ResilienceError(f"coordinator: does not listen after {_START_S:.0f} s; see {self.log}")
+            threading.Event().wait(0.05)
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self._directory.logs / "coordinator.log"
+
+    def supervise(self) -> None:
+        """Call it often: starts the coordinator again when it has died. Never waits."""
+        now = self._clock.monotonic()
+        if self._restart_at is not None:
+            if now >= self._restart_at:
+                self._restart_at = None
+                self._spawn()
+            return
+        if self._process is None or self._process.poll() is None:
+            return
+        self._num_deaths = 1 if now - self._started_at > _STABLE_S else self._num_deaths + 1
+        delay_s = _BACKOFF_S[min(self._num_deaths, len(_BACKOFF_S)) - 1]
+        print(f"resilience: the coordinator ended with {self._process.returncode}; starting it again", file=sys.stderr)
+        self._restart_at = now + delay_s
+
+    def stop(self) -> None:
+        """End it: SIGTERM, on which it writes its report, then SIGKILL."""
+        self._restart_at = None
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _spawn(self) -> None:
+        command = [
+            *(sys.executable, "-I", "-S", shim.__file__, "exec", str(os.getpid()), str(int(signal.SIGTERM))),
+            *(sys.executable, "-m", "resilience.coordinator", "--context", str(self._directory.context)),
+            *("--port", str(self._port), "--metrics-port", str(self._metrics_port)),
+        ]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self._started_at = self._clock.monotonic()
+        self._directory.write_coordinator(
+            address=self._context.coordinator_address,
+            metrics_address=self.metrics_address,
+            pid=self._process.pid,
+            context=self._context,
+        )
+
+    def _listens(self) -> bool:
+        try:
+            with socket.create_connection((self._host, self._port), timeout=0.5):
+                return True
+        except OSError:
+            return False
+
+    def _failed_to_start(self, code: int) -> ResilienceError:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        said = lines[-1] if lines else f"ended with {code}"
+        message = f"coordinator: {said.removeprefix('resilience: ')} (see {self.log})"
+        return UsageError(message) if code == ExitCode.USAGE else ResilienceError(message)
