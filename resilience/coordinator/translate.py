@@ -37,6 +37,7 @@ def join_agent_command(request: pb.JoinRequest) -> c.JoinAgent:
         last_generation=info.last_generation,
         exits=tuple(from_proto(e) for e in info.exits),
         reason=info.reason,
+        master_port=info.master_port,
     )
 
 
@@ -145,6 +146,7 @@ def join_response(answer: JoinAnswer) -> pb.JoinResponse:
                 first_rank=answer.seats[0].rank,
                 slots=[seat.slot for seat in answer.seats],
                 master_addr=answer.master_addr,
+                master_port=answer.master_port,
                 reason=clip(answer.reason),
             ),
         )

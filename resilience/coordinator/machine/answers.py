@@ -31,6 +31,7 @@ class JoinAnswer:
     seats: tuple[Seat, ...] = ()
     """Those of the agent's node, in rank order."""
     master_addr: str = ""
+    master_port: int = 0
     exit_code: int = 0
     reason: str = ""
 
@@ -75,6 +76,7 @@ def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
         world_size=len(state.seats),
         seats=own,
         master_addr=state.nodes[nodes[0]].agent.address,
+        master_port=state.nodes[nodes[0]].master_port,
         reason=state.generations[-1].reason,
     )
 

@@ -37,6 +37,7 @@ class JoinAgent:
     last_generation: int = 0
     exits: tuple[RankExit, ...] = ()
     reason: str = ""
+    master_port: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,7 @@ class AgentWaits:
 
     node: str
     reason: str = ""
+    master_port: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

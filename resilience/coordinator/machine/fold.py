@@ -67,7 +67,8 @@ def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> list[Effect]:
 
 
 def _agent_waits(state: State, fact: f.AgentWaits, at: float) -> list[Effect]:
-    state.nodes[fact.node].waiting = True
+    node = state.nodes[fact.node]
+    node.waiting, node.master_port = True, fact.master_port
     return []
 
 

@@ -51,7 +51,7 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
     if state.ending is not None or not state.generation_ended:
         return
     if not state.nodes[agent.node].waiting:
-        yield f.AgentWaits(node=agent.node, reason=command.reason)
+        yield f.AgentWaits(node=agent.node, reason=command.reason, master_port=command.master_port)
     yield from _begin(state, pulse, now)
 
 

@@ -26,6 +26,8 @@ class Node:
     agent: Agent
     waiting: bool = False
     """Asks for a place in the next generation."""
+    master_port: int = 0
+    """Port that it offered with that, for the ranks to meet at."""
     left: int | None = None
     """The code that it left with."""
 
