@@ -151,6 +151,7 @@ def main() -> None:
     except ResilienceError as error:
         result["error"] = f"{type(error).__name__}: {error}"
     result["facts"] = recorder.facts
+    torch.distributed.destroy_process_group()
     Path(settings["result"].format(rank=os.environ["RANK"])).write_text(json.dumps(result))
 
 
