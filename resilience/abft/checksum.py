@@ -30,8 +30,11 @@ __all__ = [
 MAX_ROWS = 64
 """Suspect rows that one confirmation computes again, the worst first."""
 
-_TINY = 1e-37
-"""Keeps 0 ÷ 0 out of the residual ratio of an empty row."""
+_TINY = 1e-36
+"""Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
+
+_GOLDEN = (5.0**0.5 - 1.0) / 2.0
+"""Multiples of it, modulo 1, are spread evenly and never repeat."""
 
 
 # --- checksum vectors -------------------------------------------------------------------------------------------------
@@ -41,24 +44,30 @@ _TINY = 1e-37
 def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """V, (n, c): plain and position-weighted sums, each with fixed pseudo-random signs.
 
-    float32 and float64 have one column of each. bfloat16 has eight of each, every one over an eighth of the elements,
+    float32 and float64 have one column of each. bfloat16 has four of each, every one over a quarter of the elements,
     dealt out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own
-    result, and a library GEMM with 16 columns costs what one with 1 costs. Every entry is exact in 4 bits, so products
-    with it are exact. Two elements that swap places differ in sign, in weight or in column in at least one of the
-    sums.
+    result, and a library GEMM with 8 columns costs what one with 1 costs. Entries for bfloat16 have 8 bits, so their
+    products are exact in float32. Two elements that swap places differ in sign, in column or in weight in at least one
+    of the sums.
     """
     position = torch.arange(n, dtype=torch.int64)
     mixed = (position * 0x9E3779B1) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
-    plain = ((mixed >> 13) & 1) * 2.0 - 1.0
-    weighted = (((mixed >> 19) & 1) * 2.0 - 1.0) * (1.0 + (position % 8) / 8.0)
+    signs, other_signs = (((mixed >> bit) & 1) * 2.0 - 1.0 for bit in (13, 19))
     if dtype == torch.bfloat16:
-        columns = torch.zeros(n, 16)
-        columns[position, position % 8] = plain.float()
-        columns[position, 8 + (position // 8) % 8] = weighted.float()
+        weights = 1.0 + ((position // 16) * _GOLDEN % 1.0 * 128.0).floor() / 128.0
+        columns = torch.zeros(n, 8, dtype=torch.float64)
+        columns[position, position % 4] = signs.double()
+        columns[position, 4 + (position // 4) % 4] = other_signs * weights.double()
     else:
-        columns = torch.stack([plain, weighted], dim=1)
+        # Transposed in memory, as `weighted_row_sums` likes it for float32.
+        columns = torch.stack([signs.double(), other_signs * (1.0 + position.double() * _GOLDEN % 1.0)]).mT
     return columns.to(device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _ones(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.ones(n, dtype=dtype, device=device)
 
 
 class WeightSums:
@@ -120,13 +129,19 @@ def screen(gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: flo
     `not (ratio <= 1)` is an alarm. Reads A, C and, unless cached, B once.
     """
     expected = _expected_sums(gemm, out, sums)
-    observed = _observed_sums(out)
-    columns = expected.shape[-1]
-    factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=columns)
-    scale = torch.linalg.vector_norm(expected, dim=-1)
-    tolerance = scale.add_(scale.mean()).mul_(factor).add_(_TINY)
-    worst: torch.Tensor = torch.linalg.vector_norm(expected.sub_(observed), ord=float("inf"), dim=-1)
-    return worst.div_(tolerance)
+    factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=expected.shape[-1])
+    scale = _energy(expected)
+    tolerance = scale.add_(scale.mean()).mul_(factor * factor).add_(_TINY)
+    return _energy(expected.sub_(_observed_sums(out))).div_(tolerance).sqrt_()
+
+
+def _energy(sums: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of every row of (…, c). As a product with ones: a reduction over few columns is much slower."""
+    squares = sums * sums
+    if squares.stride(-1) != 1:
+        # Row sums of float32 lie transposed, and the reduction over their outer dimension is fast.
+        return squares.mT.sum(-2)
+    return squares @ _ones(squares.shape[-1], squares.dtype, squares.device)
 
 
 def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Tensor:
@@ -136,8 +151,8 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
     expected = weighted_row_sums(left, right)
     if expected.dtype == torch.bfloat16:
         expected = expected.float()
-        if expected.shape[-1] == 32:
-            expected = expected[..., :16] + expected[..., 16:]
+        if expected.shape[-1] == 16:
+            expected = expected[..., :8] + expected[..., 8:]
     if gemm.alpha != 1.0:
         expected = expected * gemm.alpha
     if gemm.addend is not None:
@@ -148,7 +163,7 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
 def _attention_sums(gemm: Gemm) -> torch.Tensor:
     # The operands of attention share large components that cancel in the product (Σ_j dS_ij = 0 against K's mean):
     # there B·V needs its low part. It is cheap where B is the smaller operand.
-    return _right_sums(gemm.right, exact=gemm.right.numel() <= gemm.left.numel())
+    return _right_sums(gemm.right, exact=2 * gemm.right.numel() <= gemm.left.numel())
 
 
 def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ c columns.
 
 Two stages decide.
 
-1. **Screen**, for every call. Row i is suspect unless |E_i − O_i| ≤ factor · scale_i in every column, where scale_i =
-   ‖E_i‖₂ + the mean of that norm over the rows. V has random signs, so ‖E_i‖₂² ÷ c estimates the energy of a row of C
+1. **Screen**, for every call. Row i is suspect unless ‖E_i − O_i‖₂ ≤ factor · scale_i, where scale_i² = ‖E_i‖₂² + the
+   mean of that over the rows. V has random signs, so ‖E_i‖₂² ÷ c estimates the energy of a row of C
    (a Rademacher sketch), and it comes **from the inputs alone**: a fault in C cannot widen its own tolerance. The
    factor is statistical: a multiple of the standard deviation of round-off. It may be wrong now and then.
 2. **Confirm**, for suspect rows only. The rows are computed again in float64 and compared element by element with a
@@ -43,7 +43,7 @@ UNCONFIRMED = 4.0
 NEAR_INF_SHARE = 0.25
 """Values above this share of the dtype's maximum are called near-INF."""
 
-_SIGMAS = 8.0
+_SIGMAS = 7.0
 """Standard deviations of round-off that the screen lets pass."""
 
 
@@ -62,19 +62,19 @@ class Precision:
 
 
 def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> float:
-    """Tolerance of a row's residual as a multiple of scale_i, for a clean GEMM (see the head of this file).
+    """Tolerance of ‖E_i − O_i‖₂ as a multiple of scale_i, for a clean GEMM (see the head of this file).
 
     With ρ the root-mean-square of a row of C, one column of V that sums g elements gives sums of size ρ·√g. Each stored
-    element errs by at most `stored`·|c|, standard deviation stored·ρ ÷ √3·√g over the sum; E and O are each stored with
-    `checked`; accumulation over k products is a random walk, about accumulated·√k·ρ an element, and so are the sums
-    over n. scale_i is about √columns·ρ·√g·2, hence the division.
+    element errs with standard deviation `stored`·ρ ÷ √3, hence √g times that over the sum; E and O are each rounded by
+    `checked` when they are stored; accumulation over k products is a random walk, about accumulated·√k·ρ an element,
+    and so are the sums over n. Together: deviation·ρ·√g a column, √columns of that over the row. scale_i is about
+    2·√columns·ρ·√g, and the norm of c normal deviates exceeds √c·(1 + 7 ÷ √c) with a probability below 1e-11.
     """
     rounding = precision.stored / math.sqrt(3.0)
     checking = 2.0 * precision.checked / math.sqrt(3.0)
     accumulation = precision.accumulated * (math.sqrt(k) + math.sqrt(n) + 4.0)
-    operands = 2.0 * precision.operand
-    deviation = rounding + checking + accumulation + operands
-    return _SIGMAS * deviation / math.sqrt(columns)
+    deviation = rounding + checking + accumulation + 2.0 * precision.operand
+    return deviation * (1.0 + _SIGMAS / math.sqrt(columns)) / 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
