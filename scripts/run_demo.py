@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,11 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resilience.launch.shared_memory import remove_buffers
+from launching import LaunchError, launch
 
-HERE = Path(__file__).parent
-RUN_LIMIT_S = 900
-"""A run that takes longer than this hangs."""
+FILES = Path(__file__).parent / "demo_gpt"
 
 EXPECTED = (
     ("INF in the attention scores", 12, "attention.scores", "corrected"),
@@ -33,50 +29,14 @@ EXPECTED = (
 """What is injected: in words, at which step, at which site, and what must be decided."""
 
 
-class DemoError(Exception):
-    """The demo cannot go on; one line says why."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def train(launch_options: list[str], directory: Path, checkpoints: Path, *, steps: int) -> float:
     """Run the training script to its end; returns the seconds it took."""
-    port = free_port()
-    command = ["deepspeed", *launch_options, "--num_gpus", "2", "--master_port", str(port), str(HERE / "train_gpt.py")]
-    command += ["--deepspeed_config", str(HERE / "ds_config.json"), "--save_dir", str(checkpoints)]
-    command += ["--steps", str(steps)]
-    print(f"\n$ {' '.join(command)}", flush=True)
+    words = [*launch_options, "--num_gpus", "2", str(FILES / "train_gpt.py")]
+    words += ["--deepspeed_config", str(FILES / "ds_config.json"), "--save_dir", str(checkpoints)]
+    words += ["--steps", str(steps)]
     started_at = time.monotonic()
-    # Its faults are no news about this machine: the devices' history of the demo stays in its own directory.
-    environment = {**os.environ, "XDG_STATE_HOME": str(directory / "state")}
-    process = subprocess.Popen(command, cwd=directory, env=environment, start_new_session=True)
-    try:
-        exit_code = process.wait(RUN_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise DemoError(f"the run did not end within {RUN_LIMIT_S} s") from None
-    finally:
-        end_group(process)
-        remove_buffers([("127.0.0.1", port)])  # plain DeepSpeed leaves its own
-    if exit_code != 0:
-        raise DemoError(f"the run ended with exit code {exit_code}")
+    launch(words, directory)
     return time.monotonic() - started_at
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what a run left, if anything: on an interrupt, too, nothing stays behind."""
-    for this in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, this)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def digest(checkpoints: Path) -> str:
@@ -84,7 +44,7 @@ def digest(checkpoints: Path) -> str:
     command = ["resilience", "digest", str(checkpoints), "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if answer.returncode != 0:
-        raise DemoError(f"{' '.join(command)}: {answer.stderr.strip()}")
+        raise LaunchError(f"{' '.join(command)}: {answer.stderr.strip()}")
     return str(json.loads(answer.stdout)["sha256"])
 
 
@@ -92,7 +52,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DemoError(f"{path}: the run left no readable report ({error})") from None
+        raise LaunchError(f"{path}: the run left no readable report ({error})") from None
     return report
 
 
@@ -114,7 +74,7 @@ def judge(report: dict[str, Any]) -> list[str]:
 def prove(directory: Path, steps: int) -> bool:
     """Both runs and the verdict, printed."""
     faulted, plain, run = directory / "faulted", directory / "plain", directory / "run"
-    options = ["--resilience", "--resilience-faults", str(HERE / "faults.toml"), "--resilience-dir", str(run)]
+    options = ["--resilience", "--resilience-faults", str(FILES / "faults.toml"), "--resilience-dir", str(run)]
     faulted_s = train(options, directory, faulted, steps=steps)
     plain_s = train([], directory, plain, steps=steps)
     wrong = judge(read_report(run / "report.json"))
@@ -147,7 +107,7 @@ def main() -> int:
     proved = False
     try:
         proved = prove(directory, arguments.steps)
-    except DemoError as error:
+    except LaunchError as error:
         print(f"FAILED: {error}")
     print(f"The demo took {time.monotonic() - started_at:.0f} s.")
     if proved and arguments.dir is None:
