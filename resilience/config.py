@@ -41,7 +41,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class _Section(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class DetectionConfig(_Section):
