@@ -13,16 +13,13 @@ from google.protobuf.message import Message
 from resilience.coordinator.accounting import account
 from resilience.coordinator.devices import DeviceRecord
 from resilience.coordinator.machine import Machine
-from resilience.coordinator.machine.facts import CheckpointFact
 from resilience.coordinator.machine.state import State, StoryLine
 from resilience.events import Decision, Detection
 from resilience.policy import EXIT_RULES, RULES, judge, restarts_left
 from resilience.rpc.codec import MAX_MESSAGE_BYTES, clip, to_proto
-from resilience.rpc.v1 import coordinator_pb2 as pb
 from resilience.rpc.v1 import operator_pb2 as op
 
 __all__ = [
-    "checkpoint_to_proto",
     "event_to_proto",
     "events_after",
     "explain_decision",
@@ -143,7 +140,7 @@ def explain_decision(state: State, decision_id: str) -> op.Explanation | None:
     decision = state.decisions.get(decision_id)
     if decision is None:
         return None
-    texts = {rule.name: rule.text for rule in (*RULES, *EXIT_RULES)}
+    texts = {rule.name: rule.text for rule in RULES} | {rule.name: rule.text for rule in EXIT_RULES}
     detections: Iterable[Detection] = (state.detections[d] for d in decision.evidence if d in state.detections)
     return op.Explanation(
         decision=to_proto(decision),
@@ -165,22 +162,7 @@ def _considered(state: State, decision: Decision) -> tuple[str, ...]:
 
 def list_checkpoints(state: State) -> op.ListCheckpointsResponse:
     """What happened to checkpoints, oldest first."""
-    return op.ListCheckpointsResponse(checkpoints=_newest([checkpoint_to_proto(c) for c in state.checkpoints]))
-
-
-def checkpoint_to_proto(fact: CheckpointFact) -> pb.CheckpointFact:
-    """A checkpoint's fact as a message."""
-    return pb.CheckpointFact(
-        kind=pb.CheckpointFact.Kind.Value(fact.kind.upper()),
-        directory=fact.directory,
-        tag=fact.tag,
-        step=fact.step,
-        generation=fact.generation,
-        last_verified_step=fact.last_verified_step,
-        reason=fact.reason,
-        seconds=fact.seconds,
-        at=fact.at,
-    )
+    return op.ListCheckpointsResponse(checkpoints=_newest([to_proto(c) for c in state.checkpoints]))
 
 
 def events_after(state: State, sequence: int) -> list[op.Event]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.answers import Directive, DirectiveKind, JoinAnswer, JoinStatus
-from resilience.coordinator.machine.facts import Agent, CheckpointFact, Device, Note
+from resilience.coordinator.machine.facts import Agent, Device, Note
 from resilience.rpc.codec import BoundsError, clip, from_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
@@ -68,7 +68,7 @@ def report_command(request: pb.ReportRequest) -> c.Report:
         decisions=tuple(from_proto(d) for d in request.decisions),
         strikes=tuple(from_proto(s) for s in request.strikes),
         exits=tuple(from_proto(e) for e in request.exits),
-        checkpoints=tuple(_checkpoint(fact) for fact in request.checkpoints),
+        checkpoints=tuple(from_proto(fact) for fact in request.checkpoints),
         notes=tuple(Note(kind=n.kind, message=n.message, step=n.step, at=n.at) for n in request.notes),
         deterministic=request.deterministic if request.HasField("deterministic") else None,
         badput_seconds=tuple(sorted(request.badput_seconds.items())),
@@ -89,24 +89,6 @@ def _heartbeat(beat: pb.Heartbeat) -> c.Heartbeat:
         abft_overhead_ratio=beat.abft_overhead_ratio if beat.HasField("abft_overhead_ratio") else None,
         step_seconds_since=tuple(beat.step_seconds_since),
         residual_ratios=tuple(beat.residual_ratios),
-    )
-
-
-def _checkpoint(fact: pb.CheckpointFact) -> CheckpointFact:
-    if fact.kind == pb.CheckpointFact.KIND_UNSPECIFIED or fact.kind not in pb.CheckpointFact.Kind.values():
-        raise BoundsError(
-            f"CheckpointFact.kind = {fact.kind} is not set or not known; is the sender of another version?"
-        )
-    return CheckpointFact(
-        kind=pb.CheckpointFact.Kind.Name(fact.kind).lower(),
-        directory=fact.directory,
-        tag=fact.tag,
-        step=fact.step,
-        generation=fact.generation,
-        last_verified_step=fact.last_verified_step,
-        reason=fact.reason,
-        seconds=fact.seconds,
-        at=fact.at,
     )
 
 

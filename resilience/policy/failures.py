@@ -193,7 +193,7 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         ),
     ),
     ExitRule(
-        name="restart",
+        name="restart-processes",
         text="restarts are left in the window: new generation from the last verified checkpoint",
         when=lambda h: h.left > 0,
         action=Action.RESTART,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from resilience.coordinator.machine.facts import Agent, CheckpointFact, Note
-from resilience.events import Decision, Detection, Evidence, RankExit, Strike
+from resilience.coordinator.machine.facts import Agent, Note
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, RankExit, Strike
 
 __all__ = [
     "Close",

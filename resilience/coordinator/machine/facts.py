@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from resilience.config import PolicyConfig
-from resilience.events import Decision, Detection, Evidence, Mode, Outcome, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, Mode, Outcome, Strike
 from resilience.policy import Failure
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Agent",
     "AgentJoined",
     "AgentWaits",
-    "CheckpointFact",
     "Concluded",
     "CordonSet",
     "DecisionMade",
@@ -32,6 +31,7 @@ __all__ = [
     "Opened",
     "OrderTaken",
     "RankJoined",
+    "RanksDone",
     "Recovered",
     "Reported",
     "RestartSettled",
@@ -69,21 +69,6 @@ class Seat:
     node: str
     slot: int
     device: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointFact:
-    """A checkpoint was published, loaded or refused."""
-
-    kind: str
-    directory: str
-    tag: str
-    step: int
-    generation: int = 0
-    last_verified_step: int = 0
-    reason: str = ""
-    seconds: float = 0.0
-    at: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +140,9 @@ class AgentWaits:
     node: str
     reason: str = ""
     master_port: int = 0
+    """Port that it offers for the ranks to meet at."""
+    is_done: bool = False
+    """All its ranks ended with 0: it needs a place only if other nodes fail."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +253,11 @@ class MemberLeft:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RanksDone:
+    """Every rank of every node ended with 0: agents may go."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DrainAsked:
     """The run is to leave with 75 after its next checkpoint."""
 
@@ -296,6 +289,7 @@ Fact = (
     | RestartSettled
     | Sampled
     | MemberLeft
+    | RanksDone
     | DrainAsked
     | Finished
 )
@@ -318,6 +312,7 @@ FACTS: dict[str, type] = {
         RestartSettled,
         Sampled,
         MemberLeft,
+        RanksDone,
         DrainAsked,
         Finished,
     )

@@ -68,7 +68,7 @@ def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> list[Effect]:
 
 def _agent_waits(state: State, fact: f.AgentWaits, at: float) -> list[Effect]:
     node = state.nodes[fact.node]
-    node.waiting, node.master_port = True, fact.master_port
+    node.waiting, node.is_done, node.master_port = True, fact.is_done, fact.master_port
     return []
 
 
@@ -79,7 +79,7 @@ def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[
     state.generations.append(GenerationRecord(fact.generation, at, len(fact.seats), fact.reason))
     state.telemetry.rank_checks.clear()
     for node in state.nodes.values():
-        node.waiting = False
+        node.waiting = node.is_done = False
     return []
 
 
@@ -247,11 +247,17 @@ def _add(sums: dict[str, float], key: str, value: float) -> None:
 def _member_left(state: State, fact: f.MemberLeft, at: float) -> list[Effect]:
     kind, _, name = fact.member.partition(":")
     if kind == "agent":
-        state.nodes[name].left = fact.exit_code
+        state.nodes[name].left, state.nodes[name].left_at = fact.exit_code, at
         if fact.exit_code != 0 and state.ending is None:
             state.ending = Ending(fact.exit_code, fact.reason or f"the agent of {name} left with {fact.exit_code}")
-    elif fact.generation == state.generation:
+    elif kind == "rank" and fact.generation == state.generation:
         state.seats[int(name)].left = fact.exit_code
+    return []
+
+
+def _ranks_done(state: State, fact: f.RanksDone, at: float) -> list[Effect]:
+    state.ending = Ending(0, "all ranks ended with 0")
+    _end_generation(state, "all ranks ended with 0", at)
     return []
 
 
@@ -283,6 +289,7 @@ _FOLDS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     f.RestartSettled: _restart_settled,
     f.Sampled: _sampled,
     f.MemberLeft: _member_left,
+    f.RanksDone: _ranks_done,
     f.DrainAsked: _drain_asked,
     f.Finished: _finished,
 }

@@ -22,6 +22,14 @@ def tick(state: State, pulse: Pulse, command: Tick, now: float) -> Iterator[f.Fa
     if now - pulse.sampled_at >= sample_interval_s(len(state.seats)) and state.finished is None:
         yield from flush(state, pulse, now)
     yield from watch(state, pulse, now)
+    yield from _finish_alone(state, now)
+
+
+def _finish_alone(state: State, now: float) -> Iterator[f.Fact]:
+    """All agents have left and no launcher has said how the run ended: it is gone, so nobody will."""
+    left = [node.left_at for node in state.nodes.values() if node.left is not None]
+    if state.finished is None and left and len(left) == state.num_nodes and now - max(left) > state.lease_s:
+        yield finish(state)
 
 
 def set_cordon(state: State, pulse: Pulse, command: SetCordon, now: float) -> Iterator[f.Fact]:

@@ -16,7 +16,7 @@ from resilience.coordinator.machine.effects import RefusalKind, Refused
 from resilience.coordinator.machine.members import check_generation, check_run, check_running, seat_of
 from resilience.coordinator.machine.pulse import Pulse
 from resilience.coordinator.machine.reports import flush
-from resilience.coordinator.machine.state import State
+from resilience.coordinator.machine.state import Ending, State
 from resilience.coordinator.machine.supervision import fail, fail_of_exits
 from resilience.errors import ExitCode
 from resilience.events import Action, Decision
@@ -43,6 +43,9 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
             yield from fail(state, pulse, FailureKind.AGENT, detail, now)
         elif command.last_generation < state.generation:
             return
+        elif _is_done(command):
+            yield from _wait_done(state, command)
+            return
         elif command.exits:
             yield from fail_of_exits(state, pulse, command.exits, now)
         else:
@@ -53,6 +56,19 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
     if not state.nodes[agent.node].waiting:
         yield f.AgentWaits(node=agent.node, reason=command.reason, master_port=command.master_port)
     yield from _begin(state, pulse, now)
+
+
+def _is_done(command: JoinAgent) -> bool:
+    return bool(command.exits) and all(e.exit_code == 0 for e in command.exits)
+
+
+def _wait_done(state: State, command: JoinAgent) -> Iterator[f.Fact]:
+    """All ranks of this node ended with 0. It waits, for others may fail; the last one ends the run."""
+    name = command.agent.node
+    if not state.nodes[name].is_done:
+        yield f.AgentWaits(node=name, reason=command.reason, master_port=command.master_port, is_done=True)
+    if all(node.is_done for node in state.nodes.values()) and state.ending is None:
+        yield f.RanksDone()
 
 
 def _check_agent(state: State, command: JoinAgent) -> None:
@@ -145,9 +161,12 @@ def join_rank(state: State, pulse: Pulse, command: JoinRank, now: float) -> Iter
 
 
 def leave(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.Fact]:
-    """A member ends and says so. The run is over when all its agents have left."""
+    """A member ends and says so."""
     check_run(state, command.run_id)
     kind, _, name = command.member.partition(":")
+    if kind == "launcher":
+        yield from goodbye(state, pulse, command, now)
+        return
     if kind == "agent":
         if name not in state.nodes:
             raise Refused(RefusalKind.UNKNOWN, f"{command.member} is not a member of this run")
@@ -160,16 +179,22 @@ def leave(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.
     yield f.MemberLeft(
         member=command.member, generation=command.generation, exit_code=command.exit_code, reason=command.reason
     )
-    everyone = len(state.nodes) == state.num_nodes and all(node.left is not None for node in state.nodes.values())
-    if kind == "agent" and everyone and state.finished is None:
-        yield finish(state)
 
 
-def finish(state: State) -> f.Finished:
-    """The last fact, from what was decided and how the agents left."""
-    code = state.ending.exit_code if state.ending is not None else 0
-    reason = state.ending.reason if state.ending is not None else "all ranks ended with 0"
-    return f.Finished(exit_code=code, outcome=_OUTCOMES.get(code, "failed"), reason=reason)
+def goodbye(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.Fact]:
+    """The launcher, which outlives the agents, says how the run ended. Its word is final."""
+    if state.finished is not None:
+        return
+    yield from flush(state, pulse, now)
+    yield finish(state, command.exit_code, command.reason)
+
+
+def finish(state: State, exit_code: int | None = None, reason: str = "") -> f.Finished:
+    """The last fact: what the run ends with, by the launcher's word if there is one, and why."""
+    ending = state.ending or Ending(0, "all ranks ended with 0")
+    code = ending.exit_code if exit_code is None else exit_code
+    why = ending.reason if code == ending.exit_code else reason or f"the launcher ended with {code}"
+    return f.Finished(exit_code=code, outcome=_OUTCOMES.get(code, "failed"), reason=why)
 
 
 _OUTCOMES = {

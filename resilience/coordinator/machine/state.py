@@ -6,8 +6,18 @@ import collections
 import dataclasses
 
 from resilience.config import PolicyConfig
-from resilience.coordinator.machine.facts import Agent, CheckpointFact, Note, Seat
-from resilience.events import Action, Decision, Detection, Evidence, Mode, Strike, Verdict
+from resilience.coordinator.machine.facts import Agent, Note, Seat
+from resilience.events import (
+    Action,
+    CheckpointFact,
+    CheckpointKind,
+    Decision,
+    Detection,
+    Evidence,
+    Mode,
+    Strike,
+    Verdict,
+)
 from resilience.metrics import BY_NAME
 from resilience.policy import Failure
 
@@ -26,10 +36,14 @@ class Node:
     agent: Agent
     waiting: bool = False
     """Asks for a place in the next generation."""
+    is_done: bool = False
+    """All its ranks of the current generation ended with 0."""
     master_port: int = 0
     """Port that it offered with that, for the ranks to meet at."""
     left: int | None = None
-    """The code that it left with."""
+    """The code that it left with …"""
+    left_at: float = 0.0
+    """… and when."""
 
 
 @dataclasses.dataclass
@@ -192,7 +206,7 @@ class State:
 
     @property
     def newest_checkpoint_step(self) -> int:
-        return max((c.step for c in self.checkpoints if c.kind == "published"), default=0)
+        return max((c.step for c in self.checkpoints if c.kind is CheckpointKind.PUBLISHED), default=0)
 
     @property
     def num_nodes(self) -> int:

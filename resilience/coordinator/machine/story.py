@@ -101,6 +101,10 @@ def _member_left(state: State, fact: f.MemberLeft, at: float) -> None:
     state.tell(at, "member", f"{fact.member} of generation {fact.generation} left with {fact.exit_code}{why}")
 
 
+def _ranks_done(state: State, fact: f.RanksDone, at: float) -> None:
+    state.tell(at, "member", "all ranks ended with 0")
+
+
 def _drain_asked(state: State, fact: f.DrainAsked, at: float) -> None:
     state.tell(at, "note", f"drain asked for: {fact.reason or 'no reason given'}")
 
@@ -121,6 +125,7 @@ _TELLERS: dict[type, Callable[[State, Any, float], None]] = {
     f.FailureSeen: _failure_seen,
     f.RestartSettled: _restart_settled,
     f.MemberLeft: _member_left,
+    f.RanksDone: _ranks_done,
     f.DrainAsked: _drain_asked,
     f.Finished: _finished,
 }

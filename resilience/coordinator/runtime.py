@@ -1,0 +1,226 @@
+"""The coordinator as a process: ports, signals, the loop, and what is left behind at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+import resilience
+from resilience.clock import Clock, SystemClock
+from resilience.config import Config
+from resilience.context import RunContext
+from resilience.coordinator.access import TokenInterceptor, check_bind, read_token
+from resilience.coordinator.devices import DeviceHistory
+from resilience.coordinator.host import Host
+from resilience.coordinator.journal import Journal
+from resilience.coordinator.machine import commands as c
+from resilience.coordinator.machine.facts import Opened
+from resilience.coordinator.paths import devices_path, journal_path
+from resilience.coordinator.report import write_report
+from resilience.coordinator.scrape import MetricsServer
+from resilience.coordinator.service import CoordinatorService, OperatorService
+from resilience.errors import ExitCode, UsageError
+from resilience.rpc.codec import GRPC_OPTIONS
+from resilience.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
+
+__all__ = ["DEFAULT_METRICS_PORT", "Settings", "serve", "settings_of"]
+
+DEFAULT_METRICS_PORT = 9464
+_TICK_S = 0.25
+_GRACE_S = 1.0
+"""How long calls may go on when the process ends."""
+
+_SERVICES = (
+    coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name,
+    operator_pb2.DESCRIPTOR.services_by_name["Operator"].full_name,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one coordinator process serves, and where."""
+
+    run_id: str
+    run_dir: Path
+    bind: str
+    port: int
+    """0 takes a free one."""
+    metrics_bind: str
+    metrics_port: int | None
+    """None takes 9464, or a free one if that is busy; 0 a free one."""
+    token_file: Path | None
+    config: Config
+    journal: Path
+    devices: Path
+
+
+def settings_of(context: RunContext, *, port: int | None = None, metrics_port: int | None = None) -> Settings:
+    """The settings of an embedded coordinator, from the run's context; explicit ports beat it.
+
+    Raises:
+        UsageError: the context's address is not `host:port`.
+    """
+    config = context.config.coordinator
+    host, _, named = context.coordinator_address.rpartition(":")
+    if not host or not named.isdecimal():
+        raise UsageError(f"coordinator address {context.coordinator_address!r} is not host:port")
+    return Settings(
+        run_id=context.run_id,
+        run_dir=context.run_dir,
+        bind=config.bind,
+        port=int(named) if port is None else port,
+        metrics_bind=config.metrics_bind,
+        metrics_port=config.metrics_port if metrics_port is None else metrics_port,
+        token_file=context.token_file,
+        config=context.config,
+        journal=journal_path(os.environ, context.run_id),
+        devices=devices_path(os.environ),
+    )
+
+
+def serve(settings: Settings, *, clock: Clock | None = None) -> int:
+    """Serve a run until SIGTERM or SIGINT, then write its report and the journal's copy.
+
+    Returns:
+        The code that the coordinator's own process ends with: 0 after an orderly end.
+
+    Raises:
+        UsageError: a port is busy, or the token is missing or open to others.
+        ResilienceError: the journal, the device history or the report cannot be read or written.
+    """
+    return asyncio.run(_serve(settings, clock or SystemClock()))
+
+
+async def _serve(settings: Settings, clock: Clock) -> int:
+    token = read_token(settings.token_file)
+    check_bind(settings.bind, token)
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    stop = _stop_event()
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(Journal.open(settings.journal))
+        history = DeviceHistory(settings.devices)
+        stack.callback(history.close)
+        server, port = _listen(settings, token)
+        try:
+            host = Host.start(_opened(settings, clock), journal, history, clock, pid=os.getpid())
+            await _announce(server, host)
+            metrics = _metrics(settings, host)
+            _write_addresses(settings, port, metrics.address)
+            await _run(host, stop)
+            await asyncio.to_thread(metrics.close)
+        finally:
+            await server.stop(_GRACE_S)
+        if host.broken is not None:
+            raise host.broken
+        host.submit(c.Close(reason=f"the coordinator was ended by {stop.reason} before the run had ended"))
+        write_report(host.machine.state, settings.run_dir / "report.json", host.now())
+        journal.copy_to(settings.run_dir / "journal.db")
+    return int(ExitCode.DONE)
+
+
+class _Stop(asyncio.Event):
+    """Set by a signal; `reason` names it."""
+
+    reason = "its launcher"
+
+
+def _stop_event() -> _Stop:
+    stop = _Stop()
+
+    def note(number: signal.Signals) -> None:
+        stop.reason = number.name
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, note, number)
+    return stop
+
+
+def _opened(settings: Settings, clock: Clock) -> Opened:
+    config = settings.config
+    return Opened(
+        run_id=settings.run_id,
+        mode=config.mode,
+        limits=config.policy,
+        lease_s=config.coordinator.lease_s,
+        started_at=clock.wall(),
+        version=resilience.__version__,
+        config_digest=hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16],
+    )
+
+
+def _listen(settings: Settings, token: str | None) -> tuple[grpc.aio.Server, int]:
+    """Bind the port before anything is written, so that a busy one leaves no trace."""
+    interceptors = [TokenInterceptor(token)] if token is not None else []
+    # Without SO_REUSEPORT a second coordinator cannot share the port unnoticed.
+    server = grpc.aio.server(interceptors=interceptors, options=(*GRPC_OPTIONS, ("grpc.so_reuseport", 0)))
+    address = f"{settings.bind}:{settings.port}"
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError:
+        raise UsageError(
+            f"coordinator address {address} is in use or not on this machine; choose another port"
+        ) from None
+
+
+async def _announce(server: grpc.aio.Server, host: Host) -> None:
+    coordinator_pb2_grpc.add_CoordinatorServicer_to_server(CoordinatorService(host), server)
+    operator_pb2_grpc.add_OperatorServicer_to_server(OperatorService(host, pid=os.getpid()), server)
+    probe = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(probe, server)
+    for name in ("", *_SERVICES):
+        await probe.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection((*_SERVICES, reflection.SERVICE_NAME), server)
+    await server.start()
+
+
+def _metrics(settings: Settings, host: Host) -> MetricsServer:
+    wanted = DEFAULT_METRICS_PORT if settings.metrics_port is None else settings.metrics_port
+    try:
+        return MetricsServer(host, bind=settings.metrics_bind, port=wanted)
+    except OSError as error:
+        if settings.metrics_port is None:
+            return MetricsServer(host, bind=settings.metrics_bind, port=0)
+        address = f"{settings.metrics_bind}:{wanted}"
+        raise UsageError(f"metrics address {address} cannot be used ({error.strerror}); choose another port") from None
+
+
+def _write_addresses(settings: Settings, port: int, metrics_address: str) -> None:
+    """`coordinator.json`: how commands find the coordinator of a run directory."""
+    path = settings.run_dir / "coordinator.json"
+    content = {
+        "address": f"{settings.bind}:{port}",
+        "metrics_address": metrics_address,
+        "pid": os.getpid(),
+        "token_file": None if settings.token_file is None else str(settings.token_file),
+        "run_id": settings.run_id,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    temporary.replace(path)
+    print(
+        f"coordinator of run {settings.run_id}: {content['address']}, metrics http://{metrics_address}/metrics",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+async def _run(host: Host, stop: _Stop) -> None:
+    """Tick until the process is told to end, or cannot go on. A finished run is served on: people may still ask."""
+    while not stop.is_set() and host.broken is None:
+        host.submit(c.Tick())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _TICK_S)

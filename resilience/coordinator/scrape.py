@@ -1,0 +1,150 @@
+"""Prometheus in front of the state: the table of `resilience.metrics`, filled in at each scrape."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from resilience.coordinator.accounting import account
+from resilience.coordinator.host import Host
+from resilience.coordinator.machine import Machine
+from resilience.coordinator.machine.state import Histogram
+from resilience.events import Action, Check, CheckpointKind, Detection, Outcome, Verdict
+from resilience.metrics import METRICS, PREFIX, Kind
+from resilience.metrics import Metric as Row
+from resilience.policy import restarts_left
+
+__all__ = ["MetricsServer", "samples"]
+
+Samples = Mapping[tuple[str, ...], float]
+
+_SCRAPE_TIMEOUT_S = 5.0
+_MENDING = frozenset({Check.CHECKSUM, Check.INVARIANT})
+
+
+def samples(machine: Machine, now: float) -> dict[str, Samples]:
+    """Counters and gauges: metric -> label values -> value. Label values are in the order of the table."""
+    state, beats = machine.state, machine.pulse.beats
+    books = account(state, now)
+    roots = [d for d in state.detections.values() if d.caused_by is None]
+    counted = collections.Counter
+    ages = {rank: machine.pulse.age(f"rank:{rank}", now) for rank, seat in state.seats.items() if seat.left is None}
+    overheads = {rank: beat.abft_overhead_ratio for rank, beat in beats.items()}
+    cordoned = {device.device: 0.0 for node in state.nodes.values() for device in node.agent.devices}
+    cordoned.update(dict.fromkeys(state.cordons, 1.0))
+    decisions = [d for d in state.decisions.values() if d.outcome is not Outcome.SUPERSEDED]
+    return {
+        "goodput_ratio": {(): books.goodput_ratio},
+        "badput_seconds_total": {(cause,): seconds for cause, seconds in books.badput_s.items()},
+        "steps_total": {(): state.telemetry.num_steps_taken},
+        "detections_total": counted((d.site, str(d.kind), str(d.verdict)) for d in roots),
+        "corrections_total": counted(
+            ("succeeded" if d.mended else "failed",) for d in roots if d.check in _MENDING or d.mended
+        ),
+        "replays_total": counted((str(d.outcome),) for d in decisions if d.action is Action.REPLAY),
+        "restores_total": _restores(machine),
+        "decisions_total": counted((str(d.action),) for d in decisions),
+        "abft_checks_total": {(site,): count for site, count in state.telemetry.checks.items()},
+        "abft_overhead_ratio": {(str(rank),): ratio for rank, ratio in overheads.items() if ratio is not None},
+        "false_positives_total": {(): sum(1 for d in roots if d.verdict is Verdict.FALSE_POSITIVE)},
+        "heartbeat_age_seconds": {(str(rank),): max(0.0, age) for rank, age in ages.items()},
+        "last_verified_step": {
+            ("live",): state.last_verified_step,
+            ("checkpoint",): state.newest_checkpoint_step,
+        },
+        "generation": {(): state.generation},
+        "device_faults_total": counted((d.device, str(d.verdict)) for d in roots if _is_device_fault(d)),
+        "quarantined": {(device,): value for device, value in cordoned.items()},
+        "retry_budget_remaining": {(): restarts_left(state.failures, state.limits, now=now)},
+        "coordinator_up": {(): 1.0},
+    }
+
+
+def _is_device_fault(detection: Detection) -> bool:
+    hardware = detection.verdict in (Verdict.TRANSIENT, Verdict.PERSISTENT)
+    return hardware and detection.check is not Check.PROCESS
+
+
+def _restores(machine: Machine) -> Samples:
+    """Every rank loads its part of a checkpoint; that is one restore of the run."""
+    seen = {
+        (point.generation, point.directory, point.tag, point.kind)
+        for point in machine.state.checkpoints
+        if point.kind is not CheckpointKind.PUBLISHED
+    }
+    outcomes = {CheckpointKind.LOADED: "succeeded", CheckpointKind.REFUSED: "refused"}
+    return collections.Counter(("checkpoint", outcomes[kind]) for _, _, _, kind in seen)
+
+
+def _families(machine: Machine, now: float) -> Iterator[Metric]:
+    run = machine.state.run_id
+    found = samples(machine, now)
+    for row in METRICS:
+        labels = ("run", *row.labels)
+        if row.kind is Kind.HISTOGRAM:
+            yield _histogram(row, run, labels, machine.state.telemetry.histograms)
+            continue
+        family = CounterMetricFamily if row.kind is Kind.COUNTER else GaugeMetricFamily
+        metric = family(PREFIX + row.name, row.help, labels=labels)
+        for values, number in sorted(found[row.name].items()):
+            metric.add_metric([run, *values], float(number))
+        yield metric
+
+
+def _histogram(
+    row: Row, run: str, labels: tuple[str, ...], histograms: Mapping[tuple[str, str], Histogram]
+) -> HistogramMetricFamily:
+    metric = HistogramMetricFamily(PREFIX + row.name, row.help, labels=labels)
+    found = {label: histogram for (name, label), histogram in histograms.items() if name == row.name}
+    if not row.labels:
+        found.setdefault("", Histogram([0] * (len(row.buckets) + 1)))
+    for label, histogram in sorted(found.items()):
+        cumulative, buckets = 0, []
+        for bound, count in zip([*map(str, row.buckets), "+Inf"], histogram.counts, strict=True):
+            cumulative += count
+            buckets.append((bound, cumulative))
+        metric.add_metric([run, label] if row.labels else [run], buckets, histogram.total)
+    return metric
+
+
+class _StateCollector(Collector):
+    """Reads the state on its own event loop, where nothing changes it meanwhile."""
+
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        self._host = host
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        async def read() -> list[Metric]:
+            return list(_families(self._host.machine, self._host.now()))
+
+        return asyncio.run_coroutine_threadsafe(read(), self._loop).result(_SCRAPE_TIMEOUT_S)
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+class MetricsServer:
+    """`/metrics` over HTTP, on a thread of its own."""
+
+    def __init__(self, host: Host, *, bind: str, port: int) -> None:
+        """Listen on `bind`:`port`; port 0 takes a free one.
+
+        Raises:
+            OSError: the port is busy.
+        """
+        registry = CollectorRegistry()
+        registry.register(_StateCollector(host, asyncio.get_running_loop()))
+        self._server, self._thread = start_http_server(port, bind, registry)
+        self.address = f"{bind}:{self._server.server_port}"
+
+    def close(self) -> None:
+        """Stop listening. Call it from another thread while the event loop runs: a scrape may be going on."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
