@@ -157,7 +157,8 @@ class EngineAdapter:
         """
         if through_engine:
             # DeepSpeed's prologue, scaling and epilogue all run; the surrogate replaces what they would send down.
-            self.backward(_Surrogate.apply(tuple(cotangents), *outputs), scale_wrt_gas=False)
+            surrogate = _Surrogate.apply(tuple(cotangents), *outputs)  # type: ignore[no-untyped-call]
+            self.backward(surrogate, scale_wrt_gas=False)
         else:
             self.engine._manual_backward_expected = True
             torch.autograd.backward(list(outputs), list(cotangents))

@@ -95,7 +95,9 @@ def guard_engine(
     )
     undo.append(guard.uninstall)
     if context is not None:
-        undo.append(checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock))
+        undo.append(
+            checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock)
+        )
     undo.append(_tell_of_saves(engine, guard))
 
     def uninstall() -> None:
@@ -166,9 +168,7 @@ def _injectors(
     for strike in ledger.strikes():
         # The coordinator may have died, or this rank, before it heard of them; it knows them by their ids.
         reporter.report(strike)
-    tensor = TensorInjector(
-        plan, rank=settings.rank, ledger=ledger, on_strike=reporter.report, clock=settings.clock
-    )
+    tensor = TensorInjector(plan, rank=settings.rank, ledger=ledger, on_strike=reporter.report, clock=settings.clock)
     process = ProcessInjector(
         plan,
         rank=settings.rank,

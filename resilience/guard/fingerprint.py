@@ -1,4 +1,4 @@
-"""A 64-bit fingerprint of a tensor's bytes that depends on their order. No host synchronisation: the result is a tensor.
+"""A 64-bit fingerprint of a tensor's bytes and their order. No host synchronisation: the result is a tensor.
 
 Two parts, each a sum modulo 2^64 of the elements (as integers of their own width) times an odd number drawn from their
 place: a change of one element always changes the fingerprint, and swapped or cancelling changes do with probability

@@ -24,6 +24,27 @@ __all__ = ["BackwardEvent", "ForwardEvent", "Recorder"]
 
 
 @dataclasses.dataclass(slots=True)
+class _Held:
+    """A tensor that the script holds, if it still does."""
+
+    reference: weakref.ref[torch.Tensor]
+    version: int
+    divisor: float = 1.0
+    """It is the output divided by this."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, divisor: float = 1.0) -> _Held:
+        return cls(weakref.ref(tensor), tensor._version, divisor)
+
+    def overwrite(self, output: torch.Tensor) -> None:
+        """Give it the value of the replayed output, unless the script has changed it in place since."""
+        held = self.reference()
+        if held is not None and held._version == self.version:
+            held.detach().copy_(output / self.divisor)
+            self.version = held._version
+
+
+@dataclasses.dataclass(slots=True)
 class ForwardEvent:
     """One training forward of the engine."""
 
@@ -39,10 +60,10 @@ class ForwardEvent:
     autocast: tuple[bool, torch.dtype, bool]
     pending: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
     """Differentiable outputs whose cotangent has not come yet."""
-    handed_out: list[weakref.ref[torch.Tensor]] = dataclasses.field(default_factory=list)
-    """What the script got in their place."""
-    returned_losses: list[tuple[weakref.ref[torch.Tensor], int, float]] = dataclasses.field(default_factory=list)
-    """What `engine.backward` returned for an output: (tensor, place of the output, divisor)."""
+    handed_out: list[_Held] = dataclasses.field(default_factory=list)
+    """What the script got in their place, in their order."""
+    returned_losses: list[tuple[int, _Held]] = dataclasses.field(default_factory=list)
+    """What `engine.backward` returned for an output: (place of the output, tensor)."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,7 +154,7 @@ class Recorder:
 
     def after_forward(self, event: ForwardEvent, outputs: Any) -> Any:
         """Tap the outputs of the forward that `event` began; returns what the script gets."""
-        problem = self._buffers.changed_unseen()
+        problem = self._buffers.changed_unseen() if self._enabled else ""
         if problem:
             self.unavailable = self.unavailable or problem
         window = self._window
@@ -142,8 +163,9 @@ class Recorder:
             event.pending.append(output.detach())
             # A scalar may be changed in place by the script, which a view of a module's output would not survive.
             handed = output.clone() if output.dim() == 0 else output.view_as(output)
-            handed.register_hook(lambda cotangent: self._on_cotangent(window, event, place, cotangent))
-            event.handed_out.append(weakref.ref(handed))
+            tapped: Any = handed  # torch leaves register_hook untyped
+            tapped.register_hook(lambda cotangent: self._on_cotangent(window, event, place, cotangent))
+            event.handed_out.append(_Held.of(handed))
             return handed
 
         return tap(outputs, hand_out)
@@ -154,8 +176,8 @@ class Recorder:
             return
         for forward in reversed(self.forwards):
             for place, handed in enumerate(forward.handed_out):
-                if handed() is loss:
-                    forward.returned_losses.append((weakref.ref(returned), place, divisor))
+                if handed.reference() is loss:
+                    forward.returned_losses.append((place, _Held.of(returned, divisor)))
                     return
 
     def _on_cotangent(self, window: int, forward: ForwardEvent, place: int, cotangent: torch.Tensor) -> None:
@@ -237,14 +259,10 @@ class Recorder:
     @torch.no_grad()
     def overwrite(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
         """Give the tensors that the script already holds the values of the replayed `outputs`, in place."""
-        for handed, output in zip(event.handed_out, outputs, strict=True):
-            held = handed()
-            if held is not None:
-                held.data.copy_(output.detach())
-        for reference, place, divisor in event.returned_losses:
-            held = reference()
-            if held is not None:
-                held.data.copy_(outputs[place].detach() / divisor)
+        for held, output in zip(event.handed_out, outputs, strict=True):
+            held.overwrite(output.detach())
+        for place, held in event.returned_losses:
+            held.overwrite(outputs[place].detach())
 
 
 def _autocast_state(device_type: str) -> tuple[bool, torch.dtype, bool]:

@@ -30,7 +30,7 @@ NO_ORDERS = Orders()
 
 
 class Reporter(Protocol):
-    """`resilience.guard.client.Client` through `LineToCoordinator`, or `SilentReporter`. No method but `decide` waits."""
+    """`resilience.guard.line.LineToCoordinator`, or `SilentReporter`. No method but `decide` and `leave` waits."""
 
     def orders(self) -> Orders: ...
 
@@ -101,5 +101,3 @@ class SilentReporter:
 
     def leave(self, exit_code: int, reason: str) -> None:
         """Nobody listens."""
-
-

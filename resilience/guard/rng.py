@@ -39,7 +39,7 @@ def capture_rng(source: RngSource) -> RngSnapshot:
     """The states as they are now."""
     return RngSnapshot(
         cpu=torch.get_rng_state(),
-        devices=(torch.cuda.get_rng_state(),) if torch.cuda.is_initialized() else (),
+        devices=(torch.cuda.get_rng_state(),) if torch.cuda.is_initialized() else (),  # type: ignore[no-untyped-call]
         numpy=np.random.get_state(),
         python=random.getstate(),
         tracked=source.rng_states(),

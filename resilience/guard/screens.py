@@ -102,7 +102,7 @@ class GradientScreen:
         """Whether gradients are fingerprinted too: while replaying, never on the clean path."""
         self.begin()
         self._handles = [
-            parameter.register_hook(self._hook(index))
+            parameter.register_hook(self._hook(index))  # type: ignore[no-untyped-call]
             for index, (_, parameter) in enumerate(module.named_parameters())
             if parameter.requires_grad and (enabled or injector is not None)
         ]

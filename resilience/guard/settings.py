@@ -37,5 +37,3 @@ class Settings:
             device=environ.get(DEVICE_VARIABLE, f"{node}/{environ.get('LOCAL_RANK', '0')}"),
             config=config,
         )
-
-

@@ -62,7 +62,11 @@ ROWS: tuple[Row, ...] = (
     Row("`engine.no_sync()` (ZeRO 0 and 1)", "yes", "test_matrix"),
     Row("`engine.backward(loss)`", "yes", "test_matrix"),
     Row("`loss.backward()` where DeepSpeed itself allows it (ZeRO 1 to 3)", "yes", "test_matrix"),
-    Row("loss computed by the script from outputs that are no scalars", "yes, where they replay bit-equal", "test_matrix"),
+    Row(
+        "loss computed by the script from outputs that are no scalars",
+        "yes, where they replay bit-equal",
+        "test_matrix",
+    ),
     Row("several forwards for one backward", "yes", "test_matrix"),
     Row("activation checkpointing, reentrant and not", "yes", "test_matrix"),
     Row("Hugging Face outputs (`ModelOutput`), eager and sdpa", "yes", "test_matrix"),
@@ -84,9 +88,11 @@ ROWS: tuple[Row, ...] = (
     Row("quantized gradients (ZeRO++)", "replay off", "announced", lambda p: p.quantized_gradients),
     Row("tensor parallelism", "replay off", "announced", lambda p: p.model_parallel_size > 1),
     Row("Ulysses sequence parallelism", "replay off", "announced", lambda p: p.sequence_parallel_size > 1),
-    Row("a second engine in the same process", "replay off, not protected", "announced", lambda p: not p.is_first_engine),
+    Row("a second engine in the same process", "not protected", "announced", lambda p: not p.is_first_engine),
     Row("`engine.coalesce_grad_reduction()`", "replay off for that step", "announced in the decision", None),
-    Row("inputs that require gradients, or of types that may change unseen", "replay off for that step", "test_recorder"),
+    Row(
+        "inputs that require gradients, or of types that may change unseen", "replay off for that step", "test_recorder"
+    ),
 )
 
 

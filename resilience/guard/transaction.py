@@ -2,8 +2,8 @@
 
 Wrapped around the engine: each forward and backward is recorded and protected; at the boundary, before the optimizer,
 the ranks compare notes in one small reduction. Nothing seen anywhere: the step is taken, and that was all. Else rank 0
-gathers the evidence, asks the coordinator (or, where it does not answer in time, the same policy here), and all ranks do
-what was decided. The decision itself, its record and its execution are in `verdict.py`.
+gathers the evidence, asks the coordinator (or, where it does not answer in time, the same policy here), and all ranks
+do what was decided. The decision itself, its record and its execution are in `verdict.py`.
 """
 
 from __future__ import annotations

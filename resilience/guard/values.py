@@ -1,4 +1,4 @@
-"""The nested values that go into and come out of a model: how they are kept for a second run, and how outputs are tapped.
+"""What goes into and comes out of a model: how inputs are kept for a second run, and how outputs are tapped.
 
 Inputs are kept by reference where that is safe and by copy where it is cheap; a reference carries the tensor's version
 counter, so that a change in place is noticed. Outputs are replaced by their own identity, so that what the *script*
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["KeptTensor", "Unrecordable", "differentiable", "keep", "tap", "take", "unchanged"]
+__all__ = ["KeptTensor", "Unrecordable", "differentiable", "keep", "take", "tap", "unchanged"]
 
 _COPY_BYTES_MAX = 1 << 20
 """Tensors up to this size are copied at once: token ids and scalars, for less than a reference would cost to check."""

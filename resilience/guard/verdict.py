@@ -203,9 +203,7 @@ class Boundary:
             self._draining, self._is_saved = True, False
 
     def _gather(self, inspection: Inspection, bit_equal: bool) -> list[Share]:
-        share = Share(
-            detections=inspection.detections, replay_problem=inspection.replay_problem, bit_equal=bit_equal
-        )
+        share = Share(detections=inspection.detections, replay_problem=inspection.replay_problem, bit_equal=bit_equal)
         return [decode(Share, content) for content in self._exchange.all_gather(encode(share))]
 
     def _evidence(self, shares: list[Share], attempt: int, previous: tuple[Detection, ...]) -> Evidence:
@@ -317,9 +315,7 @@ class Boundary:
             now = self._settings.clock.wall()
             decision = policy.decide(evidence, self._settings.config.policy, self._settings.config.mode, now=now)
             latency_ms = max(detection.latency_ms for detection in evidence.detections)
-            self._conclude(
-                dataclasses.replace(decision, origin=Origin.RANK, latency_ms=latency_ms), Outcome.SUCCEEDED
-            )
+            self._conclude(dataclasses.replace(decision, origin=Origin.RANK, latency_ms=latency_ms), Outcome.SUCCEEDED)
 
     def _leave(self, exit_code: int, reason: str) -> None:
         if self._settings.rank == 0:
