@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
@@ -188,7 +188,7 @@ class Agent(LocalElasticAgent):
         while True:
             super()._invoke_run(role)
             self._end_group()
-            self._state.ended(self._exits(only_failed=False), "all ranks of this node ended with 0")
+            self._state.ended(self._exits(), "all ranks of this node ended with 0")
 
     # --- starting
 
@@ -245,26 +245,30 @@ class Agent(LocalElasticAgent):
     # --- watching
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """One look at the ranks decides; torch elastic's own look comes only after the group has ended."""
         self._check()
-        exits = self._exits(only_failed=True)
-        if exits:
+        exits = self._exits()
+        failed = [exit_ for exit_ in exits if exit_.exit_code != 0]
+        if failed:
             # Tell at once, before the other ranks are ended: agents elsewhere may have ranks that wait for these.
-            self._reports.exits(exits)
-            self._state.ended(exits, "a rank failed")
+            self._reports.exits(failed)
+            self._state.ended(failed, "a rank failed")
             self._end_group()
-        elif self._reports.restart is not None:
-            self._state.ended((), self._reports.restart.reason)
+        elif len(exits) < len(worker_group.workers):
+            if self._reports.restart is not None:
+                self._state.ended((), self._reports.restart.reason)
+            return RunResult(state=WorkerState.HEALTHY)
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
-    def _exits(self, *, only_failed: bool) -> list[RankExit]:
+    def _exits(self) -> list[RankExit]:
         """How the ranks of this node ended that have ended."""
         assert isinstance(self._pcontext, SubprocessContext)
         devices = self._devices(self._rendezvous_handler.assignment.slots)
         found = []
         for local_rank, handler in self._pcontext.subprocess_handlers.items():
             code = handler.proc.poll()
-            if code is None or (only_failed and code == 0):
+            if code is None:
                 continue
             files = self._logs.files[local_rank]
             found.append(

@@ -17,7 +17,7 @@ from pathlib import Path
 from resilience.clock import Clock, SystemClock
 from resilience.config import CoordinatorConfig
 from resilience.context import RunContext
-from resilience.errors import ExitCode, ResilienceError, UsageError
+from resilience.errors import CoordinatorUnreachableError, ExitCode, ResilienceError, UsageError
 from resilience.launch import shim
 from resilience.launch.network import free_port, is_free
 from resilience.launch.run_directory import RunDirectory
@@ -93,7 +93,7 @@ class EmbeddedCoordinator:
         """Start it and wait until it listens.
 
         Raises:
-            ResilienceError: it ended at once; the message is its own last line.
+            UsageError, CoordinatorUnreachableError: it ended at once; the message is its own last line.
         """
         self._spawn()
         deadline = self._clock.monotonic() + _START_S
@@ -101,7 +101,9 @@ class EmbeddedCoordinator:
             if self._process is not None and self._process.poll() is not None:
                 raise self._failed_to_start(self._process.returncode)
             if self._clock.monotonic() > deadline:
-                raise ResilienceError(f"coordinator: does not listen after {_START_S:.0f} s; see {self.log}")
+                raise CoordinatorUnreachableError(
+                    f"coordinator: does not listen after {_START_S:.0f} s; see {self.log}"
+                )
             threading.Event().wait(0.05)
 
     @property
@@ -165,4 +167,4 @@ class EmbeddedCoordinator:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         said = lines[-1] if lines else f"ended with {code}"
         message = f"coordinator: {said.removeprefix('resilience: ')} (see {self.log})"
-        return UsageError(message) if code == ExitCode.USAGE else ResilienceError(message)
+        return UsageError(message) if code == ExitCode.USAGE else CoordinatorUnreachableError(message)

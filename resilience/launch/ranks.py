@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from resilience.rpc.v1 import coordinator_pb2 as pb
 
 __all__ = ["RankFiles", "last_line", "plan_ranks", "write_plan"]
 
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]:")
+"""torch puts it in front of each line of a traceback, once the process group is up."""
 _TAIL_BYTES = 8192
 _MESSAGE_CHARACTERS = 300
 
@@ -105,7 +108,7 @@ def write_plan(path: Path, plan: dict[str, Any]) -> None:
 
 
 def last_line(path: Path) -> str:
-    """The last line that a rank wrote to `path`: of a Python traceback it is the one that says what happened."""
+    """What happened, from what a rank wrote to `path`: the exception of its last traceback; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -113,7 +116,7 @@ def last_line(path: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    written = [line.strip() for line in lines if line.strip()]
+    written = [_RANK_PREFIX.sub("", line).strip() for line in lines if line.strip()]
     return _exception_line(written)[:_MESSAGE_CHARACTERS]
 
 
