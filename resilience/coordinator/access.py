@@ -6,11 +6,16 @@ import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from resilience.errors import UsageError
+
+if TYPE_CHECKING:
+    _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _Interceptor = grpc.aio.ServerInterceptor
 
 __all__ = ["TokenInterceptor", "check_bind", "read_token"]
 
@@ -64,7 +69,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class TokenInterceptor(_Interceptor):
     """Refuses calls without the token, before their messages are read."""
 
     def __init__(self, token: str) -> None:

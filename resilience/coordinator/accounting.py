@@ -14,7 +14,7 @@ import dataclasses
 
 from resilience.coordinator.machine.state import State
 
-__all__ = ["Account", "account"]
+__all__ = ["Account", "account", "settled_badput_s"]
 
 _WITHIN_STEPS = ("replay", "check")
 """Causes whose seconds the duration of a step contains."""
@@ -39,24 +39,46 @@ def account(state: State, now: float) -> Account:
     end = now if state.finished_at is None else state.finished_at
     lifetime_s = max(0.0, end - state.started_at)
     reported = dict(state.telemetry.badput_s)
-    init_s, recovery_s = _starts(state, end)
-    recovery_s = max(0.0, recovery_s - reported.get("checkpoint_load", 0.0))
+    starts = _starts(state)
     steps_s = state.telemetry.kept_s + sum(state.telemetry.durations.values())
     within_s = sum(reported.get(cause, 0.0) for cause in _WITHIN_STEPS)
     kept_s = min(lifetime_s, max(0.0, steps_s - within_s))
-    badput_s = {"init": init_s, "recovery": recovery_s, **reported}
+    badput_s = {
+        "init": sum(start.seconds(end) for start in starts[:1]),
+        "recovery": sum(start.seconds(end) for start in starts[1:]),
+        **reported,
+    }
     badput_s["other"] = max(0.0, lifetime_s - kept_s - sum(badput_s.values()))
     return Account(lifetime_s=lifetime_s, kept_s=kept_s, badput_s=dict(sorted(badput_s.items())))
 
 
-def _starts(state: State, end: float) -> tuple[float, float]:
-    """Seconds until the first generation stepped, and from each failure until the next one did."""
+def settled_badput_s(state: State) -> dict[str, float]:
+    """Seconds by cause that will not become less any more, as a counter needs them: without starts that go on."""
+    starts = _starts(state)
+    settled = dict(state.telemetry.badput_s)
+    for cause, part in (("init", starts[:1]), ("recovery", starts[1:])):
+        settled[cause] = sum(start.seconds(start.until) for start in part if start.until is not None)
+    return settled
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Start:
+    """The time before a generation's first step, from the launch or from the failure of the one before."""
+
+    since: float
+    until: float | None
+    loading_s: float
+
+    def seconds(self, end: float) -> float:
+        return max(0.0, (end if self.until is None else self.until) - self.since - self.loading_s)
+
+
+def _starts(state: State) -> list[_Start]:
     if not state.generations:
-        return max(0.0, end - state.started_at), 0.0
-    first = state.generations[0]
-    init_s = (first.first_step_at or first.ended_at or end) - state.started_at
-    recovery_s = 0.0
-    for before, after in zip(state.generations, state.generations[1:], strict=False):
-        failed_at = before.ended_at if before.ended_at is not None else after.began_at
-        recovery_s += (after.first_step_at or after.ended_at or end) - failed_at
-    return max(0.0, init_s), max(0.0, recovery_s)
+        return [_Start(state.started_at, None, 0.0)]
+    starts, since = [], state.started_at
+    for generation in state.generations:
+        until = generation.first_step_at if generation.first_step_at is not None else generation.ended_at
+        starts.append(_Start(since, until, generation.loading_s))
+        since = generation.ended_at if generation.ended_at is not None else generation.began_at
+    return starts

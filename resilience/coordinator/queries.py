@@ -195,7 +195,7 @@ def list_devices(state: State, history: Sequence[DeviceRecord] = ()) -> op.ListD
             op.DeviceState(
                 device=device,
                 node=node,
-                cordoned=cordon is not None or (record is not None and record.cordoned),
+                cordoned=record.cordoned if record is not None else cordon is not None,
                 reason=clip(cordon.reason if cordon is not None else record.reason if record is not None else ""),
                 num_transient=record.num_transient if record is not None else 0,
                 num_persistent=record.num_persistent if record is not None else 0,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # grpc-stubs lacks it
 from grpc_reflection.v1alpha import reflection
 
 import resilience
@@ -35,11 +35,11 @@ from resilience.errors import ExitCode, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
 from resilience.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
-__all__ = ["DEFAULT_METRICS_PORT", "Settings", "serve", "settings_of"]
+__all__ = ["DEFAULT_METRICS_PORT", "Settings", "external_settings", "serve", "settings_of"]
 
 DEFAULT_METRICS_PORT = 9464
 _TICK_S = 0.25
-_GRACE_S = 1.0
+_GRACE_S = 0.3
 """How long calls may go on when the process ends."""
 
 _SERVICES = (
@@ -90,6 +90,25 @@ def settings_of(context: RunContext, *, port: int | None = None, metrics_port: i
     )
 
 
+def external_settings(config: Config, *, run_id: str, run_dir: Path) -> Settings:
+    """The settings of a coordinator that no launcher starts: it serves the run named `run_id`, wherever its ranks are.
+
+    Its token is `config.coordinator.token_file`; launches name it by `coordinator.address` and `launch.run_id`.
+    """
+    return Settings(
+        run_id=run_id,
+        run_dir=run_dir.absolute(),
+        bind=config.coordinator.bind,
+        port=config.coordinator.port or 0,
+        metrics_bind=config.coordinator.metrics_bind,
+        metrics_port=config.coordinator.metrics_port,
+        token_file=config.coordinator.token_file,
+        config=config,
+        journal=journal_path(os.environ, run_id),
+        devices=devices_path(os.environ),
+    )
+
+
 def serve(settings: Settings, *, clock: Clock | None = None) -> int:
     """Serve a run until SIGTERM or SIGINT, then write its report and the journal's copy.
 
@@ -109,11 +128,11 @@ async def _serve(settings: Settings, clock: Clock) -> int:
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     stop = _stop_event()
     with contextlib.ExitStack() as stack:
-        journal = stack.enter_context(Journal.open(settings.journal))
-        history = DeviceHistory(settings.devices)
-        stack.callback(history.close)
         server, port = _listen(settings, token)
         try:
+            journal = stack.enter_context(Journal.open(settings.journal))
+            history = DeviceHistory(settings.devices)
+            stack.callback(history.close)
             host = Host.start(_opened(settings, clock), journal, history, clock, pid=os.getpid())
             await _announce(server, host)
             metrics = _metrics(settings, host)

@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from resilience.coordinator.accounting import account
+from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.host import Host
 from resilience.coordinator.machine import Machine
-from resilience.coordinator.machine.state import Histogram
-from resilience.events import Action, Check, CheckpointKind, Detection, Outcome, Verdict
+from resilience.coordinator.machine.state import Histogram, State
+from resilience.events import Action, Check, CheckpointKind, Detection, Mode, Outcome, Verdict
 from resilience.metrics import METRICS, PREFIX, Kind
 from resilience.metrics import Metric as Row
 from resilience.policy import restarts_left
@@ -30,23 +30,24 @@ _MENDING = frozenset({Check.CHECKSUM, Check.INVARIANT})
 def samples(machine: Machine, now: float) -> dict[str, Samples]:
     """Counters and gauges: metric -> label values -> value. Label values are in the order of the table."""
     state, beats = machine.state, machine.pulse.beats
-    books = account(state, now)
     roots = [d for d in state.detections.values() if d.caused_by is None]
     counted = collections.Counter
     ages = {rank: machine.pulse.age(f"rank:{rank}", now) for rank, seat in state.seats.items() if seat.left is None}
     overheads = {rank: beat.abft_overhead_ratio for rank, beat in beats.items()}
     cordoned = {device.device: 0.0 for node in state.nodes.values() for device in node.agent.devices}
     cordoned.update(dict.fromkeys(state.cordons, 1.0))
-    decisions = [d for d in state.decisions.values() if d.outcome is not Outcome.SUPERSEDED]
+    decisions = state.decisions.values()
     return {
-        "goodput_ratio": {(): books.goodput_ratio},
-        "badput_seconds_total": {(cause,): seconds for cause, seconds in books.badput_s.items()},
+        "goodput_ratio": {(): account(state, now).goodput_ratio},
+        "badput_seconds_total": {(cause,): seconds for cause, seconds in settled_badput_s(state).items()},
         "steps_total": {(): state.telemetry.num_steps_taken},
-        "detections_total": counted((d.site, str(d.kind), str(d.verdict)) for d in roots),
+        "detections_total": counted((d.site, str(d.kind), str(d.verdict)) for d in roots if _is_closed(state, d)),
         "corrections_total": counted(
             ("succeeded" if d.mended else "failed",) for d in roots if d.check in _MENDING or d.mended
         ),
-        "replays_total": counted((str(d.outcome),) for d in decisions if d.action is Action.REPLAY),
+        "replays_total": counted(
+            (str(d.outcome),) for d in decisions if d.action is Action.REPLAY and d.outcome is not Outcome.PENDING
+        ),
         "restores_total": _restores(machine),
         "decisions_total": counted((str(d.action),) for d in decisions),
         "abft_checks_total": {(site,): count for site, count in state.telemetry.checks.items()},
@@ -63,6 +64,11 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
         "retry_budget_remaining": {(): restarts_left(state.failures, state.limits, now=now)},
         "coordinator_up": {(): 1.0},
     }
+
+
+def _is_closed(state: State, detection: Detection) -> bool:
+    """Whether the verdict stands. One that is still open would move from one label to another: a counter that falls."""
+    return detection.verdict is not Verdict.PENDING or state.finished is not None or state.mode is Mode.SHADOW
 
 
 def _is_device_fault(detection: Detection) -> bool:

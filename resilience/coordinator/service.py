@@ -111,7 +111,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 change.cancel()
                 if read.done():
                     newest = read.result()
-                    if newest is grpc.aio.EOF:
+                    if newest is grpc.aio.EOF:  # type: ignore[attr-defined]  # grpc-stubs lacks it
                         return
                     response = await self._take_report(newest, context)
                     read = asyncio.ensure_future(context.read())

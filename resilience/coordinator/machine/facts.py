@@ -266,7 +266,7 @@ class DrainAsked:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The run is over. Always the last fact."""
+    """The run is over. After it only people may still change something: a cordon."""
 
     exit_code: int
     outcome: str

@@ -216,6 +216,10 @@ def _sampled(state: State, fact: f.Sampled, at: float) -> list[Effect]:
         state.seats[rank].step = step
     for rank, name in fact.states:
         state.seats[rank].state = name
+    for cause, seconds in fact.badput:
+        _add(telemetry.badput_s, cause, seconds)
+        if cause == "checkpoint_load" and state.generations and state.generations[-1].first_step_at is None:
+            state.generations[-1].loading_s += seconds
     if fact.first_step_at is not None:
         state.generations[-1].first_step_at = fact.first_step_at
     for step, seconds in fact.durations:
@@ -232,8 +236,6 @@ def _sampled(state: State, fact: f.Sampled, at: float) -> list[Effect]:
         telemetry.rank_checks[rank, site] = count
     for seen in fact.observations:
         telemetry.histogram(seen.metric, seen.label).add(seen.counts, seen.total)
-    for cause, seconds in fact.badput:
-        _add(telemetry.badput_s, cause, seconds)
     state.last_verified_step = max(state.last_verified_step, fact.last_verified_step)
     state.loss = fact.loss if fact.loss is not None else state.loss
     state.tokens_per_s = fact.tokens_per_s if fact.tokens_per_s is not None else state.tokens_per_s

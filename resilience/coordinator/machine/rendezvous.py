@@ -163,6 +163,8 @@ def join_rank(state: State, pulse: Pulse, command: JoinRank, now: float) -> Iter
 def leave(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.Fact]:
     """A member ends and says so."""
     check_run(state, command.run_id)
+    if state.finished is not None:
+        return
     kind, _, name = command.member.partition(":")
     if kind == "launcher":
         yield from goodbye(state, pulse, command, now)
@@ -183,8 +185,6 @@ def leave(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.
 
 def goodbye(state: State, pulse: Pulse, command: Leave, now: float) -> Iterator[f.Fact]:
     """The launcher, which outlives the agents, says how the run ended. Its word is final."""
-    if state.finished is not None:
-        return
     yield from flush(state, pulse, now)
     yield finish(state, command.exit_code, command.reason)
 

@@ -19,6 +19,8 @@ __all__ = ["flush", "report"]
 def report(state: State, pulse: Pulse, command: Report, now: float) -> Iterator[f.Fact]:
     """Take a report; what was reported before, under whatever sequence, is left out."""
     check_run(state, command.run_id)
+    if state.finished is not None:
+        return
     check_member(state, command.member, command.generation)
     check_detections(state, command.detections)
     pulse.seen[command.member] = now

@@ -68,6 +68,8 @@ class GenerationRecord:
     world_size: int
     reason: str
     first_step_at: float | None = None
+    loading_s: float = 0.0
+    """Seconds of loading checkpoints before its first step."""
     ended_at: float | None = None
     ended_by: str = ""
 

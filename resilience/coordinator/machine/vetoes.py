@@ -58,6 +58,8 @@ def conclude(state: State, pulse: Pulse, command: Conclude, now: float) -> Itera
     check_run(state, command.run_id)
     check_generation(state, command.decision.generation, f"decision {command.decision.decision_id}")
     seat_of(state, command.rank)
+    if state.finished is not None:
+        return
     yield from conclude_decision(state, command.decision)
 
 
