@@ -123,15 +123,19 @@ def _right_sums(right: torch.Tensor, *, exact: bool) -> torch.Tensor:
 # --- first stage ------------------------------------------------------------------------------------------------------
 
 
-def screen(gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: float = 1.0) -> torch.Tensor:
+def screen(
+    gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: float = 1.0, finite_rows: bool = False
+) -> torch.Tensor:
     """Residual ÷ tolerance of every row of `out`, (m,) or (b, m), on its device; NaN where a sum is not finite.
 
-    `not (ratio <= 1)` is an alarm. Reads A, C and, unless cached, B once.
+    `not (ratio <= 1)` is an alarm. Reads A, C and, unless cached, B once. One row that is not finite makes all ratios
+    NaN, since the mean is in every tolerance; with `finite_rows` (it waits for the device) the others have their own.
     """
     expected = _expected_sums(gemm, out, sums)
     factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=expected.shape[-1])
     scale = _energy(expected)
-    tolerance = scale.add_(scale.mean()).mul_(factor * factor).add_(_TINY)
+    usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
+    tolerance = scale.add_(usual).mul_(factor * factor).add_(_TINY)
     return _energy(expected.sub_(_observed_sums(out))).div_(tolerance).sqrt_()
 
 
@@ -231,6 +235,8 @@ def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_sca
     Elements whose reference is not finite, because an operand is not or because the products exceed the range of the
     arithmetic, are no evidence about this operation.
     """
+    if bool(ratio.isnan().any()):
+        ratio = screen(gemm, out, WeightSums(), factor_scale=tolerance_scale, finite_rows=True)
     addend = None if gemm.addend is None else gemm.addend.expand(out.shape)
     worst: DetectionKind | None = None
     inputs_bad = False
@@ -272,13 +278,17 @@ def _faulty(
     factors = element_factors(_precision(stored.dtype), k=left.shape[1], smallest_normal=limits.smallest_normal)
     reference = left @ right
     magnitude = left.abs() @ right.abs()
+    # Matrix units may take operands below the smallest normal number as zero.
+    flushed = left.abs().sum(1, keepdim=True) + right.abs().sum(0, keepdim=True)
     size = reference.abs()
     if addend is not None:
         size = size + addend.abs()
         magnitude = magnitude + addend.abs()
         reference = reference + addend
         size = size + reference.abs()
-    tolerance = (factors.relative * size + factors.accumulated * magnitude + factors.absolute) * tolerance_scale
+    tolerance = (
+        factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
+    ) * tolerance_scale
     error = (stored.double() - reference).abs()
     largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max
     overflowed = ~(reference.abs() + tolerance < limits.max) | ~(magnitude < largest_sum)

@@ -79,9 +79,10 @@ def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> floa
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ElementFactors:
-    """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + absolute, with R in float64.
+    """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + absolute·(1 + F_ij), R in float64.
 
     S = |R| for a plain product; with an addend, S = |R| + |α·A·B| + |β·D|, since a library may round in between.
+    F_ij = Σ_k |A_ik| + Σ_k |B_kj|: operands that are not normal numbers may count as zero.
     """
 
     relative: float

@@ -1,0 +1,316 @@
+"""The checks of one GEMM: silent on clean ones whatever they hold, loud on faults, honest about bad inputs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilience.abft.checksum import WeightSums, confirm, deferred_result, screen
+from resilience.abft.gemm import Gemm, parse_gemm
+from resilience.events import DetectionKind
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def detected(gemm: Gemm, out: torch.Tensor) -> DetectionKind | None:
+    """Both stages, as on a CPU."""
+    ratio = screen(gemm, out, WeightSums())
+    return None if float(ratio.max()) <= 1.0 else confirm(gemm, out, ratio).kind
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def heavy(*shape: int, seed: int = 0) -> torch.Tensor:
+    return normal(*shape, seed=seed) * normal(*shape, seed=seed + 1).mul(2).exp()
+
+
+def massive(*shape: int, seed: int = 0) -> torch.Tensor:
+    x = normal(*shape, seed=seed)
+    x[..., 0, :] *= 300.0
+    x[..., :, -1] *= 100.0
+    return x
+
+
+def centred(*shape: int, seed: int = 0) -> torch.Tensor:
+    x = normal(*shape, seed=seed)
+    return x - x.mean(-1, keepdim=True)
+
+
+CONTENTS: dict[str, Callable[..., torch.Tensor]] = {
+    "normal": normal,
+    "heavy": heavy,
+    "massive": massive,
+    "shifted": lambda *shape, seed=0: normal(*shape, seed=seed) + 3,
+    "row_scales": lambda *shape, seed=0: normal(*shape, seed=seed) * normal(*shape[:-1], 1, seed=seed + 1).mul(3).exp(),
+    "sparse": lambda *shape, seed=0: normal(*shape, seed=seed) * (normal(*shape, seed=seed + 1) > 2),
+    "zero": lambda *shape, seed=0: torch.zeros(*shape),
+    "constant": lambda *shape, seed=0: torch.full(shape, 1.7),
+    "denormal": lambda *shape, seed=0: normal(*shape, seed=seed) * 1e-39,
+    "tiny": lambda *shape, seed=0: normal(*shape, seed=seed) * 1e-25,
+    "large": lambda *shape, seed=0: normal(*shape, seed=seed) * 1e15,
+    "overflowing": lambda *shape, seed=0: normal(*shape, seed=seed) * 1e25,
+    "centred": centred,
+}
+SHAPES = [
+    (0, 65, 33, 70),
+    (0, 1, 200, 1),
+    (0, 100, 1, 100),
+    (0, 7, 300, 513),
+    (6, 40, 16, 40),
+    (3, 40, 40, 16),
+    (1, 2, 3, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("left", CONTENTS)
+def test_clean_products_raise_no_alarm(dtype: torch.dtype, left: str) -> None:
+    for batch, m, k, n in SHAPES:
+        lead = (batch,) if batch else ()
+        for seed, right in enumerate(CONTENTS):
+            a = CONTENTS[left](*lead, m, k, seed=seed).to(dtype)
+            b = CONTENTS[right](*lead, k, n, seed=seed + 50).to(dtype)
+            for one, other in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+                assert detected(Gemm(one, other), one @ other) is None, (batch, m, k, n, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_screen_itself_is_silent_on_what_models_compute(dtype: torch.dtype) -> None:
+    """A screen that often sends clean rows to the second stage would be slow, though never wrong."""
+    worst = 0.0
+    for seed in range(12):
+        for name in ("normal", "shifted", "row_scales", "massive"):
+            a, b = CONTENTS[name](256, 96, seed=seed).to(dtype), normal(96, 384, seed=seed + 9).to(dtype)
+            worst = max(worst, float(screen(Gemm(a, b), a @ b, WeightSums()).max()))
+    assert 0.01 < worst < 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40), k=st.integers(1, 40), n=st.integers(1, 40),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]), dtype=st.sampled_from(DTYPES),
+    alpha=st.sampled_from([1.0, 0.5, -2.0]), beta=st.sampled_from([0.0, 1.0, 3.0]),
+    form=st.sampled_from(["vector", "row", "column", "full"]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_clean_products_with_an_addend_raise_no_alarm(
+    m: int, k: int, n: int, scale: float, dtype: torch.dtype, alpha: float, beta: float, form: str, seed: int
+) -> None:
+    a, b = (normal(m, k, seed=seed) * scale).to(dtype), normal(k, n, seed=seed + 1).to(dtype)
+    shape = {"vector": (n,), "row": (1, n), "column": (m, 1), "full": (m, n)}[form]
+    d = normal(*shape, seed=seed + 2).to(dtype)
+    gemm = parse_gemm("addmm", (d, a, b), {"alpha": alpha, "beta": beta})
+    assert gemm is not None
+    assert detected(gemm, torch.addmm(d, a, b, alpha=alpha, beta=beta)) is None
+
+
+def test_empty_and_integer_products_are_left_alone() -> None:
+    assert parse_gemm("mm", (torch.ones(0, 3), torch.ones(3, 2)), {}) is None
+    assert parse_gemm("mm", (torch.ones(2, 0), torch.ones(0, 2)), {}) is None
+    assert parse_gemm("mm", (torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.int64)), {}) is None
+    assert parse_gemm("mm", (torch.ones(2, 2, dtype=torch.complex64),) * 2, {}) is None
+
+
+def example(dtype: torch.dtype, *, batch: int = 0, seed: int = 0) -> tuple[Gemm, torch.Tensor]:
+    lead = (batch,) if batch else ()
+    a, b = normal(*lead, 96, 64, seed=seed).to(dtype), normal(*lead, 64, 128, seed=seed + 1).to(dtype)
+    return Gemm(a, b), a @ b
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (float("inf"), DetectionKind.INF),
+        (float("-inf"), DetectionKind.INF),
+        (float("nan"), DetectionKind.NAN),
+        ("near_inf", DetectionKind.NEAR_INF),
+        (30.0, DetectionKind.MISMATCH),
+    ],
+)
+def test_every_extreme_value_is_found_and_named(
+    dtype: torch.dtype, batch: int, value: float | str, kind: DetectionKind
+) -> None:
+    for place in range(0, 96 * 128, 977):
+        gemm, out = example(dtype, batch=batch)
+        out.view(-1)[place] = 0.9 * torch.finfo(dtype).max if value == "near_inf" else float(value)
+        assert detected(gemm, out) is kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_a_column_or_all_of_it_gone_is_found(dtype: torch.dtype) -> None:
+    for index in ((3,), (slice(None), 5), (slice(None),), (slice(None, None, 4), slice(None, None, 32))):
+        gemm, out = example(dtype)
+        out[index] = 0.0
+        assert detected(gemm, out) is DetectionKind.MISMATCH
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swapped_rows_are_found(dtype: torch.dtype) -> None:
+    gemm, out = example(dtype)
+    out[[4, 9]] = out[[9, 4]]
+    assert detected(gemm, out) is DetectionKind.MISMATCH
+
+
+def bit_positions(dtype: torch.dtype) -> range:
+    """From the fourth bit of the mantissa below its top up to the exponent's top."""
+    return range(20, 31) if dtype == torch.float32 else range(5, 15)
+
+
+def campaign(dtype: torch.dtype, corrupt: Callable[[torch.Tensor, int], None], *, trials: int = 200) -> float:
+    """Share of faults that are found."""
+    found = 0
+    for trial in range(trials):
+        gemm, out = example(dtype, seed=trial)
+        flat = out.view(-1)
+        corrupt(flat, (trial * 6151) % flat.numel())
+        found += detected(gemm, out) is not None
+    return found / trials
+
+
+def change_by(rms: float) -> Callable[[torch.Tensor, int], None]:
+    def corrupt(flat: torch.Tensor, place: int) -> None:
+        flat[place] += rms * float(flat.float().square().mean().sqrt())
+
+    return corrupt
+
+
+def swap(flat: torch.Tensor, place: int) -> None:
+    row = place // 128 * 128
+    one, other = row + place % 128, row + (place * 7 + 31) % 128
+    flat[[one, other]] = flat[[other, one]]
+
+
+def multiply_large(flat: torch.Tensor, place: int) -> None:
+    largest = flat.view(-1, 128)[place // 128].abs().argmax() + place // 128 * 128
+    flat[largest] *= 1.5
+
+
+def zero_large(flat: torch.Tensor, place: int) -> None:
+    flat[flat.view(-1, 128)[place // 128].abs().argmax() + place // 128 * 128] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "corrupt", "at_least"),
+    [
+        (torch.float32, change_by(1e-3), 1.0),
+        (torch.float32, change_by(1e-4), 0.9),
+        (torch.float32, multiply_large, 1.0),
+        (torch.float32, zero_large, 1.0),
+        (torch.float32, swap, 0.97),
+        (torch.bfloat16, change_by(2.0), 1.0),
+        (torch.bfloat16, change_by(1.0), 1.0),
+        (torch.bfloat16, change_by(0.5), 0.8),
+        (torch.bfloat16, multiply_large, 0.95),
+        (torch.bfloat16, zero_large, 1.0),
+        (torch.bfloat16, swap, 0.6),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_share_of_moderate_faults_found(
+    dtype: torch.dtype, corrupt: Callable[[torch.Tensor, int], None], at_least: float
+) -> None:
+    """The figures of docs/detection.md."""
+    share = campaign(dtype, corrupt)
+    assert share >= at_least, share
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exponent_bit_flips_are_found(dtype: torch.dtype) -> None:
+    integer, bits = (torch.int32, range(24, 31)) if dtype == torch.float32 else (torch.int16, range(9, 15))
+    for bit in bits:
+
+        def flip(flat: torch.Tensor, place: int, bit: int = bit) -> None:
+            flat.view(integer)[
+                flat[place // 128 * 128 : place // 128 * 128 + 128].abs().argmax() + place // 128 * 128
+            ] ^= 1 << bit
+
+        assert campaign(dtype, flip, trials=40) == 1.0, bit
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bad_inputs_are_propagation_and_no_fault(bad: float, side: str) -> None:
+    gemm, _ = example(torch.float32)
+    getattr(gemm, side)[5, 7] = bad
+    out = gemm.left @ gemm.right
+    ratio = screen(gemm, out, WeightSums())
+    assert not float(ratio.max()) <= 1.0
+    confirmation = confirm(gemm, out, ratio)
+    assert confirmation.kind is None
+    assert confirmation.inputs_bad
+    assert deferred_result(gemm, ratio)[1] == 1.0
+
+
+def test_a_fault_beside_a_bad_input_row_is_still_found() -> None:
+    gemm, _ = example(torch.float32)
+    gemm.left[5] = float("nan")
+    out = gemm.left @ gemm.right
+    out[9, 3] += 50.0
+    confirmation = confirm(gemm, out, screen(gemm, out, WeightSums()))
+    assert confirmation.kind is DetectionKind.MISMATCH
+    assert confirmation.inputs_bad
+
+
+def test_an_addend_of_minus_infinity_is_a_mask_and_no_fault() -> None:
+    q, k = normal(3, 8, 16), normal(3, 16, 8, seed=1)
+    mask = torch.full((8, 8), float("-inf")).triu(1)
+    gemm = parse_gemm("baddbmm", (mask, q, k), {})
+    assert gemm is not None
+    out = torch.baddbmm(mask, q, k)
+    assert detected(gemm, out) is None
+    out[1, 6, 2] += 1.0
+    assert detected(gemm, out) is DetectionKind.MISMATCH
+
+
+def test_results_that_overflow_by_right_are_no_fault() -> None:
+    a = torch.full((4, 300), 60000.0, dtype=torch.float16)
+    gemm = Gemm(a, a.mT.contiguous())
+    out = gemm.left @ gemm.right
+    assert out.isinf().all()
+    assert detected(gemm, out) is None
+
+
+def test_stale_weight_sums_cause_no_finding_and_are_dropped() -> None:
+    weight = torch.nn.Parameter(normal(64, 128))
+    x = normal(96, 64, seed=1)
+    sums = WeightSums()
+    with torch.no_grad():
+        assert float(screen(Gemm(x, weight), x @ weight, sums).max()) <= 1.0
+        weight.data.mul_(2.0)
+        gemm, out = Gemm(x, weight), x @ weight
+        ratio = screen(gemm, out, sums)
+        assert float(ratio.max()) > 1.0
+        assert confirm(gemm, out, ratio).kind is None
+        sums.discard(weight)
+        assert float(screen(gemm, out, sums).max()) <= 1.0
+
+
+def test_weight_sums_do_not_keep_a_parameter_alive() -> None:
+    weight = torch.nn.Parameter(normal(64, 128))
+    sums = WeightSums()
+    with torch.no_grad():
+        sums.get(weight.t())
+    reference = weakref.ref(weight)
+    del weight
+    assert reference() is None
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_reduced_internal_precision_of_float32_is_known(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        gemm, out = example(torch.float32)
+        assert detected(gemm, out) is None
+        out[3, 3] += 100.0
+        assert detected(gemm, out) is DetectionKind.MISMATCH
+    finally:
+        torch.set_float32_matmul_precision(before)
