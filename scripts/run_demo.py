@@ -28,6 +28,9 @@ EXPECTED = (
 )
 """What is injected: in words, at which step, at which site, and what must be decided."""
 
+STEPS_BEHIND = 3
+"""How old the coordinator's knowledge of a dead process may be, in steps: that of its last heartbeat."""
+
 
 def train(launch_options: list[str], directory: Path, checkpoints: Path, *, steps: int) -> float:
     """Run the training script to its end; returns the seconds it took."""
@@ -60,12 +63,14 @@ def judge(report: dict[str, Any]) -> list[str]:
     """What is wrong with the report of the faulted run; empty when each fault met its answer, once."""
     wrong = []
     injected = [(fault["step"], fault["site"]) for fault in report["faults_injected"]]
+    decisions = [(decision["step"], decision["action"]) for decision in report["decisions"]]
     for words, step, site, action in EXPECTED:
         if injected.count((step, site)) != 1:
             wrong.append(f"{words}: injected {injected.count((step, site))} times at step {step}")
-        if not any(decision["step"] == step and decision["action"] == action for decision in report["decisions"]):
+        first = step - STEPS_BEHIND if site == "process" else step
+        if not any((at, action) in decisions for at in range(first, step + 1)):
             wrong.append(f"{words}: no decision {action!r} at step {step}")
-    acted = [decision["action"] for decision in report["decisions"] if decision["action"] != "continue"]
+    acted = [action for _, action in decisions if action != "continue"]
     if len(acted) != len(EXPECTED):
         wrong.append(f"{len(EXPECTED)} faults, but {len(acted)} actions: {', '.join(acted)}")
     return wrong

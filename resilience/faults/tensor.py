@@ -98,7 +98,7 @@ class TensorInjector:
         struck = False
         for i, fault in self._pending:
             if _is_addressed(fault, site, layer, call, param) and self._is_left(i, fault) and tensor.numel():
-                self._strike(i, fault, tensor)
+                self._strike(i, fault, layer, tensor)
                 struck = True
         if struck:
             self._pending = [(i, fault) for i, fault in self._pending if self._is_left(i, fault)]
@@ -109,7 +109,7 @@ class TensorInjector:
         return fault.repeat == -1 or self._ledger.num_strikes(i) < fault.repeat
 
     @torch.no_grad()
-    def _strike(self, i: int, fault: Fault, tensor: torch.Tensor) -> None:
+    def _strike(self, i: int, fault: Fault, layer: int, tensor: torch.Tensor) -> None:
         target = tensor.detach()
         if any(stride == 0 and size > 1 for stride, size in zip(target.stride(), target.shape, strict=True)):
             raise FaultPlanError(f"site {fault.site!r}: elements of the tensor share memory; it cannot be struck")
@@ -124,7 +124,7 @@ class TensorInjector:
             micro_step=self._micro_step,
             rank=fault.rank,
             site=fault.site,
-            layer=fault.layer,
+            layer=layer,  # of a parameter that the plan names, its place
             kind=fault.kind,
             struck_at=self._clock.wall(),
             attempt=self._attempt,

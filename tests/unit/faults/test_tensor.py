@@ -120,6 +120,7 @@ def test_gradients_are_struck_whole_and_by_name(tmp_path: Path) -> None:
     struck = [name for i, (name, g) in enumerate(gradients.items()) if one.strike("gradient", i, g, param=name)]
     assert struck == ["block.weight", "head.weight"]
     assert gradients["head.weight"].tolist() == [1e4] * 3
+    assert [(s.layer, s.kind) for s in Ledger(tmp_path, 0).strikes()] == [(1, "zero"), (2, "scale")]
     assert not gradients["block.weight"].any()
 
 
