@@ -33,7 +33,7 @@ def capture(extra: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         "python": [version, list(words), next_gauss],
         "extra": {key: _encode(state) for key, state in extra.items()},
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         states["cuda"] = _encode(torch.cuda.get_rng_state())
     return states
 
@@ -58,7 +58,7 @@ def restore(states: Mapping[str, Any], *, source: str) -> dict[str, torch.Tensor
     torch.set_rng_state(torch_state)
     numpy.random.set_state(numpy_state)
     random.setstate((version, tuple(words), next_gauss))
-    if cuda_state is not None and torch.cuda.is_initialized():
+    if cuda_state is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(cuda_state))
     return extra
 

@@ -17,13 +17,16 @@ from resilience.errors import CheckpointError
 
 __all__ = [
     "Candidate",
+    "Inspection",
     "State",
     "candidates",
     "check_plain",
     "fallbacks",
     "in_loading_order",
-    "latest_tag",
+    "inspect",
+    "is_tag_dir",
     "list_files",
+    "locate",
     "verify",
 ]
 
@@ -61,6 +64,27 @@ class Candidate:
     """Whether the script wanted `latest` to name it; True where it cannot be known."""
     reason: str = ""
     """With `unfinished` and `damaged`: why it must not be loaded."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a look at one checkpoint found."""
+
+    directory: str
+    tag: str
+    state: State
+    step: int
+    generation: int
+    last_verified_step: int
+    latest: bool
+    """Whether `latest` names it."""
+    num_files: int
+    num_bytes: int
+    at: float
+    """When it was saved, in seconds since the Unix epoch."""
+    good: bool
+    """Nothing was found wrong with it, as far as was looked."""
+    problems: tuple[str, ...]
 
 
 def list_files(tag_dir: Path) -> dict[str, int]:
@@ -213,8 +237,63 @@ def _candidate(tag_dir: Path) -> Candidate | None:
     return Candidate(tag=tag_dir.name, state=State.PLAIN, at=max(states)) if states else None
 
 
-def latest_tag(save_dir: Path) -> str | None:
-    """The tag that a load without one would try first; None if nothing is there."""
-    order = in_loading_order(candidates(save_dir), read_latest(save_dir))
-    usable = [c for c in order if c.state in (State.PUBLISHED, State.PLAIN)]
-    return usable[0].tag if usable else None
+def locate(path: Path) -> Path:
+    """The tag's directory that `path` means: itself, or for a save_dir the checkpoint that a load would try first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if is_tag_dir(path):
+        return path
+    order = in_loading_order(candidates(path), read_latest(path))
+    usable = [candidate for candidate in order if candidate.state in (State.PUBLISHED, State.PLAIN)]
+    if not usable:
+        raise CheckpointError(f"{path}: no checkpoint there; give a save_dir of save_checkpoint, or one of its tags")
+    return path / usable[0].tag
+
+
+def is_tag_dir(path: Path) -> bool:
+    """Whether `path` is one checkpoint, rather than a save_dir of several."""
+    return path.is_dir() and _candidate(path) is not None
+
+
+def inspect(path: Path, *, read_files: bool, node: str | None = None) -> list[Inspection]:
+    """Look at the checkpoints of a save_dir, newest first, or at the one in a tag's directory.
+
+    Args:
+        path: a save_dir or a tag's directory.
+        read_files: whether to hold every file against its checksum, or only to look at manifests.
+        node: name of this node, where each node keeps files of its own.
+    """
+    save_dir = path.absolute().parent if is_tag_dir(path) else path
+    latest = read_latest(save_dir)
+    found = candidates(save_dir)
+    chosen = [c for c in found if c.tag == path.absolute().name] if is_tag_dir(path) else found
+    return [_inspect(save_dir, candidate, candidate.tag == latest, read_files, node) for candidate in chosen]
+
+
+def _inspect(save_dir: Path, candidate: Candidate, is_latest: bool, read_files: bool, node: str | None) -> Inspection:
+    tag_dir = save_dir / candidate.tag
+    sizes = list_files(tag_dir)
+    problems: tuple[Problem, ...] = ()
+    if read_files and candidate.state is State.PLAIN:
+        problems = check_plain(tag_dir, [name for name in sizes if name.endswith(".pt")])
+    elif read_files and candidate.state is State.PUBLISHED:
+        manifest = read_manifest(tag_dir)
+        problems = verify(tag_dir, manifest, node=node) if manifest is not None else ()
+    details = [candidate.reason] if candidate.reason else []
+    details += [problem.detail for problem in problems if problem.fatal]
+    return Inspection(
+        directory=str(save_dir),
+        tag=candidate.tag,
+        state=candidate.state,
+        step=candidate.step,
+        generation=candidate.generation,
+        last_verified_step=candidate.last_verified_step,
+        latest=is_latest,
+        num_files=len(sizes),
+        num_bytes=sum(sizes.values()),
+        at=candidate.at,
+        good=not details,
+        problems=tuple(details),
+    )

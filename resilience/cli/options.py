@@ -1,0 +1,31 @@
+"""The options that all verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resilience.cli.source import Source, open_source
+
+__all__ = ["Address", "Json", "RunDir", "TokenFile", "source"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, with the names of report.json.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="The coordinator [default: that of the run in --run-dir]"),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option("--token-file", metavar="FILE", help="File with the coordinator's token [default: that of the run]"),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="The run [default: ./resilience-runs/latest]"),
+]
+
+
+def source(address: str | None, token_file: Path | None, run_dir: Path | None) -> Source:
+    """Who answers for the run that the options name."""
+    return open_source(address, token_file, run_dir)

@@ -1,0 +1,163 @@
+"""How answers are printed: tables for people at 80 columns, JSON for programs.
+
+JSON keys are the names of report.json; enumerations are their lower-case words, what is unset is null, and so are
+numbers that JSON has no word for (infinite residuals), as in the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import rich.box
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from resilience.events import Decision
+from resilience.rpc import codec
+from resilience.rpc.v1 import coordinator_pb2 as pb
+
+__all__ = ["clock_time", "duration", "number", "plain", "print_fields", "print_json", "print_table", "print_text"]
+
+_AS_VALUES = (pb.Detection, pb.Decision, pb.Evidence, pb.Strike, pb.RankExit, pb.CheckpointFact)
+_STYLES = {
+    "failed": "red",
+    "persistent": "red",
+    "refused": "red",
+    "lost": "red",
+    "stop": "red",
+    "fail": "red",
+    "warn": "yellow",
+    "restart": "yellow",
+    "replay": "yellow",
+    "shadowed": "yellow",
+    "succeeded": "green",
+    "published": "green",
+    "finished": "green",
+    "ok": "green",
+}
+
+
+def plain(value: Any) -> Any:
+    """`value` as what JSON can hold: messages and dataclasses become objects with all their fields."""
+    if isinstance(value, _AS_VALUES):
+        return plain(codec.from_proto(value))
+    if isinstance(value, Decision):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return plain({**fields, "verdicts": dict(value.verdicts)})
+    if isinstance(value, Message):
+        return {field.name: _field(value, field) for field in value.DESCRIPTOR.fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | bool | int | float) or value is None:
+        return str(value) if isinstance(value, enum.StrEnum) else value
+    if isinstance(value, Iterable):
+        return [plain(each) for each in value]
+    return str(value)
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as JSON on standard output."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
+    """Print rows under their headings; `empty` where there are none.
+
+    Columns whose heading begins with `>` are aligned to the right.
+    """
+    shown = [[_cell(each) for each in row] for row in rows]
+    if not shown:
+        print_text(empty)
+        return
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for heading in columns:
+        right = heading.startswith(">")
+        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in shown:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_fields(fields: Iterable[tuple[str, Any]]) -> None:
+    """Print names with their values, one to a line; those without a value are left out."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, value in fields:
+        if value is not None and value != "":
+            grid.add_row(name, _cell(value))
+    _console().print(grid)
+
+
+def print_text(line: str) -> None:
+    """Print one paragraph as it is."""
+    _console().print(Text(line))
+
+
+def number(value: float | None, digits: int = 3, unit: str = "") -> str:
+    """A number for people: as many significant digits as asked for, without an exponent where that is readable."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    magnitude = abs(value)
+    if magnitude and (magnitude >= 1e6 or magnitude < 1e-3):
+        text = f"{value:.{digits - 1}e}"
+    else:
+        whole = len(str(int(magnitude))) if magnitude >= 1 else 1
+        text = f"{value:,.{max(digits - whole, 0)}f}"
+    return f"{text} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 350 ms, 12.1 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def clock_time(at: float) -> str:
+    """The local time of day of a moment; the date as well where it is not today. Empty for none."""
+    if not at:
+        return ""
+    moment = datetime.datetime.fromtimestamp(at)
+    today = moment.date() == datetime.datetime.now().date()
+    return moment.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
+
+
+def _field(message: Message, field: Any) -> Any:
+    content = getattr(message, field.name)
+    if field.has_presence and not field.is_repeated and not message.HasField(field.name):
+        return None
+    if field.enum_type is not None:
+        name = field.enum_type.values_by_number[content].name
+        return name.lower()
+    return plain(content)
+
+
+def _cell(value: Any) -> Text:
+    text = "" if value is None else str(value)
+    return Text(text, style=_STYLES.get(text, ""))
+
+
+def _console() -> Console:
+    # Made anew for each print: standard output may have been redirected since.
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)

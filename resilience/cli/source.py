@@ -1,0 +1,296 @@
+"""Where answers about a run come from: its coordinator, or, once that has ended, the journal that it left.
+
+Both give the messages of the Operator service, so nothing that prints needs to know which one it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from resilience.clock import SystemClock
+from resilience.coordinator import queries
+from resilience.coordinator.devices import DeviceHistory
+from resilience.coordinator.journal import open_recorded
+from resilience.coordinator.machine.effects import RememberCordon
+from resilience.coordinator.paths import devices_path, journal_path
+from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
+from resilience.rpc.codec import GRPC_OPTIONS
+from resilience.rpc.v1 import operator_pb2 as op
+from resilience.rpc.v1 import operator_pb2_grpc as rpc
+
+__all__ = ["LATEST_RUN", "Endpoint", "LiveSource", "RecordedSource", "Source", "open_source", "read_endpoint"]
+
+LATEST_RUN = Path("resilience-runs") / "latest"
+_CALL_S = 5.0
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """What can be asked of a run, and the two orders that can be given to it."""
+
+    def run(self) -> op.Run: ...
+
+    def ranks(self) -> op.ListRanksResponse: ...
+
+    def detections(self, *, include_propagated: bool, limit: int) -> op.ListDetectionsResponse: ...
+
+    def decisions(self, *, limit: int) -> op.ListDecisionsResponse: ...
+
+    def explain(self, decision_id: str) -> op.Explanation: ...
+
+    def checkpoints(self) -> op.ListCheckpointsResponse: ...
+
+    def events(self, *, after: int, follow: bool) -> Iterator[op.Event]: ...
+
+    def devices(self) -> op.ListDevicesResponse: ...
+
+    def set_cordon(self, target: str, *, cordoned: bool, reason: str) -> op.SetCordonResponse: ...
+
+    def drain(self, reason: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What `coordinator.json` says."""
+
+    address: str
+    run_id: str
+    token_file: Path | None
+    metrics_address: str | None = None
+    pid: int | None = None
+
+
+def read_endpoint(run_dir: Path) -> Endpoint | None:
+    """The coordinator of the run in `run_dir`; None if there is no such file.
+
+    Raises:
+        ResilienceError: the file is damaged.
+    """
+    path = run_dir / "coordinator.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        token = content["token_file"]
+        return Endpoint(
+            address=content["address"],
+            run_id=content["run_id"],
+            token_file=None if token is None else Path(token),
+            metrics_address=content.get("metrics_address"),
+            pid=content.get("pid"),
+        )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ResilienceError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise ResilienceError(f"{path}: is not what a launcher wrote; give --address") from None
+
+
+def open_source(address: str | None, token_file: Path | None, run_dir: Path | None) -> Source:
+    """Find who can answer.
+
+    Args:
+        address: `host:port` of a coordinator; None takes the one of the run in `run_dir`.
+        token_file: file with its token; None takes that run's.
+        run_dir: the run; None takes `./resilience-runs/latest`.
+
+    Raises:
+        CoordinatorUnreachableError: nobody can.
+        UsageError: there is no such run, or the token cannot be read.
+    """
+    chosen = run_dir or LATEST_RUN
+    endpoint = read_endpoint(chosen)
+    if address is None and endpoint is None:
+        raise UsageError(
+            f"{chosen}: no run there (no coordinator.json); give --run-dir DIR or --address HOST:PORT, "
+            "or start here a run with deepspeed --resilience"
+        )
+    if address is not None and (endpoint is None or endpoint.address != address):
+        return LiveSource(address, token_file)
+    assert endpoint is not None
+    live = LiveSource(endpoint.address, token_file or endpoint.token_file)
+    if address is not None or live.answers():
+        return live
+    return _recorded(chosen, endpoint)
+
+
+def _recorded(run_dir: Path, endpoint: Endpoint) -> RecordedSource:
+    for path in (run_dir / "journal.db", journal_path(os.environ, endpoint.run_id)):
+        if path.is_file():
+            print(
+                f"resilience: the coordinator at {endpoint.address} has ended; "
+                f"answering read-only from {os.path.relpath(path)}",
+                file=sys.stderr,
+            )
+            return RecordedSource(path)
+    raise CoordinatorUnreachableError(
+        f"coordinator {endpoint.address} of run {endpoint.run_id} does not answer and left no journal in {run_dir}; "
+        "is it running on this network?"
+    )
+
+
+class LiveSource:
+    """A running coordinator."""
+
+    def __init__(self, address: str, token_file: Path | None) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=(*GRPC_OPTIONS, ("grpc.enable_http_proxy", 0)))
+        self._stub = rpc.OperatorStub(self._channel)
+        self._metadata = _credentials(token_file)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def answers(self) -> bool:
+        """Whether somebody listens there, if only to refuse."""
+        try:
+            self.run()
+        except CoordinatorUnreachableError:
+            return False
+        return True
+
+    def run(self) -> op.Run:
+        return self._call(self._stub.GetRun, op.GetRunRequest(), op.Run)
+
+    def ranks(self) -> op.ListRanksResponse:
+        return self._call(self._stub.ListRanks, op.ListRanksRequest(), op.ListRanksResponse)
+
+    def detections(self, *, include_propagated: bool, limit: int) -> op.ListDetectionsResponse:
+        request = op.ListDetectionsRequest(include_propagated=include_propagated, limit=limit)
+        return self._call(self._stub.ListDetections, request, op.ListDetectionsResponse)
+
+    def decisions(self, *, limit: int) -> op.ListDecisionsResponse:
+        return self._call(self._stub.ListDecisions, op.ListDecisionsRequest(limit=limit), op.ListDecisionsResponse)
+
+    def explain(self, decision_id: str) -> op.Explanation:
+        return self._call(
+            self._stub.ExplainDecision, op.ExplainDecisionRequest(decision_id=decision_id), op.Explanation
+        )
+
+    def checkpoints(self) -> op.ListCheckpointsResponse:
+        return self._call(self._stub.ListCheckpoints, op.ListCheckpointsRequest(), op.ListCheckpointsResponse)
+
+    def events(self, *, after: int, follow: bool) -> Iterator[op.Event]:
+        request = op.StreamEventsRequest(after_sequence=after, follow=follow)
+        try:
+            yield from self._stub.StreamEvents(request, metadata=self._metadata, timeout=None if follow else _CALL_S)
+        except grpc.RpcError as error:
+            raise _explained(error, self.address) from None
+
+    def devices(self) -> op.ListDevicesResponse:
+        return self._call(self._stub.ListDevices, op.ListDevicesRequest(), op.ListDevicesResponse)
+
+    def set_cordon(self, target: str, *, cordoned: bool, reason: str) -> op.SetCordonResponse:
+        return self._call(
+            self._stub.SetCordon,
+            op.SetCordonRequest(target=target, cordoned=cordoned, reason=reason),
+            op.SetCordonResponse,
+        )
+
+    def drain(self, reason: str) -> None:
+        self._call(self._stub.DrainRun, op.DrainRunRequest(reason=reason), op.DrainRunResponse)
+
+    def _call(self, method: Callable[..., Any], request: Any, kind: type[T]) -> T:
+        try:
+            answer = method(request, metadata=self._metadata, timeout=_CALL_S)
+        except grpc.RpcError as error:
+            raise _explained(error, self.address) from None
+        assert isinstance(answer, kind)
+        return answer
+
+
+class RecordedSource:
+    """A journal. Reads only, but for the history of devices, which outlives every run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        recorded = open_recorded(path)
+        self._machine, self._last_at = recorded.machine, recorded.last_at
+
+    def run(self) -> op.Run:
+        return queries.get_run(self._machine, now=self._last_at)
+
+    def ranks(self) -> op.ListRanksResponse:
+        return queries.list_ranks(self._machine, now=self._last_at)
+
+    def detections(self, *, include_propagated: bool, limit: int) -> op.ListDetectionsResponse:
+        return queries.list_detections(self._machine.state, include_propagated=include_propagated, limit=limit)
+
+    def decisions(self, *, limit: int) -> op.ListDecisionsResponse:
+        return queries.list_decisions(self._machine.state, limit=limit)
+
+    def explain(self, decision_id: str) -> op.Explanation:
+        found = queries.explain_decision(self._machine.state, decision_id)
+        if found is None:
+            raise ResilienceError(f"{decision_id}: no such decision in {self._path}; see `resilience decisions`")
+        return found
+
+    def checkpoints(self) -> op.ListCheckpointsResponse:
+        return queries.list_checkpoints(self._machine.state)
+
+    def events(self, *, after: int, follow: bool) -> Iterator[op.Event]:
+        del follow  # nothing new will come
+        yield from queries.events_after(self._machine.state, after)
+
+    def devices(self) -> op.ListDevicesResponse:
+        history = DeviceHistory(devices_path(os.environ))
+        try:
+            return queries.list_devices(self._machine.state, history.records())
+        finally:
+            history.close()
+
+    def set_cordon(self, target: str, *, cordoned: bool, reason: str) -> op.SetCordonResponse:
+        known = [device for device in self.devices().devices if target in (device.device, device.node)]
+        if not known:
+            raise ResilienceError(f"{target}: no such device or node in this run; see `resilience devices`")
+        changed = [device for device in known if device.cordoned != cordoned]
+        history = DeviceHistory(devices_path(os.environ))
+        try:
+            for device in changed:
+                cordon = RememberCordon(
+                    device=device.device, node=device.node, cordoned=cordoned, reason=reason, at=SystemClock().wall()
+                )
+                history.remember_cordon(cordon)
+        finally:
+            history.close()
+        return op.SetCordonResponse(devices=[device.device for device in changed])
+
+    def drain(self, reason: str) -> None:
+        del reason
+        raise ResilienceError("the run has ended: there is nothing to drain")
+
+
+def _credentials(token_file: Path | None) -> tuple[tuple[str, str], ...]:
+    if token_file is None:
+        return ()
+    try:
+        return (("authorization", f"Bearer {token_file.read_text(encoding='ascii').strip()}"),)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not ASCII"
+        raise UsageError(f"{token_file}: token cannot be read ({reason}); give --token-file FILE") from None
+
+
+_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+def _explained(error: grpc.RpcError, address: str) -> ResilienceError:
+    code, details = error.code(), error.details() or ""
+    if code in _SILENT:
+        return CoordinatorUnreachableError(
+            f"coordinator {address} does not answer; is it running, and the address right?"
+        )
+    if code in _REFUSED:
+        return UsageError(f"coordinator {address} refused: {details}; give --token-file FILE of its run directory")
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return UsageError(f"coordinator {address} refused: {details}")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return ResilienceError(details)
+    return ResilienceError(f"coordinator {address}: {details} ({code.name})")
