@@ -1,7 +1,7 @@
 """What devices did over all jobs, and which are out of use: a database of its own beside the journals.
 
 Several coordinators may share it. Every write is idempotent, so that a recovered coordinator may repeat its own: faults
-are keyed by run and detection, and an older word on a cordon never overrides a newer one.
+are keyed by run, step and device, and an older word on a cordon never overrides a newer one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["DeviceHistory", "DeviceRecord", "DevicesError"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS faults (
-    run_id TEXT NOT NULL, detection_id TEXT NOT NULL, device TEXT NOT NULL, node TEXT NOT NULL,
-    verdict TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run_id, detection_id)
+    run_id TEXT NOT NULL, fault_id TEXT NOT NULL, device TEXT NOT NULL, node TEXT NOT NULL,
+    verdict TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run_id, fault_id, device)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS faults_of_device ON faults (device);
 CREATE TABLE IF NOT EXISTS cordons (
@@ -75,7 +75,7 @@ class DeviceHistory:
         """Write down a settled fault, once."""
         self._execute(
             "INSERT OR REPLACE INTO faults VALUES (?, ?, ?, ?, ?, ?)",
-            (run_id, fault.detection_id, fault.device, fault.node, str(fault.verdict), fault.at),
+            (run_id, fault.fault_id, fault.device, fault.node, str(fault.verdict), fault.at),
         )
 
     def remember_cordon(self, cordon: RememberCordon) -> None:

@@ -24,7 +24,16 @@ from resilience.coordinator.machine.effects import Effect, Record
 from resilience.coordinator.machine.facts import FACTS, Fact
 from resilience.errors import ResilienceError
 
-__all__ = ["SCHEMA_VERSION", "Journal", "JournalError", "Recorded", "open_recorded", "replay"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Journal",
+    "JournalError",
+    "Recorded",
+    "decode_fact",
+    "encode_fact",
+    "open_recorded",
+    "replay",
+]
 
 SCHEMA_VERSION = 1
 
@@ -104,7 +113,7 @@ class Journal:
         Raises:
             JournalError: the disk is full or gone; nothing of them may be acted on.
         """
-        rows = [(record.at, type(record.fact).__name__, _encode(record.fact)) for record in records]
+        rows = [(record.at, type(record.fact).__name__, encode_fact(record.fact)) for record in records]
         if not rows:
             return
         try:
@@ -124,7 +133,7 @@ class Journal:
         """
         try:
             for sequence, at, kind, body in self._connection.execute("SELECT * FROM facts ORDER BY sequence"):
-                yield _decode(kind, body, where=f"{self.path}, fact {sequence}"), at
+                yield decode_fact(kind, body, where=f"{self.path}, fact {sequence}"), at
         except sqlite3.Error as error:
             raise JournalError(f"journal {self.path} cannot be read: {error}") from None
 
@@ -195,13 +204,19 @@ def _adapter(kind: str) -> pydantic.TypeAdapter[Any]:
     return pydantic.TypeAdapter(FACTS[kind])
 
 
-def _encode(fact: Fact) -> str:
+def encode_fact(fact: Fact) -> str:
+    """The fields of a fact as JSON."""
     # Python's JSON writes infinities, which residuals may be; pydantic's own would write null.
     plain = _adapter(type(fact).__name__).dump_python(fact, mode="json")
     return json.dumps(plain, separators=(",", ":"))
 
 
-def _decode(kind: str, body: str, *, where: str) -> Fact:
+def decode_fact(kind: str, body: str, *, where: str) -> Fact:
+    """The fact that `encode_fact` wrote.
+
+    Raises:
+        JournalError: it is not one of this version; the text begins with `where`.
+    """
     if kind not in FACTS:
         raise JournalError(f"{where}: kind {kind!r} is not known; the journal is from a newer version or damaged")
     try:

@@ -59,7 +59,7 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
             ("checkpoint",): state.newest_checkpoint_step,
         },
         "generation": {(): state.generation},
-        "device_faults_total": counted((d.device, str(d.verdict)) for d in roots if _is_device_fault(d)),
+        "device_faults_total": counted((device, verdict) for device, verdict, *_ in _device_faults(roots)),
         "quarantined": {(device,): value for device, value in cordoned.items()},
         "retry_budget_remaining": {(): restarts_left(state.failures, state.limits, now=now)},
         "coordinator_up": {(): 1.0},
@@ -71,9 +71,14 @@ def _is_closed(state: State, detection: Detection) -> bool:
     return detection.verdict is not Verdict.PENDING or state.finished is not None or state.mode is Mode.SHADOW
 
 
-def _is_device_fault(detection: Detection) -> bool:
-    hardware = detection.verdict in (Verdict.TRANSIENT, Verdict.PERSISTENT)
-    return hardware and detection.check is not Check.PROCESS
+def _device_faults(roots: Iterable[Detection]) -> set[tuple[str, str, int, int]]:
+    """(device, verdict, generation, step): alarms of one device in one step are one fault."""
+    hardware = (Verdict.TRANSIENT, Verdict.PERSISTENT)
+    return {
+        (d.device, str(d.verdict), d.generation, d.step)
+        for d in roots
+        if d.verdict in hardware and d.check is not Check.PROCESS
+    }
 
 
 def _restores(machine: Machine) -> Samples:

@@ -28,7 +28,8 @@ class Record:
 class RememberFault:
     """Write a settled fault into the device's history, which outlives the job."""
 
-    detection_id: str
+    fault_id: str
+    """`g<generation>-s<step>`: however often a device's checks alarm in one step, it is one fault."""
     device: str
     node: str
     verdict: Verdict

@@ -43,7 +43,8 @@ def settle(state: State, detection_id: str, verdict: Verdict, at: float) -> list
         return []
     state.detections[detection_id] = dataclasses.replace(detection, verdict=verdict)
     if verdict in _OF_A_DEVICE and detection.check is not Check.PROCESS:
-        return [RememberFault(detection_id, detection.device, detection.node, verdict, at)]
+        fault_id = f"g{detection.generation}-s{detection.step}"
+        return [RememberFault(fault_id, detection.device, detection.node, verdict, at)]
     return []
 
 
@@ -56,7 +57,9 @@ def note_decision(state: State, decision: Decision, at: float) -> list[Effect]:
         cleared = decision.action in (Action.CONTINUE, Action.CORRECTED) and decision.rule in _CLEAR
         _settle_replay(state, decision, Outcome.SUCCEEDED if cleared else Outcome.FAILED)
     if decision.action is Action.REPLAY and decision.outcome is Outcome.SUCCEEDED:
-        effects += _settle_step(state, decision, at)
+        effects += _settle_step(state, decision, Verdict.TRANSIENT, at)
+    elif decision.action is not Action.REPLAY and decision.attempt > 0:
+        effects += _settle_step(state, decision, _verdict_of_step(decision), at)
     if decision.rule in ("data-non-finite", "unmeasured-non-finite") and decision.step != state.skipped_at_step:
         evidence = state.evidence.get(decision.decision_id)
         before = evidence.consecutive_skips if evidence is not None else state.num_skips_in_a_row
@@ -108,11 +111,17 @@ def _settle_replay(state: State, decision: Decision, outcome: Outcome) -> None:
         state.decisions[name] = dataclasses.replace(replay, outcome=outcome)
 
 
-def _settle_step(state: State, replay: Decision, at: float) -> list[Effect]:
-    """A replay that ended clean: what was seen before it in this step was transient."""
+def _verdict_of_step(decision: Decision) -> Verdict:
+    """What a decision after replays says of everything that was seen in its step. Alarms come last in its verdicts."""
+    found = [verdict for _, verdict in decision.verdicts if verdict is not Verdict.PROPAGATED]
+    return found[-1] if found else Verdict.PENDING
+
+
+def _settle_step(state: State, decision: Decision, verdict: Verdict, at: float) -> list[Effect]:
+    """Give `verdict` to what was seen in the step up to this attempt, and has none yet."""
     effects: list[Effect] = []
     for detection in list(state.detections.values()):
-        same = (detection.generation, detection.step) == (replay.generation, replay.step)
-        if same and detection.check is not Check.PROCESS and detection.attempt <= replay.attempt:
-            effects += settle(state, detection.detection_id, Verdict.TRANSIENT, at)
+        same = (detection.generation, detection.step) == (decision.generation, decision.step)
+        if same and detection.check is not Check.PROCESS and detection.attempt <= decision.attempt:
+            effects += settle(state, detection.detection_id, verdict, at)
     return effects
