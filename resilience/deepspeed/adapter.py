@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-from resilience.deepspeed.discard import discard_gradients
+from resilience.deepspeed.discard import discard_gradients, keep_gradients
 
 __all__ = ["EngineAdapter", "Position", "RngStates"]
 
@@ -144,6 +144,10 @@ class EngineAdapter:
     def discard_gradients(self) -> None:
         """Drop all gradients of this step, reduced or not."""
         discard_gradients(self.engine)
+
+    def keep_gradients(self) -> Callable[[], None]:
+        """Hold on to this step's gradients; the returned callable puts them back after a replay."""
+        return keep_gradients(self.engine)
 
     def run_backward(
         self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], *, through_engine: bool

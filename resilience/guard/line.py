@@ -23,12 +23,14 @@ class LineToCoordinator:
         client = self._client
         stop, restart, drain, fenced = client.stop, client.restart, client.drain, client.fenced_reason
         order = stop or restart or drain
+        joined = client.join_response
         return Orders(
             stop_code=stop.exit_code if stop is not None else 0,
             restart=restart is not None,
             fenced=fenced is not None,
             drain=drain is not None,
             reason=order.reason if order is not None else fenced or "",
+            inherited_skips=joined.consecutive_skips if joined is not None else 0,
         )
 
     def report(self, fact: Detection | Strike | Decision | CheckpointFact, /) -> None:

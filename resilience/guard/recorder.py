@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +63,17 @@ class ForwardEvent:
     """What the script got in their place, in their order."""
     returned_losses: list[tuple[int, _Held]] = dataclasses.field(default_factory=list)
     """What `engine.backward` returned for an output: (place of the output, tensor)."""
+    graph_task: int | None = None
+    """The backward pass that its outputs were sent to."""
+
+    @property
+    def can_be_forgotten(self) -> bool:
+        """Whether it leaves nothing behind: in evaluation mode, without a backward pass, and none can come any more."""
+        return (
+            not self.training[0]
+            and self.graph_task is None
+            and all(held.reference() is None for held in self.handed_out)
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -94,15 +104,14 @@ class Recorder:
         self._buffers = BufferWatch(adapter.module)
         self._copy_inputs = False
         self._window = 0
-        self.on_backward: Callable[[BackwardEvent], None] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Begin a new step: forget the last one's record."""
         self._window += 1
         self.events: list[ForwardEvent | BackwardEvent] = []
-        self.forwards: list[ForwardEvent] = []
         self.num_backwards = 0
+        self._num_forwards = 0
         self.unavailable = ""
         self.last_loss: torch.Tensor | None = None
 
@@ -119,7 +128,7 @@ class Recorder:
             return self.unavailable
         if not self.num_backwards:
             return "no backward pass of the engine was seen in this step"
-        for forward in self.forwards:
+        for forward in self._forwards():
             if not (unchanged(forward.args) and unchanged(forward.kwargs)):
                 # From the next step on each input is copied before the forward.
                 self._copy_inputs = True
@@ -131,8 +140,9 @@ class Recorder:
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardEvent:
         """Record what decides a forward, just before it runs."""
+        self._let_go()
         event = ForwardEvent(
-            index=len(self.forwards),
+            index=self._num_forwards,
             micro_step=self.micro_step,
             position=self._adapter.position(),
             args=(),
@@ -148,9 +158,13 @@ class Recorder:
                 event.kwargs = keep(kwargs, copy=self._copy_inputs)
             except Unrecordable as error:
                 self.unavailable = str(error)
-        self.forwards.append(event)
+        self._num_forwards += 1
         self.events.append(event)
         return event
+
+    def forget(self, event: ForwardEvent) -> None:
+        """The forward raised: it has no part in the step."""
+        self.events.remove(event)
 
     def after_forward(self, event: ForwardEvent, outputs: Any) -> Any:
         """Tap the outputs of the forward that `event` began; returns what the script gets."""
@@ -172,9 +186,9 @@ class Recorder:
 
     def after_backward(self, loss: Any, returned: Any, divisor: float) -> None:
         """Remember what `engine.backward(loss)` returned, so that a replay can correct its value."""
-        if not isinstance(returned, torch.Tensor) or not self.forwards:
+        if not isinstance(returned, torch.Tensor):
             return
-        for forward in reversed(self.forwards):
+        for forward in reversed(self._forwards()):
             for place, handed in enumerate(forward.handed_out):
                 if handed.reference() is loss:
                     forward.returned_losses.append((place, _Held.of(returned, divisor)))
@@ -189,11 +203,11 @@ class Recorder:
         event = self.events[-1] if self.events else None
         if not isinstance(event, BackwardEvent) or event.graph_task != task:
             event = self._begin_backward(task)
-        output = forward.pending[place]
-        if output is None:
-            self.unavailable = self.unavailable or "an output was sent backward twice (retain_graph)"
+        output, forward.pending[place] = forward.pending[place], None
+        if output is None or forward.graph_task not in (None, task):
+            self.unavailable = self.unavailable or "outputs of one forward were sent backward twice (retain_graph)"
             return
-        forward.pending[place] = None
+        forward.graph_task = task
         if output.dim() == 0:
             self.last_loss = output
         if not self._enabled:
@@ -216,9 +230,19 @@ class Recorder:
             self.unavailable = self.unavailable or "the script is inside engine.coalesce_grad_reduction()"
         self.events.append(event)
         self.num_backwards += 1
-        if self.on_backward is not None:
-            self.on_backward(event)
         return event
+
+    def _forwards(self) -> list[ForwardEvent]:
+        return [event for event in self.events if isinstance(event, ForwardEvent)]
+
+    def _let_go(self) -> None:
+        """A new forward begins: outputs that have been through their backward pass (logits!) are held no longer."""
+        for event in self._forwards():
+            if event.graph_task is not None:
+                event.pending = [None] * len(event.pending)
+        last = self.events[-1] if self.events else None
+        if isinstance(last, ForwardEvent) and last.can_be_forgotten:
+            self.events.pop()
 
     def run_forward(self, event: ForwardEvent) -> list[torch.Tensor]:
         """Run a recorded forward again; returns its differentiable outputs."""

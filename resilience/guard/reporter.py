@@ -24,6 +24,8 @@ class Orders:
     drain: bool = False
     """Leave with 75 after the next checkpoint."""
     reason: str = ""
+    inherited_skips: int = 0
+    """Steps skipped in a row that an earlier generation ended with."""
 
 
 NO_ORDERS = Orders()

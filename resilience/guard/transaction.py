@@ -17,6 +17,7 @@ import torch
 
 from resilience.abft.finding import Finding
 from resilience.deepspeed.adapter import EngineAdapter
+from resilience.errors import ResilienceError
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.recorder import Recorder
@@ -86,7 +87,7 @@ class Guard:
         self._injectors = injectors
         recording = settings.config.guard.replay and not replay_problem
         self.recorder = Recorder(adapter, enabled=recording)
-        self._replay_problem = replay_problem
+        self.replay_problem = replay_problem
         screen.micro_step = self._micro_step_of_gradients
         self._factory = DetectionFactory(
             generation=settings.generation, rank=settings.rank, node=settings.node, device=settings.device
@@ -132,8 +133,12 @@ class Guard:
         self._begin_micro_step(self.recorder.micro_step)
         event = self.recorder.before_forward(args, kwargs)
         self._num_tokens += _num_tokens((args, kwargs))
-        with self.protected():
-            outputs = self._adapter.forward(*args, **kwargs)
+        try:
+            with self.protected():
+                outputs = self._adapter.forward(*args, **kwargs)
+        except BaseException:
+            self.recorder.forget(event)
+            raise
         return self.recorder.after_forward(event, outputs)
 
     def _backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +149,11 @@ class Guard:
         return returned
 
     def _take_model_step(self, lr_kwargs: Any) -> Any:
-        self.boundary.settle()
+        try:
+            self.boundary.settle()
+        except ResilienceError as error:
+            # For people, not for debuggers: one line and its code.
+            self.boundary.leave(error.exit_code, str(error))
         taken = self._adapter.take_model_step(lr_kwargs)
         self.boundary.step_taken()
         self._say_how_it_goes()
@@ -197,7 +206,7 @@ class Guard:
             findings=tuple(findings),
             readings=tuple(readings),
             fingerprints=self._screen.fingerprints(),
-            replay_problem=self._replay_problem or self.recorder.why_unavailable(),
+            replay_problem=self.replay_problem or self.recorder.why_unavailable(),
         )
 
     def verified(self, inspection: Inspection) -> None:

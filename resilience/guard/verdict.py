@@ -7,8 +7,9 @@ what the engine looks like inside.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from resilience import policy
 from resilience.abft.finding import Finding
@@ -20,6 +21,7 @@ from resilience.guard.evidence import is_root, is_unmended, scaler_will_skip
 from resilience.guard.exchange import Exchange
 from resilience.guard.replay import replay
 from resilience.guard.screens import Reading
+from resilience.guard.support import INSTEAD
 from resilience.guard.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -53,8 +55,22 @@ class Inspection:
         """Whether both attempts gave the same local gradients: by fingerprints where both have them, else by norms."""
         if self.fingerprints and other.fingerprints:
             return self.fingerprints == other.fingerprints
+        return self.has_norms_of(other)
+
+    def has_norms_of(self, other: Inspection) -> bool:
+        """Whether both attempts gave local gradients of exactly the same norms."""
         # NaN is not equal to itself, but its text is.
         return repr(self.readings) == repr(other.readings)
+
+    def has_norms_like(self, other: Inspection) -> bool:
+        """Whether both attempts gave local gradients of about the same norms, as far as non-deterministic kernels do."""
+        if len(self.readings) != len(other.readings):
+            return False
+        pairs = zip(self.readings, other.readings, strict=True)
+        return all(
+            (a.micro_step, a.index) == (b.micro_step, b.index) and math.isclose(a.norm, b.norm, rel_tol=0.1, abs_tol=1e-6)
+            for a, b in pairs
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +113,19 @@ class Boundary:
         self._reporter = guard.reporter
         self.last_verified_step = 0
         self.deterministic: bool | None = None
-        self.consecutive_skips = 0
-        """Steps skipped in a row outside of the loss scaler's search; an earlier generation's may be put in here."""
+        self._num_skips = 0
+        self._has_stepped = False
         self._inspection: Inspection | None = None
         self._searched = False
         self._handed_to_skip = False
-        self._is_measured = not self._settings.config.guard.measure_determinism
+        config = self._settings.config
+        self._is_measured = not config.guard.measure_determinism or config.detection.strength == "off"
         self._draining = self._is_saved = False
+
+    @property
+    def consecutive_skips(self) -> int:
+        """Steps skipped in a row outside of the loss scaler's search, an earlier generation's last ones too."""
+        return self._num_skips + (0 if self._has_stepped else self._reporter.orders().inherited_skips)
 
     def close(self) -> None:
         """Give the process group back."""
@@ -126,7 +148,7 @@ class Boundary:
         noteworthy = flags.veto or flags.mended or flags.unrepeatable or flags.scaler_skips
         if not noteworthy and not self._is_measured:
             # The last of the runs that are compared is the one that the step is taken from.
-            inspection = self._measure()
+            inspection = self._measure(inspection)
             flags = self._compare(inspection, False)
         if flags.veto:
             inspection = self._resolve(inspection)
@@ -140,9 +162,9 @@ class Boundary:
         if not applied:
             self._reporter.add_skipped_step()
         if self._handed_to_skip or not (applied or self._searched):
-            self.consecutive_skips += 1
+            self._num_skips += 1
         else:
-            self.consecutive_skips = 0
+            self._num_skips, self._has_stepped = 0, True
             self.last_verified_step = self._adapter.global_steps
         if applied and not self._handed_to_skip and self._inspection is not None:
             self._guard.verified(self._inspection)
@@ -159,7 +181,14 @@ class Boundary:
             SystemExit: a drain was ordered, and the script has saved since.
         """
         if self._draining and self._is_saved and not self._guard.recorder.events:
-            self._leave(ExitCode.REQUEUE, "drained: the step is finished and a checkpoint is saved")
+            self.leave(ExitCode.REQUEUE, "drained: the step is finished and a checkpoint is saved")
+
+    def leave(self, exit_code: int, reason: str) -> NoReturn:
+        """End this process with a line on rank 0, after what there is to report was delivered."""
+        if self._settings.rank == 0:
+            print(f"resilience: step {self._guard.step}: {reason}", file=sys.stderr, flush=True)
+        self._reporter.leave(int(exit_code), reason)
+        raise SystemExit(int(exit_code))
 
     # ------ comparing notes
 
@@ -196,9 +225,9 @@ class Boundary:
             )
         reason = self._reporter.orders().reason or "ordered by the coordinator"
         if flags.stop_code:
-            self._leave(flags.stop_code, reason)
+            self.leave(flags.stop_code, reason)
         if flags.restart:
-            self._leave(LEFT_FOR_RESTART, reason)
+            self.leave(LEFT_FOR_RESTART, reason)
         if flags.drain and not self._draining:
             self._draining, self._is_saved = True, False
 
@@ -301,8 +330,8 @@ class Boundary:
             return
         self._conclude(decision, Outcome.SUCCEEDED)
         if decision.action is Action.STOP:
-            self._leave(decision.exit_code or ExitCode.REQUEUE, decision.reason)
-        self._leave(LEFT_FOR_RESTART, decision.reason)
+            self.leave(decision.exit_code or ExitCode.REQUEUE, decision.reason)
+        self.leave(LEFT_FOR_RESTART, decision.reason)
 
     def _conclude(self, decision: Decision, outcome: Outcome) -> None:
         if self._settings.rank == 0:
@@ -317,30 +346,38 @@ class Boundary:
             latency_ms = max(detection.latency_ms for detection in evidence.detections)
             self._conclude(dataclasses.replace(decision, origin=Origin.RANK, latency_ms=latency_ms), Outcome.SUCCEEDED)
 
-    def _leave(self, exit_code: int, reason: str) -> None:
-        if self._settings.rank == 0:
-            print(f"resilience: step {self._guard.step}: {reason}", file=sys.stderr, flush=True)
-        self._reporter.leave(int(exit_code), reason)
-        raise SystemExit(int(exit_code))
+    def _measure(self, original: Inspection) -> Inspection:
+        """Run the first clean step twice more: is it bit-reproducible, and is a replay faithful to the original?
 
-    def _measure(self) -> Inspection:
-        """Run the first clean step twice more: is this generation bit-reproducible? What the last run showed."""
+        Returns:
+            What the execution showed that the step is taken from.
+        """
         self._is_measured = True
         began_at = self._settings.clock.monotonic()
-        equal, inspection = measure(self._guard, self._run_again)
+        restore = self._adapter.keep_gradients()
+        measured = measure(self._guard, self._run_again, original)
         self._guard.end_attempts()
-        for detection in inspection.detections:
-            self._reporter.report(detection)
-        different = self._exchange.maximum([int(not equal)])[0]
+        different, unfaithful = self._exchange.maximum([int(not measured.is_equal), int(not measured.is_faithful)])
         self.deterministic = not different
         self._reporter.set_deterministic(self.deterministic)
-        self._reporter.add_badput("replay", self._settings.clock.monotonic() - began_at)
         text = "two replays of one step were bit-equal on every rank"
         if different:
             text = "two replays of one step differed: results of this run are not bit-reproducible"
+        self._tell("determinism", text)
+        if unfaithful:
+            restore()
+            self._guard.replay_problem = "a replay of the first clean step did not reproduce its gradients"
+            self._tell("replay_off", f"replay off: {self._guard.replay_problem}; {INSTEAD}")
+        self._reporter.add_badput("replay", self._settings.clock.monotonic() - began_at)
+        for detection in measured.last.detections:
+            self._reporter.report(detection)
+        return measured.last
+
+    def _tell(self, kind: str, text: str) -> None:
         if self._settings.rank == 0:
-            self._reporter.note("determinism", text, step=self._guard.step)
-        return inspection
+            self._reporter.note(kind, text, step=self._guard.step)
+            if kind == "replay_off":
+                print(f"resilience: {text}", file=sys.stderr, flush=True)
 
 
 def _latency_ms(evidence: Evidence, now: float) -> float:
