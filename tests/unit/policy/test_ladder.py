@@ -1,0 +1,202 @@
+"""One attempt of one step: which row applies, what it says, and what must never come out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilience.config import PolicyConfig
+from resilience.events import Action, Check, DetectionKind, Mode, Origin, Outcome, Verdict
+from resilience.policy import RULES, decide, decide_locally, judge
+from resilience.testing import detection, evidence
+
+LIMITS = PolicyConfig()
+NOW = 100.0
+
+ABFT = detection(step=5, rank=1, number=1)
+ABFT_AGAIN = dataclasses.replace(ABFT, detection_id="g1-r1-2", attempt=1)
+NAN = detection(step=5, number=1, site="gradient", layer=-1, check=Check.SCREEN, kind=DetectionKind.NAN, param="w")
+NAN_AGAIN = dataclasses.replace(NAN, detection_id="g1-r0-2", attempt=1)
+NAN_ELSEWHERE = dataclasses.replace(NAN_AGAIN, param="v")
+SPIKE = dataclasses.replace(NAN, check=Check.NORM, kind=DetectionKind.NORM_SPIKE)
+SPIKE_AGAIN = dataclasses.replace(SPIKE, detection_id="g1-r0-2", attempt=1)
+OVERFLOW = dataclasses.replace(NAN, kind=DetectionKind.INF)
+FORWARD_INF = dataclasses.replace(OVERFLOW, site="attention.scores", layer=1)
+
+
+def ask(*found: Any, attempt: int = 0, left: int | None = None, **known: Any) -> Any:
+    return judge(evidence(*found, step=5, attempt=attempt, **known), LIMITS, now=NOW, restarts_left=left)
+
+
+CASES = [
+    ("clean", Action.CONTINUE, None, ask()),
+    ("mended", Action.CORRECTED, None, ask(dataclasses.replace(ABFT, mended=True))),
+    ("replay", Action.REPLAY, None, ask(ABFT)),
+    ("replay", Action.REPLAY, None, ask(NAN, deterministic=True)),
+    ("replayed-clean", Action.CONTINUE, None, ask(attempt=1, previous=[ABFT])),
+    (
+        "replayed-clean",
+        Action.CONTINUE,
+        None,
+        ask(dataclasses.replace(ABFT_AGAIN, mended=True), attempt=1, previous=[NAN]),
+    ),
+    ("scale-search", Action.CONTINUE, None, ask(OVERFLOW, loss_scale_search=True)),
+    ("scale-search", Action.CONTINUE, None, ask(OVERFLOW, loss_scale_search=True, replay_available=False)),
+    # The loss scale does not reach the forward, and a finite error is not an overflow.
+    ("replay", Action.REPLAY, None, ask(FORWARD_INF, loss_scale_search=True)),
+    ("replay", Action.REPLAY, None, ask(ABFT, loss_scale_search=True)),
+    ("data-non-finite", Action.CONTINUE, None, ask(NAN_AGAIN, attempt=1, previous=[NAN], deterministic=True)),
+    ("data-non-finite", Action.CONTINUE, None, ask(NAN_AGAIN, attempt=1, previous=[NAN], bit_equal=True)),
+    ("data-finite", Action.CONTINUE, None, ask(SPIKE_AGAIN, attempt=1, previous=[SPIKE], deterministic=True)),
+    # Another address, or an arithmetic check among them, is no proof of bad data.
+    ("replay", Action.REPLAY, None, ask(NAN_ELSEWHERE, attempt=1, previous=[NAN], deterministic=True)),
+    ("replay", Action.REPLAY, None, ask(ABFT_AGAIN, attempt=1, previous=[ABFT], deterministic=True)),
+    ("replay", Action.REPLAY, None, ask(NAN_AGAIN, attempt=1, previous=[NAN], deterministic=False)),
+    (
+        "data-skips-exhausted",
+        Action.STOP,
+        93,
+        ask(NAN_AGAIN, attempt=1, previous=[NAN], deterministic=True, consecutive_skips=5),
+    ),
+    ("persistent", Action.STOP, 75, ask(ABFT_AGAIN, attempt=2, previous=[ABFT], deterministic=True)),
+    ("unmeasured-non-finite", Action.CONTINUE, None, ask(NAN_AGAIN, attempt=2, previous=[NAN])),
+    ("unmeasured-finite", Action.CONTINUE, None, ask(SPIKE_AGAIN, attempt=2, previous=[SPIKE])),
+    ("skips-exhausted", Action.STOP, 93, ask(NAN_AGAIN, attempt=2, previous=[NAN], consecutive_skips=5)),
+    ("restart", Action.RESTART, None, ask(ABFT, replay_available=False, replay_reason="pipeline")),
+    ("restart", Action.RESTART, None, ask(NAN_ELSEWHERE, attempt=2, previous=[NAN])),
+    ("nothing-left", Action.STOP, 75, ask(ABFT, replay_available=False, left=0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "action", "exit_code", "ruling"), CASES, ids=[f"{i}-{c[0]}" for i, c in enumerate(CASES)]
+)
+def test_the_row_that_applies(rule: str, action: Action, exit_code: int | None, ruling: Any) -> None:
+    decision = ruling.decision
+    assert (decision.rule, decision.action, decision.exit_code) == (rule, action, exit_code)
+    assert decision.decision_id == f"g1-s5-a{decision.attempt}"
+    assert decision.decided_at == NOW
+
+
+def test_every_row_is_reached_by_a_case() -> None:
+    assert {case[0] for case in CASES} == {rule.name for rule in RULES}
+
+
+def test_a_persistent_fault_cordons_the_device_and_says_so() -> None:
+    decision = ask(ABFT_AGAIN, attempt=2, previous=[ABFT]).decision
+    assert decision.cordon == ("device-1",)
+    assert "device-1 computes wrongly" in decision.reason
+    assert dict(decision.verdicts) == {"g1-r1-1": Verdict.PERSISTENT, "g1-r1-2": Verdict.PERSISTENT}
+
+
+def test_a_device_is_not_blamed_for_what_another_one_did() -> None:
+    elsewhere = dataclasses.replace(ABFT_AGAIN, rank=0, device="device-0")
+    decision = ask(elsewhere, attempt=2, previous=[ABFT]).decision
+    assert (decision.rule, decision.cordon) == ("restart", ())
+
+
+def test_a_clean_replay_settles_what_was_seen_before() -> None:
+    assert dict(ask(attempt=1, previous=[ABFT]).decision.verdicts) == {"g1-r1-1": Verdict.TRANSIENT}
+
+
+def test_an_alarm_that_only_propagates_is_not_a_root() -> None:
+    after = dataclasses.replace(NAN, detection_id="g1-r1-9", caused_by="g1-r1-1")
+    decision = ask(ABFT, after).decision
+    assert decision.evidence == ("g1-r1-1", "g1-r1-9")
+    assert dict(decision.verdicts) == {"g1-r1-9": Verdict.PROPAGATED}
+
+
+def test_an_alarm_whose_cause_was_mended_vetoes_the_step() -> None:
+    mended = dataclasses.replace(ABFT, mended=True)
+    after = dataclasses.replace(NAN, detection_id="g1-r1-9", caused_by="g1-r1-1")
+    assert ask(mended, after).decision.action is Action.REPLAY
+
+
+def test_cheaper_rungs_that_were_ruled_out_are_named() -> None:
+    ruling = ask(ABFT, replay_available=False, replay_reason="several engines share the step", left=0)
+    text = "\n".join(ruling.considered)
+    assert "replay: off, several engines share the step" in text
+    assert "budget of 3 restarts is used up" in text
+    assert ask().considered == ()
+
+
+def test_shadow_mode_says_what_it_would_have_done_and_does_nothing() -> None:
+    decision = decide(evidence(ABFT, step=5), LIMITS, Mode.SHADOW, now=NOW)
+    assert (decision.action, decision.outcome, decision.rule) == (Action.CONTINUE, Outcome.SHADOWED, "replay")
+    assert "would have been replay" in decision.reason
+    stopped = decide(evidence(ABFT_AGAIN, step=5, attempt=2, previous=[ABFT]), LIMITS, Mode.SHADOW, now=NOW)
+    assert (stopped.exit_code, stopped.cordon) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("found", "attempt", "action"),
+    [
+        (ABFT, 0, Action.REPLAY),
+        (dataclasses.replace(ABFT, mended=True), 0, Action.CORRECTED),
+        (ABFT_AGAIN, 2, Action.CONTINUE),
+    ],
+)
+def test_on_its_own_word_a_rank_takes_only_local_rungs(found: Any, attempt: int, action: Action) -> None:
+    previous = [ABFT] if attempt else []
+    decision = decide_locally(evidence(found, step=5, attempt=attempt, previous=previous), LIMITS, now=NOW)
+    assert (decision.action, decision.origin) == (action, Origin.RANK)
+    assert "no coordinator answered" in decision.reason
+    assert (decision.exit_code, decision.cordon) == (None, ())
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Any:
+    attempt = draw(st.integers(0, 4))
+
+    def alarms(of_attempt: int) -> st.SearchStrategy[Any]:
+        return st.lists(
+            st.builds(
+                detection,
+                step=st.just(5),
+                rank=st.integers(0, 1),
+                number=st.integers(10 * of_attempt, 10 * of_attempt + 9),
+                attempt=st.just(of_attempt),
+                site=st.sampled_from(["linear.out", "gradient"]),
+                check=st.sampled_from([Check.CHECKSUM, Check.SCREEN, Check.NORM]),
+                kind=st.sampled_from(list(DetectionKind)[:5]),
+                mended=st.booleans(),
+            ),
+            max_size=3,
+            unique_by=lambda d: d.detection_id,
+        )
+
+    known = {
+        "deterministic": draw(st.sampled_from([None, True, False])),
+        "replay_available": draw(st.booleans()),
+        "bit_equal": draw(st.booleans()),
+        "loss_scale_search": draw(st.booleans()),
+        "consecutive_skips": draw(st.integers(0, 7)),
+        "previous": draw(alarms(attempt - 1)) if attempt else (),
+    }
+    return evidence(*draw(alarms(attempt)), step=5, attempt=attempt, **known), draw(st.integers(0, 3))
+
+
+@given(cases())
+def test_whatever_the_evidence(case: Any) -> None:
+    found, left = case
+    decision = decide(found, LIMITS, now=NOW, restarts_left=left)
+    assert decision.reason
+    assert decision == decide(found, LIMITS, now=NOW, restarts_left=left), "the same question has the same answer"
+    if decision.action is Action.REPLAY:
+        assert found.replay_available
+        assert found.attempt < LIMITS.max_replays_per_step, "replays end"
+    if decision.action is Action.RESTART:
+        assert left > 0
+    assert (decision.exit_code is not None) == (decision.action is Action.STOP)
+    assert not decision.cordon or decision.action is Action.STOP
+    ids = {d.detection_id for d in (*found.detections, *found.previous)}
+    assert {name for name, _ in decision.verdicts} <= ids
+    arithmetic = [d for d in found.detections if d.check is Check.CHECKSUM and not d.mended]
+    if arithmetic and not found.loss_scale_search:
+        assert decision.action not in (Action.CONTINUE, Action.CORRECTED), (
+            "a failed check of arithmetic is never waved through"
+        )
