@@ -33,6 +33,9 @@ BACKWARD_SITES = ("attention.dv", "attention.dk", "attention.dq", "attention.con
 
 _TINY = 1e-37
 
+_LARGEST_SCORE = 1e4
+"""Scores above it do not widen tolerances further: a faulty operand would hide itself."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AttentionForward:
@@ -91,39 +94,66 @@ def backward_ratios(call: AttentionBackward) -> torch.Tensor:
     wide = _wide(call.out)
     query, key, value, out, d_out = (x.to(wide) for x in (call.query, call.key, call.value, call.out, call.d_out))
     d_query, d_key, d_value = (None if x is None else x.to(wide) for x in (call.d_query, call.d_key, call.d_value))
-    factor = _factor(call)
+    bound = _Bound.of(call, query, key)
     heads = key.shape[1]
     weighted = d_out * out
-    none = torch.zeros((), dtype=wide, device=out.device)
-    dv = dk = dq = context = none
+    dv = dk = dq = context = torch.zeros((), dtype=wide, device=out.device)
     if d_value is not None:
         if not call.dropout:
             seen = d_out * out.any(dim=3, keepdim=True) if call.masked else d_out
-            dv = _ratio(
-                d_value.sum(2) - _share(seen.sum(2), heads),
-                d_value.square().sum(2) + _share(seen.square().sum(2), heads),
-                factor,
-            )
-        term = d_value * value
-        context = _ratio(
-            term.sum((2, 3)) - _share(weighted.sum((2, 3)), heads),
-            term.square().sum((2, 3)) + _share(weighted.square().sum((2, 3)), heads),
-            factor,
-        )
+            dv = bound.ratio(_Sums.of(d_value, (2,)), _Sums.of(seen, (2,)).shared(heads))
+        context = bound.ratio(_Sums.of(d_value * value, (2, 3)), _Sums.of(weighted, (2, 3)).shared(heads))
     if d_key is not None:
         # Each row of dS sums to the round-off of D_i, which Q_i then multiplies.
         noise = weighted.square().sum(3, keepdim=True) * (call.scale * query).square()
-        dk = _ratio(d_key.sum(2), d_key.square().sum(2) + _share(noise.sum(2), heads), factor)
+        squares = _share(noise.sum(2), heads)
+        dk = bound.ratio(_Sums.of(d_key, (2,)), _Sums(torch.zeros_like(squares), squares))
         if d_query is not None:
-            of_query, of_key = d_query * query, d_key * key
-            squares = _share(of_query.square().sum((2, 3)), heads) + of_key.square().sum((2, 3))
-            dq = _ratio(_share(of_query.sum((2, 3)), heads) - of_key.sum((2, 3)), squares, factor)
+            dq = bound.ratio(_Sums.of(d_key * key, (2, 3)), _Sums.of(d_query * query, (2, 3)).shared(heads))
     return torch.stack([dv, dk, dq, context])
 
 
-def _ratio(residual: torch.Tensor, squares: torch.Tensor, factor: float) -> torch.Tensor:
-    """Worst |residual| ÷ (factor·√squares); NaN where the scale has overflowed."""
-    return (residual.abs() / (squares.sqrt() * factor + _TINY)).max()
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sums:
+    """One side of an identity, per batch and head: the sum of its terms and the sum of their squares."""
+
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def of(cls, terms: torch.Tensor, dimensions: tuple[int, ...]) -> _Sums:
+        return cls(terms.sum(dimensions), terms.square().sum(dimensions))
+
+    def shared(self, key_heads: int) -> _Sums:
+        return _Sums(_share(self.total, key_heads), _share(self.squares, key_heads))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Bound:
+    """|Σ one − Σ other| ≤ random·√(Σ one² + Σ other²) + coherent·min(|Σ one|, |Σ other|)."""
+
+    random: torch.Tensor | float
+    coherent: torch.Tensor | float
+
+    @classmethod
+    def of(cls, call: AttentionBackward, query: torch.Tensor, key: torch.Tensor) -> _Bound:
+        """`query` and `key` in the wide dtype. Errors of exp grow with the scores, which their norms bound."""
+        stored, accumulated = torch.finfo(call.out.dtype).eps / 2, torch.finfo(query.dtype).eps / 2
+        length, width = max(query.shape[2], key.shape[2]), query.shape[3]
+        random = invariant_factor(stored=stored, accumulated=accumulated, length=length, width=width)
+        coherent = invariant_factor(stored=0.0, accumulated=accumulated, length=length, width=width)
+        if stored > accumulated:
+            return cls(random, coherent)
+        largest = (query.square().sum(3).amax() * key.square().sum(3).amax()).sqrt() * call.scale
+        of_scores = 2.0 * accumulated * largest.clamp(max=_LARGEST_SCORE)
+        return cls(random + of_scores, coherent + of_scores)
+
+    def ratio(self, one: _Sums, other: _Sums) -> torch.Tensor:
+        """Worst residual ÷ tolerance; NaN or infinite where a sum, or its scale, is not finite."""
+        residual = (one.total - other.total).abs()
+        squares = one.squares + other.squares
+        tolerance = self.random * squares.sqrt() + self.coherent * torch.minimum(one.total.abs(), other.total.abs())
+        return (residual / (tolerance + _TINY) + squares * 0.0).max()
 
 
 def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -136,16 +166,6 @@ def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _factor(call: AttentionBackward) -> float:
-    length = max(call.query.shape[2], call.key.shape[2])
-    return invariant_factor(
-        stored=torch.finfo(call.out.dtype).eps / 2,
-        accumulated=torch.finfo(_wide(call.out)).eps / 2,
-        length=length,
-        width=call.query.shape[3],
-    )
 
 
 def _range_factor(out: torch.Tensor, length: int) -> float:

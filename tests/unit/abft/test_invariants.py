@@ -1,0 +1,257 @@
+"""The identities of fused attention: true in float64 under every mask, silent on clean runs, loud on faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resilience.abft.fused import FUSED_OPERATORS, bind
+from resilience.abft.invariants import (
+    BACKWARD_SITES,
+    AttentionBackward,
+    AttentionForward,
+    backward_ratios,
+    forward_ratio,
+)
+from resilience.events import Check, DetectionKind
+
+MASKS = ("none", "causal", "bias", "padding", "rows_without_keys", "grouped", "longer_keys")
+
+
+def attention(
+    mask: str, dtype: torch.dtype, *, seed: int = 0, spread: float = 1.0, length: int = 48
+) -> AttentionBackward:
+    """One attention, forward and backward, through the operators themselves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * spread).to(dtype)
+
+    key_heads, keys = 2 if mask == "grouped" else 4, 2 * length if mask == "longer_keys" else length
+    query, key, value = normal(2, 4, length, 32), normal(2, key_heads, keys, 32), normal(2, key_heads, keys, 32) + 0.5
+    bias = None
+    if mask == "bias":
+        bias = normal(length, keys)
+    elif mask in ("padding", "rows_without_keys"):
+        bias = torch.zeros(length, keys, dtype=dtype).masked_fill(torch.arange(keys) > keys - 9, float("-inf"))
+        if mask == "rows_without_keys":
+            bias[5:8] = float("-inf")
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    causal = mask in ("causal", "grouped")
+    out, logsumexp = forward(query, key, value, 0.0, causal, attn_mask=bias)
+    d_out = normal(2, 4, length, 32) + 0.1
+    if mask == "grouped":
+        # The CPU's backward wants equal heads; the gradients of shared heads are summed, as `enable_gqa` does.
+        wide = [x.repeat_interleave(2, 1) for x in (key, value)]
+        d_query, *d_shared = backward(d_out, query, *wide, out, logsumexp, 0.0, causal, attn_mask=bias)
+        d_key, d_value = (x.double().unflatten(1, (2, 2)).sum(2).to(dtype) for x in d_shared)
+    else:
+        d_query, d_key, d_value = backward(d_out, query, key, value, out, logsumexp, 0.0, causal, attn_mask=bias)
+    return AttentionBackward(
+        query, key, value, out, d_out, d_query, d_key, d_value,
+        scale=1.0 / math.sqrt(32), masked=bias is not None, dropout=False,
+    )  # fmt: skip
+
+
+def forward_of(call: AttentionBackward) -> AttentionForward:
+    return AttentionForward(call.value, call.out, None, call.masked, call.dropout)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_identities_hold_in_float64_to_round_off(mask: str) -> None:
+    call = attention(mask, torch.float64)
+    assert call.d_key is not None
+    assert call.d_value is not None
+    assert call.d_query is not None
+    heads = call.key.shape[1]
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (heads, -1)).sum(2)
+
+    seen = call.d_out * call.out.any(3, keepdim=True)
+    weighted = (call.d_out * call.out).sum((2, 3))
+    torch.testing.assert_close(call.d_value.sum(2), shared(seen.sum(2)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(call.d_key.sum(2), torch.zeros(2, heads, 32, dtype=torch.float64), rtol=0, atol=1e-11)
+    of_query, of_key = (call.d_query * call.query).sum((2, 3)), (call.d_key * call.key).sum((2, 3))
+    torch.testing.assert_close(shared(of_query), of_key, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((call.d_value * call.value).sum((2, 3)), shared(weighted), rtol=1e-10, atol=1e-10)
+    assert float(forward_ratio(forward_of(call))) <= 1.0
+
+
+def test_which_identities_survive_dropout() -> None:
+    """Explicit attention with a dropout mask in float64: dk, dq and out hold, dv does not."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 1, 20, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)
+    )
+    keep = (torch.rand(20, 20, generator=generator) > 0.3).double() / 0.7
+    out = ((query @ key.mT / math.sqrt(8)).softmax(-1) * keep) @ value
+    d_out = torch.randn(1, 1, 20, 8, dtype=torch.float64, generator=generator)
+    gradients = torch.autograd.grad(out, (query, key, value), d_out)
+    operands = [x.detach() for x in (query, key, value, out)]
+    for dropout, dv_holds in ((True, True), (False, False)):
+        call = AttentionBackward(*operands, d_out, *gradients, scale=8**-0.5, masked=False, dropout=dropout)
+        dv, *others = backward_ratios(call).tolist()
+        assert (dv <= 1.0) is dv_holds
+        assert max(others) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_clean_attention_stays_well_below_its_tolerances(mask: str, dtype: torch.dtype) -> None:
+    worst = 0.0
+    for seed, (spread, length) in enumerate([(0.05, 48), (1.0, 48), (1.0, 300), (3.0, 48), (1.0, 3), (1.0, 12)]):
+        call = attention(mask, dtype, seed=seed, spread=spread, length=max(length, 12) if mask != "causal" else length)
+        worst = max(worst, float(backward_ratios(call).max()), float(forward_ratio(forward_of(call))))
+    assert worst <= 0.7
+
+
+def corrupted(call: AttentionBackward, name: str, *, rms: float, place: int) -> AttentionBackward:
+    tensor = getattr(call, name).clone(memory_format=torch.contiguous_format)
+    tensor.view(-1)[place % tensor.numel()] += rms * float(tensor.float().square().mean().sqrt())
+    return dataclasses.replace(call, **{name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "rms", "at_least"),
+    [
+        (torch.float32, "d_key", 0.1, 1.0),
+        (torch.float32, "d_value", 0.1, 1.0),
+        (torch.float32, "d_query", 0.1, 0.9),
+        (torch.float32, "out", 0.1, 0.9),
+        (torch.bfloat16, "d_key", 10.0, 1.0),
+        (torch.bfloat16, "d_value", 10.0, 1.0),
+        (torch.bfloat16, "d_query", 100.0, 0.8),
+        (torch.bfloat16, "out", 100.0, 0.8),
+    ],
+    ids=str,
+)
+def test_share_of_faults_found_in_backward(dtype: torch.dtype, name: str, rms: float, at_least: float) -> None:
+    """The figures of docs/detection.md. A fault of the forward's `out` shows here too."""
+    call = attention("causal", dtype)
+    found = [
+        not float(backward_ratios(corrupted(call, name, rms=rms, place=577 * trial)).max()) <= 1.0
+        for trial in range(120)
+    ]
+    assert sum(found) >= at_least * len(found), sum(found)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, -40.0])
+def test_an_out_beyond_the_range_of_v_is_found_in_forward(value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = attention("causal", dtype)
+        call.out.view(-1)[777] = value
+        assert not float(forward_ratio(forward_of(call))) <= 1.0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("name", ["d_query", "d_key", "d_value"])
+def test_extreme_gradients_are_found(name: str, value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        call = attention("causal", dtype)
+        getattr(call, name)[1, 2, 3, 4] = value
+        assert not bool((backward_ratios(call) <= 1.0).all())
+
+
+def test_gradients_that_were_not_asked_for_are_left_out() -> None:
+    call = dataclasses.replace(attention("causal", torch.float32), d_query=None, d_key=None)
+    dv, dk, dq, context = backward_ratios(call).tolist()
+    assert (dk, dq) == (0.0, 0.0)
+    assert 0.0 < dv <= 1.0
+    assert 0.0 < context <= 1.0
+
+
+@pytest.mark.parametrize("operator", FUSED_OPERATORS)
+def test_every_form_names_what_the_checks_read(operator: str) -> None:
+    schema = getattr(torch.ops.aten, operator).default._schema
+    values = tuple(argument.name for argument in schema.arguments if not argument.kwarg_only)
+    bound = bind(operator, values, {})
+    assert (bound["query"], bound["key"], bound["value"]) == ("query", "key", "value")
+    assert bound["dropout_p"] == "dropout_p"
+    assert bound["scale"] is None
+    backward = {argument.name for argument in getattr(torch.ops.aten, f"{operator}_backward").default._schema.arguments}
+    assert {"query", "key", "value", "out", "dropout_p", "scale"} <= backward
+    assert {"grad_out", "grad_out_"} & backward
+    assert set(BACKWARD_SITES) >= {"attention.dq", "attention.dk", "attention.dv"}
+
+
+def run_sdpa(**settings: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 4, 40, 16, generator=generator).requires_grad_() for _ in range(3))
+    out = F.scaled_dot_product_attention(q, k, v, **settings)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out) + out.detach())]
+
+
+@pytest.mark.parametrize("strength", ["invariants", "checksum"])
+@pytest.mark.parametrize("site", ["attention.context", "attention.dq", "attention.dk", "attention.dv"])
+def test_faults_in_the_operators_are_mended_in_place(protect: Any, striker: Any, strength: str, site: str) -> None:
+    expected = run_sdpa(is_causal=True)
+    protection = protect(strength=strength)
+    protection.begin_micro_step(1, 0, 0)
+
+    def strike(tensor: torch.Tensor) -> None:
+        tensor[1, 2, 3, 4] = 3e38
+
+    striker.arm(site, 0, strike)
+    with protection.active():
+        results = run_sdpa(is_causal=True)
+    (finding,) = protection.drain()
+    assert finding.check is Check.INVARIANT
+    assert finding.kind is DetectionKind.NEAR_INF
+    assert finding.mended
+    assert finding.layer == 0
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+
+
+def test_a_forward_fault_within_the_range_of_v_shows_in_backward(protect: Any, striker: Any) -> None:
+    protection = protect(max_mends=1)
+
+    def strike(tensor: torch.Tensor) -> None:
+        tensor[0, 0, 20, 3] += 0.5
+
+    striker.arm("attention.context", 0, strike)
+    with protection.active():
+        run_sdpa(is_causal=True)
+    (finding,) = protection.drain()
+    assert not finding.mended, "the forward is over: a replay must repair it"
+    assert not finding.inputs_bad
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"is_causal": True},
+        {"attn_mask": torch.ones(40, 40, dtype=torch.bool).tril()},
+        {"attn_mask": torch.randn(40, 40)},
+        {"scale": 0.3},
+    ],
+    ids=["plain", "causal", "mask", "bias", "scale"],
+)
+def test_clean_calls_change_nothing(protect: Any, settings: dict[str, Any]) -> None:
+    expected = run_sdpa(**settings)
+    protection = protect()
+    with protection.active():
+        results = run_sdpa(**settings)
+    assert protection.drain() == []
+    assert protection.checks() == {"attention.context": 1, "attention.dk": 1}
+    for result, plain in zip(results, expected, strict=True):
+        assert torch.equal(result, plain)
+        assert result.stride() == plain.stride()
+
+
+def test_bad_inputs_are_propagation(protect: Any) -> None:
+    protection = protect()
+    q = torch.randn(1, 2, 8, 16)
+    q[0, 1, 3, 4] = float("nan")
+    with protection.active():
+        F.scaled_dot_product_attention(q, q, q)
+    (finding,) = protection.drain()
+    assert finding.inputs_bad
+    assert not finding.mended

@@ -1,0 +1,85 @@
+"""Row sums of softmax: silent on clean ones, loud on faults that change a row's mass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resilience.abft.probabilities import confirm_softmax, screen_softmax
+from resilience.events import DetectionKind
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def detected(scores: torch.Tensor, out: torch.Tensor) -> DetectionKind | None:
+    ratio = screen_softmax(out)
+    return None if float(ratio.max()) <= 1.0 else confirm_softmax(scores, out, ratio).kind
+
+
+def scores_of(dtype: torch.dtype, n: int = 128, *, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(2, 3, 50, n, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 17, 128, 1000, 8192])
+def test_clean_rows_pass_the_screen_itself(dtype: torch.dtype, n: int) -> None:
+    for scale in (0.0, 0.1, 3.0, 100.0, 1e4):
+        scores = scores_of(dtype, n, scale=scale)[:, :, :8]
+        assert float(screen_softmax(scores.softmax(-1)).max()) <= 0.75
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_are_no_fault(dtype: torch.dtype) -> None:
+    scores = scores_of(dtype).masked_fill(torch.ones(50, 128, dtype=torch.bool).triu(3), float("-inf"))
+    assert detected(scores, scores.softmax(-1)) is None
+    scores[1, 2, 7] = float("-inf")
+    out = scores.softmax(-1)
+    ratio = screen_softmax(out)
+    confirmation = confirm_softmax(scores, out, ratio)
+    assert confirmation.kind is None
+    assert not confirmation.inputs_bad, "a row that sees no key is no bad input"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (float("inf"), DetectionKind.INF),
+        (float("nan"), DetectionKind.NAN),
+        (1.5, DetectionKind.MISMATCH),
+        (0.2, DetectionKind.MISMATCH),
+    ],
+)
+def test_faults_are_found(dtype: torch.dtype, value: float, kind: DetectionKind) -> None:
+    for place in range(0, 2 * 3 * 50 * 128, 1777):
+        scores = scores_of(dtype)
+        out = scores.softmax(-1)
+        out.view(-1)[place] = value
+        assert detected(scores, out) is kind
+
+
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)], ids=str)
+def test_the_smallest_change_of_mass_that_is_always_found(dtype: torch.dtype, change: float) -> None:
+    for seed in range(30):
+        scores = scores_of(dtype, seed=seed)
+        out = scores.softmax(-1)
+        out[1, 1, seed, out[1, 1, seed].argmax()] += change
+        assert detected(scores, out) is DetectionKind.MISMATCH
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_scores_are_propagation(bad: float) -> None:
+    scores = scores_of(torch.float32)
+    scores[0, 0, 3, 4] = bad
+    out = scores.softmax(-1)
+    confirmation = confirm_softmax(scores, out, screen_softmax(out))
+    assert confirmation.kind is None
+    assert confirmation.inputs_bad
+
+
+def test_a_softmax_that_widens_is_held_by_its_own_dtype() -> None:
+    scores = scores_of(torch.bfloat16)
+    out = torch.softmax(scores, -1, dtype=torch.float32)
+    assert detected(scores, out) is None
+    out[0, 1, 2, 3] += 1e-3
+    assert detected(scores, out) is DetectionKind.MISMATCH
