@@ -21,7 +21,7 @@ from resilience.rpc import codec
 from resilience.rpc.v1 import coordinator_pb2 as pb
 from resilience.rpc.v1 import coordinator_pb2_grpc as rpc
 
-__all__ = ["CoordinatorClient", "ReportStream", "is_reachable"]
+__all__ = ["CoordinatorClient", "ReportStream", "credentials", "is_reachable"]
 
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 _CALL_S = 10.0
@@ -54,7 +54,7 @@ class CoordinatorClient:
         self._clock = clock or SystemClock()
         self._channel = grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
         self.stub = rpc.CoordinatorStub(self._channel)
-        self.metadata = _credentials(context.token_file)
+        self.metadata = credentials(context.token_file)
 
     def close(self) -> None:
         self._channel.close()
@@ -106,7 +106,12 @@ class CoordinatorClient:
         return True
 
 
-def _credentials(token_file: Path | None) -> tuple[tuple[str, str], ...]:
+def credentials(token_file: Path | None) -> tuple[tuple[str, str], ...]:
+    """The metadata that carries the token.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
     if token_file is None:
         return ()
     try:

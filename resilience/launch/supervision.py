@@ -12,8 +12,8 @@ from types import FrameType
 from resilience.clock import SystemClock
 from resilience.context import RunContext
 from resilience.deepspeed.launcher import NodeCommand
-from resilience.errors import ExitCode
-from resilience.launch import shim
+from resilience.errors import ExitCode, ResilienceError
+from resilience.launch import progress, shim
 from resilience.launch.client import CoordinatorClient
 from resilience.launch.embedded import EmbeddedCoordinator
 from resilience.launch.lease import Lease
@@ -52,6 +52,7 @@ def supervise(
     signals = _Signals()
     lease = Lease(context.run_dir, lease_s=context.config.coordinator.lease_s) if owns_directory else None
     ending = _Ending(context, coordinator, lease)
+    shown = progress.Handle(None)
     try:
         if lease is not None:
             lease.take()
@@ -62,16 +63,29 @@ def supervise(
                 f"metrics http://{coordinator.metrics_address}/metrics",
                 file=sys.stderr,
             )
+        if owns_directory:
+            shown = progress.start(context)
         agents = _start(command)
         code, reason = _watch(agents, coordinator, lease, signals)
         if has_followers and signals.received is None:
             threading.Event().wait(_LINGER_S)
         ending.tell(code, reason)
     finally:
+        shown.stop()
         ending.clean_up()
+    if coordinator is not None:
+        _summarise(context)
     if code != ExitCode.DONE:
         print(f"resilience: run {context.run_id} ends with {code}: {reason}", file=sys.stderr)
     return code
+
+
+def _summarise(context: RunContext) -> None:
+    """Show what became of each fault, from the report that the coordinator wrote when it ended."""
+    try:
+        progress.summary(context.run_dir)
+    except ResilienceError as error:
+        print(f"resilience: {error}", file=sys.stderr)
 
 
 class _Signals:
