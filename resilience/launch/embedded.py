@@ -102,7 +102,7 @@ class EmbeddedCoordinator:
                 raise self._failed_to_start(self._process.returncode)
             if self._clock.monotonic() > deadline:
                 raise CoordinatorUnreachableError(
-                    f"coordinator: does not listen after {_START_S:.0f} s; see {self.log}"
+                    f"coordinator: silent after {_START_S:.0f} s; see {self.log}"
                 )
             threading.Event().wait(0.05)
 

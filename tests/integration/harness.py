@@ -67,6 +67,7 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         self.run_dir = directory / "run"
         self.checkpoints = directory / "checkpoints"
+        self.script = script
         self.master_port = free_port()
         (directory / "ds_config.json").write_text(json.dumps(deepspeed_config))
         command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(self.master_port)]
@@ -135,7 +136,7 @@ class Run:
         def look() -> psutil.Process | None:
             for process in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    is_script = TINY.name in " ".join(process.cmdline()) and "launch" not in " ".join(process.cmdline())
+                    is_script = self.script.name in " ".join(process.cmdline()) and "launch" not in " ".join(process.cmdline())
                     if is_script and process.environ().get("RANK") == str(rank):
                         return process
             return None
