@@ -44,11 +44,11 @@ def train(launch_options: list[str], directory: Path, checkpoints: Path, *, step
 
 def digest(checkpoints: Path) -> str:
     """SHA-256 over the consolidated fp32 weights of the newest checkpoint."""
-    command = ["resilience", "digest", str(checkpoints), "--json"]
+    command = ["resilience", "digest", str(checkpoints)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if answer.returncode != 0:
         raise LaunchError(f"{' '.join(command)}: {answer.stderr.strip()}")
-    return str(json.loads(answer.stdout)["sha256"])
+    return answer.stdout.strip()
 
 
 def read_report(path: Path) -> dict[str, Any]:
