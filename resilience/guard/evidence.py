@@ -64,7 +64,8 @@ class DetectionFactory:
             device=self.device,
             site=finding.site,
             layer=finding.layer,
-            check=finding.check,
+            # A check of arithmetic whose inputs were bad has only screened them: the device is not to blame.
+            check=Check.SCREEN if finding.inputs_bad else finding.check,
             kind=finding.kind,
             residual_ratio=finding.residual_ratio,
             verdict=Verdict.PENDING if cause is None else Verdict.PROPAGATED,

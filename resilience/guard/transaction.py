@@ -18,6 +18,7 @@ import torch
 from resilience.abft.finding import Finding
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.errors import ResilienceError
+from resilience.events import Check, DetectionKind
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.recorder import Recorder
@@ -186,6 +187,20 @@ class Guard:
         """A replay reaches this micro-step."""
         self._replayed_micro_step = micro_step
         self._begin_micro_step(micro_step)
+
+    def add_misfit(self) -> None:
+        """The replay's gradients are worth nothing: an alarm of its own, which blames no device."""
+        self._collect()
+        self._findings.append(
+            Finding(
+                site="gradient",
+                layer=-1,
+                check=Check.SCREEN,
+                kind=DetectionKind.MISMATCH,
+                residual_ratio=float("inf"),
+                detected_at=self.settings.clock.wall(),
+            )
+        )
 
     @contextlib.contextmanager
     def protected(self) -> Iterator[None]:

@@ -64,12 +64,10 @@ class Inspection:
 
     def has_norms_like(self, other: Inspection) -> bool:
         """Whether both attempts gave local gradients of about the same norms, as far as non-deterministic kernels do."""
-        if len(self.readings) != len(other.readings):
-            return False
-        pairs = zip(self.readings, other.readings, strict=True)
-        return all(
-            (a.micro_step, a.index) == (b.micro_step, b.index) and math.isclose(a.norm, b.norm, rel_tol=0.1, abs_tol=1e-6)
-            for a, b in pairs
+        return len(self.readings) == len(other.readings) and all(
+            (a.micro_step, a.index) == (b.micro_step, b.index)
+            and math.isclose(a.norm, b.norm, rel_tol=0.1, abs_tol=1e-6)
+            for a, b in zip(self.readings, other.readings, strict=True)
         )
 
 
@@ -288,10 +286,11 @@ class Boundary:
         self._reporter.heartbeat(state="replaying")
         self._guard.begin_attempt(attempt)
         fits = self._run_again()
+        if not fits:
+            self._guard.add_misfit()
         inspection, _ = self._inspect()
         if not fits:
-            # What was seen before still stands, for nothing that came after it can be trusted.
-            inspection = dataclasses.replace(inspection, detections=before.detections, replay_problem=_MISFIT)
+            inspection = dataclasses.replace(inspection, replay_problem=_MISFIT)
         return inspection, inspection.equals(before)
 
     def _run_again(self) -> bool:
