@@ -47,14 +47,13 @@ def list_(
         output.print_json(facts)
         return
     output.print_table(
-        ["time", "what", "tag", ">step", ">generation", ">verified", ">took", "reason"],
+        ["time", "what", "tag", ">step", ">verified", ">took", "reason"],
         [
             (
                 output.clock_time(fact.at),
                 str(fact.kind),
                 fact.tag,
                 fact.step,
-                fact.generation,
                 fact.last_verified_step,
                 output.duration(fact.seconds),
                 fact.reason,
@@ -103,14 +102,13 @@ def _inspected(directory: Path, *, read_files: bool) -> list[Inspection]:
 
 def _print_inspections(found: list[Inspection]) -> None:
     output.print_table(
-        ["tag", "state", "latest", ">step", ">generation", ">files", ">size", "saved", "good"],
+        ["tag", "state", "latest", ">step", ">files", ">size", "saved", "good"],
         [
             (
                 each.tag,
                 each.state,
                 "yes" if each.latest else "",
                 each.step or "–",
-                each.generation or "–",
                 each.num_files,
                 output.number(each.num_bytes / 1e6, 4, "MB"),
                 output.clock_time(each.at),

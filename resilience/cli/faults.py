@@ -16,7 +16,7 @@ __all__ = ["decision_fields", "detection_row", "register"]
 
 Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", help="Only the newest N; 0 for all.", min=0)]
 
-DETECTION_COLUMNS = (">step", ">rank", "site", "check", "kind", ">residual", "verdict", "mended")
+DETECTION_COLUMNS = ("step", ">rank", "site", "alarm", ">residual", "verdict")
 
 
 def register(app: typer.Typer) -> None:
@@ -45,17 +45,15 @@ def detections(
 
 def detection_row(detection: Detection) -> tuple[str, ...]:
     """A detection under `DETECTION_COLUMNS`."""
-    layer = f"[{detection.layer}]" if detection.layer >= 0 else ""
-    mended = "–" if not detection.mended else "bit-exact" if detection.bit_exact else "yes"
+    place = f" {detection.param}" if detection.param else f"[{detection.layer}]" if detection.layer >= 0 else ""
+    mended = ", mended" if detection.mended else ""
     return (
-        f"{detection.step}.{detection.micro_step}" + (f" (replay {detection.attempt})" if detection.attempt else ""),
+        f"{detection.step}.{detection.micro_step}" + (f" replay {detection.attempt}" if detection.attempt else ""),
         str(detection.rank),
-        f"{detection.site}{layer}",
-        str(detection.check),
-        str(detection.kind),
+        f"{detection.site}{place}",
+        f"{detection.check} {detection.kind}",
         output.number(detection.residual_ratio),
-        str(detection.verdict),
-        mended,
+        f"{detection.verdict}{mended}",
     )
 
 

@@ -28,6 +28,8 @@ from resilience.rpc.v1 import coordinator_pb2 as pb
 __all__ = ["clock_time", "duration", "number", "plain", "print_fields", "print_json", "print_table", "print_text"]
 
 _AS_VALUES = (pb.Detection, pb.Decision, pb.Evidence, pb.Strike, pb.RankExit, pb.CheckpointFact)
+_NEVER_BROKEN = 16
+"""Columns of cells up to this many characters stay whole; the wider ones share what room is left."""
 _STYLES = {
     "failed": "red",
     "persistent": "red",
@@ -82,13 +84,20 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty:
     if not shown:
         print_text(empty)
         return
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for heading in columns:
-        right = heading.startswith(">")
-        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    widths = _widths(columns, shown)
+    console = _console()
+    fits = sum(widths) + 2 * len(widths) <= console.width
+    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for heading, width in zip(columns, widths, strict=True):
+        table.add_column(
+            heading.removeprefix(">"),
+            justify="right" if heading.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=fits or width <= _NEVER_BROKEN,
+        )
     for row in shown:
         table.add_row(*row)
-    _console().print(table)
+    console.print(table)
 
 
 def print_fields(fields: Iterable[tuple[str, Any]]) -> None:
@@ -151,6 +160,12 @@ def _field(message: Message, field: Any) -> Any:
         name = field.enum_type.values_by_number[content].name
         return name.lower()
     return plain(content)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> list[int]:
+    """Characters that each column needs to stay whole."""
+    cells = [[len(line) for row in rows for line in row[index].plain.split("\n")] for index in range(len(columns))]
+    return [max(len(heading), *lengths) for heading, lengths in zip(columns, cells, strict=True)]
 
 
 def _cell(value: Any) -> Text:

@@ -55,7 +55,7 @@ def ranks(address: Address = None, token_file: TokenFile = None, run_dir: RunDir
         output.print_json(found)
         return
     output.print_table(
-        [">rank", "node", "device", ">pid", "state", ">step", ">loss", ">heartbeat"],
+        [">rank", "node", "device", ">pid", "state", ">step", ">loss", ">age"],
         [
             (
                 rank.rank,

@@ -79,7 +79,7 @@ class Loader:
         setting.guard_state.loaded_step = engine.global_steps
         setting.report(
             CheckpointKind.LOADED,
-            str(load_dir),
+            str(load_dir.absolute()),
             chosen.tag,
             engine.global_steps,
             generation=chosen.generation,
@@ -201,7 +201,7 @@ class Loader:
         self._say(f"{load_dir}: checkpoint {candidate.tag} refused: {reason}")
         self._setting.report(
             CheckpointKind.REFUSED,
-            str(load_dir),
+            str(load_dir.absolute()),
             candidate.tag,
             candidate.step,
             generation=candidate.generation,

@@ -67,7 +67,7 @@ class Saver:
         self._if_leading(what, lambda: publish(save_dir, manifest))
         setting.report(
             CheckpointKind.PUBLISHED,
-            str(save_dir),
+            str(save_dir.absolute()),
             tag,
             manifest.step,
             generation=manifest.generation,
