@@ -2,8 +2,8 @@
 
 The line itself (see setup.py) looks at the command line and the environment first, so that other processes do not even
 import this module. It must import nothing beyond `os` and `sys`, and must change nothing in processes that are neither
-DeepSpeed's runner with one of our options on its command line, nor a rank that our agent started. In those two it puts a
-finder in front of `sys.meta_path` that waits for one module and acts right after that module was executed.
+DeepSpeed's runner with one of our options on its command line, nor a rank that our agent started. In those two it puts
+a finder in front of `sys.meta_path` that waits for one module and acts right after that module was executed.
 """
 
 from __future__ import annotations
@@ -121,5 +121,5 @@ class _Loader:
         self._executed(module)
 
     def get_code(self, name: str) -> Any:
-        """For `python -m`, which executes the code itself: import the module, so that the hook acts, and run its main."""
+        """For `python -m`, which executes the code itself: import the module, so that the hook acts; run its main."""
         return compile(f"from {name} import main\nmain()\n", f"<{name}>", "exec")

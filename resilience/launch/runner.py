@@ -26,7 +26,7 @@ from resilience.launch.follower import find_context
 from resilience.launch.network import is_loopback, local_address_towards
 from resilience.launch.options import Options, add_options, load, refuse_unsupported
 from resilience.launch.run_directory import RunDirectory, default_directory
-from resilience.launch.supervision import supervise
+from resilience.launch.supervision import Part, supervise
 
 __all__ = ["extend"]
 
@@ -70,13 +70,8 @@ def _launch(
     has_followers = namespace.no_ssh and len(command.world) > 1
     if has_followers and namespace.node_rank > 0:
         context, owns_directory = find_context(config, options)
-        return supervise(
-            _agent_command(command, context.run_dir / "context.json"),
-            context,
-            coordinator=None,
-            owns_directory=owns_directory,
-            has_followers=False,
-        )
+        part = Part(leads=False, owns_directory=owns_directory)
+        return supervise(_agent_command(command, context.run_dir / "context.json"), context, part, coordinator=None)
     return _lead(command, config, options, has_followers=has_followers)
 
 
@@ -111,13 +106,8 @@ def _lead(command: NodeCommand, config: Config, options: Options, *, has_followe
         )
     else:
         coordinator = EmbeddedCoordinator(directory, context, metrics_port=metrics_port)
-    return supervise(
-        _agent_command(command, directory.context),
-        context,
-        coordinator=coordinator,
-        owns_directory=True,
-        has_followers=has_followers,
-    )
+    part = Part(has_followers=has_followers)
+    return supervise(_agent_command(command, directory.context), context, part, coordinator=coordinator)
 
 
 def _reachable(config: Config, master_addr: str) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from resilience.launch.processes import adopt_orphans, end_descendants
 from resilience.launch.run_directory import RunDirectory
 from resilience.launch.shared_memory import remove_buffers
 
-__all__ = ["run_exit_code", "supervise"]
+__all__ = ["Part", "run_exit_code", "supervise"]
 
 _POLL_S = 0.1
 _STOP_S = 20.0
@@ -31,26 +32,30 @@ _LINGER_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def supervise(
-    command: NodeCommand,
-    context: RunContext,
-    *,
-    coordinator: EmbeddedCoordinator | None,
-    owns_directory: bool,
-    has_followers: bool,
-) -> int:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What this launcher is to the run."""
+
+    leads: bool = True
+    """Whether its word on how the run ended is final; not so for the runners of further nodes (`--no_ssh`)."""
+    owns_directory: bool = True
+    """Whether it made the run directory, and so holds its lease."""
+    has_followers: bool = False
+    """Whether other nodes' runners take part."""
+
+
+def supervise(command: NodeCommand, context: RunContext, part: Part, *, coordinator: EmbeddedCoordinator | None) -> int:
     """Run the agents to their end; the run's exit code.
 
     Args:
         command: starts the agent of this node, or all agents through pdsh.
         context: the run.
+        part: what this launcher is to the run.
         coordinator: the embedded one, where this launcher leads a run that has one.
-        owns_directory: whether this launcher made the run directory, and so holds its lease.
-        has_followers: whether other nodes' runners take part (`--no_ssh`).
     """
     adopt_orphans()
     signals = _Signals()
-    lease = Lease(context.run_dir, lease_s=context.config.coordinator.lease_s) if owns_directory else None
+    lease = Lease(context.run_dir, lease_s=context.config.coordinator.lease_s) if part.owns_directory else None
     ending = _Ending(context, coordinator, lease)
     shown = progress.Handle(None)
     try:
@@ -63,13 +68,14 @@ def supervise(
                 f"metrics http://{coordinator.metrics_address}/metrics",
                 file=sys.stderr,
             )
-        if owns_directory:
+        if part.leads:
             shown = progress.start(context)
         agents = _start(command)
         code, reason = _watch(agents, coordinator, lease, signals)
-        if has_followers and signals.received is None:
+        if part.has_followers and signals.received is None:
             threading.Event().wait(_LINGER_S)
-        ending.tell(code, reason)
+        if part.leads:
+            ending.tell(code, reason)
     finally:
         shown.stop()
         ending.clean_up()
@@ -154,8 +160,6 @@ class _Ending:
 
     def tell(self, code: int, reason: str) -> None:
         """Tell the coordinator how the run ended: it may have lost the agent that would have."""
-        if self._lease is None:
-            return
         client = CoordinatorClient(self._context)
         client.leave(generation=0, member="launcher", exit_code=code, reason=reason)
         client.close()

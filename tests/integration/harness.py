@@ -136,7 +136,8 @@ class Run:
         def look() -> psutil.Process | None:
             for process in self.processes():
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    is_script = self.script.name in " ".join(process.cmdline()) and "launch" not in " ".join(process.cmdline())
+                    command = " ".join(process.cmdline())
+                    is_script = self.script.name in command and "launch" not in command
                     if is_script and process.environ().get("RANK") == str(rank):
                         return process
             return None
@@ -153,11 +154,15 @@ class Run:
         wait_for(look, what=f"{text!r} in the output", timeout_s=timeout_s)
 
     def shared_memory(self) -> list[str]:
-        """Entries that this run could have left in /dev/shm."""
+        """What this run, and no other on this machine, could have left in /dev/shm: by the ports it met at."""
+        ports = {self.master_port}
+        for endpoint in self.run_dir.glob("logs/generation-*/endpoint-*.json"):
+            ports.add(json.loads(endpoint.read_text())["master_port"])
+        mine = tuple(f"_{port}_" for port in ports)
         return [
             entry.name
             for entry in Path("/dev/shm").iterdir()
-            if entry.name.startswith(("deepspeed_allreduce_buffer", "resilience"))
+            if entry.name.startswith("deepspeed_allreduce_buffer") and any(port in entry.name for port in mine)
         ]
 
     def assert_nothing_left(self, timeout_s: float = 30.0) -> None:

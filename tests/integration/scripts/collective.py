@@ -39,15 +39,13 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, generation = dist.get_rank(), int(os.environ["RESILIENCE_GENERATION"])
     assert options.local_rank in (None, int(os.environ["LOCAL_RANK"]))
-    print(
-        f"rank {rank} of {dist.get_world_size()} generation {generation} port {os.environ['MASTER_PORT']}", flush=True
-    )
+    world_size, port = dist.get_world_size(), os.environ["MASTER_PORT"]
+    print(f"rank {rank} of {world_size} generation {generation} port {port}", flush=True)
     if options.deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if options.child:
-        subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(600)", str(Path(__file__).parent), os.getcwd()]
-        )
+        # The working directory on its command line is how a test finds it.
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", os.getcwd()])
     if options.buffer:
         where = f"{os.environ['MASTER_ADDR']}_{port}"
         Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{where}_{rank}").touch()
