@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from resilience.launch.supervision import Part, supervise
 __all__ = ["extend"]
 
 _AGENT_MODULE = "resilience.launch.node"
-_EXTERNAL_S = 10.0
+_EXTERNAL_S = 5.0
 
 
 def extend(runner: Any) -> None:
@@ -131,7 +132,11 @@ def _dialled(config: Config, command: NodeCommand) -> str:
 
 
 def _agent_command(command: NodeCommand, context_path: Path) -> NodeCommand:
-    return command.with_launcher(_AGENT_MODULE, "--resilience-context", str(context_path))
+    path = str(context_path)
+    # pdsh joins its words into one line for the shells of the nodes.
+    return command.with_launcher(
+        _AGENT_MODULE, "--resilience-context", shlex.quote(path) if command.is_remote else path
+    )
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from resilience.launch.lease import FILE_NAME, Holder, Lease, LeaseWatch
+from tests.integration.harness import wait_for
 
 
 class Clock:
@@ -92,8 +93,9 @@ def test_a_lease_is_renewed_until_it_is_released(tmp_path: Path) -> None:
     lease.take()
     watcher = LeaseWatch(tmp_path, lease_s=5.0)
     assert watcher.ended() is None
-    while (holder := Holder.read(tmp_path)) is None or holder.count < 3:
-        pass
+    wait_for(lambda: (holder := Holder.read(tmp_path)) is not None and holder.count > 3, what="renewals")
+    holder = Holder.read(tmp_path)
+    assert holder is not None
     assert holder.pid == os.getpid()
     lease.release()
     lease.release()
