@@ -398,7 +398,7 @@ class FakeRun:
         """Rank 0 says what it executed."""
         self.link.send(lambda: self.submit(c.Conclude(run_id=self.run_id, rank=0, decision=decision)))
 
-    def step(self, **known: bool | int | None) -> Decision | None:
+    def step(self, **known: object) -> Decision | None:
         """The ranks execute the next step as a guard would: alarms, decisions, replays; fields as in `evidence`.
 
         Returns:
@@ -441,7 +441,7 @@ class FakeRun:
         self.next_step = step + 1
         self.beat(step=step, seconds=(self.step_s,))
 
-    def train(self, *, until: int, **known: bool | int | None) -> None:
+    def train(self, *, until: int, **known: object) -> None:
         """Take steps until `until`, or until a decision ends the generation."""
         while self.next_step <= until and not self.state.generation_ended:
             self.step(**known)

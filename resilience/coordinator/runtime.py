@@ -188,11 +188,19 @@ def _listen(settings: Settings, token: str | None) -> tuple[grpc.aio.Server, int
     server = grpc.aio.server(interceptors=interceptors, options=(*GRPC_OPTIONS, ("grpc.so_reuseport", 0)))
     address = f"{settings.bind}:{settings.port}"
     try:
+        _probe(settings.bind, settings.port)
         return server, server.add_insecure_port(address)
-    except RuntimeError:
-        raise UsageError(
-            f"coordinator address {address} is in use or not on this machine; choose another port"
-        ) from None
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "it was taken at this moment"
+        raise UsageError(f"coordinator address {address} cannot be used ({why}); choose another port") from None
+
+
+def _probe(host: str, port: int) -> None:
+    """Raise OSError where `host`:`port` cannot be bound. gRPC would say so in its own log, not in one clear line."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 async def _announce(server: grpc.aio.Server, host: Host) -> None:

@@ -169,7 +169,7 @@ def cases(draw: st.DrawFn) -> Any:
             unique_by=lambda d: d.detection_id,
         )
 
-    known = {
+    known: dict[str, Any] = {
         "deterministic": draw(st.sampled_from([None, True, False])),
         "replay_available": draw(st.booleans()),
         "bit_equal": draw(st.booleans()),
