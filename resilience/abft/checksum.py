@@ -44,7 +44,7 @@ _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """V, (n, c): plain and position-weighted sums, each with fixed pseudo-random signs.
 
-    float32 and float64 have one column of each. bfloat16 has four of each, every one over a quarter of the elements,
+    float32 and float64 have one column of each. bfloat16 has two of each, every one over half of the elements,
     dealt out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own
     result, and a library GEMM with 8 columns costs what one with 1 costs. Entries for bfloat16 have 8 bits, so their
     products are exact in float32. Two elements that swap places differ in sign, in column or in weight in at least one
@@ -55,10 +55,10 @@ def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
     signs, other_signs = (((mixed >> bit) & 1) * 2.0 - 1.0 for bit in (13, 19))
     if dtype == torch.bfloat16:
-        weights = 1.0 + ((position // 16) * _GOLDEN % 1.0 * 128.0).floor() / 128.0
-        columns = torch.zeros(n, 8, dtype=torch.float64)
-        columns[position, position % 4] = signs.double()
-        columns[position, 4 + (position // 4) % 4] = other_signs * weights.double()
+        weights = 1.0 + ((position // 4) * _GOLDEN % 1.0 * 128.0).floor() / 128.0
+        columns = torch.zeros(n, 4, dtype=torch.float64)
+        columns[position, position % 2] = signs.double()
+        columns[position, 2 + (position // 2) % 2] = other_signs * weights.double()
     else:
         # Transposed in memory, as `weighted_row_sums` likes it for float32.
         columns = torch.stack([signs.double(), other_signs * (1.0 + position.double() * _GOLDEN % 1.0)]).mT
@@ -116,8 +116,10 @@ def _right_sums(right: torch.Tensor, *, exact: bool) -> torch.Tensor:
     if right.dtype != torch.bfloat16 or not exact:
         return weighted_row_sums(right, vectors)
     sums = weighted_row_sums(right.float(), vectors.float())
+    # They lie transposed, and are joined so: side by side in memory would be an order of magnitude slower.
+    sums = sums.mT
     high = sums.bfloat16()
-    return torch.cat([high, (sums - high.float()).bfloat16()], dim=-1)
+    return torch.cat([high, (sums - high).bfloat16()], dim=-2).mT
 
 
 # --- first stage ------------------------------------------------------------------------------------------------------
@@ -155,8 +157,8 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
     expected = weighted_row_sums(left, right)
     if expected.dtype == torch.bfloat16:
         expected = expected.float()
-        if expected.shape[-1] == 16:
-            expected = expected[..., :8] + expected[..., 8:]
+        if expected.shape[-1] == 8:
+            expected = expected[..., :4] + expected[..., 4:]
     if gemm.alpha != 1.0:
         expected = expected * gemm.alpha
     if gemm.addend is not None:
