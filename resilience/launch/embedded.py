@@ -90,20 +90,21 @@ class EmbeddedCoordinator:
         return f"{self._context.config.coordinator.metrics_bind}:{self._metrics_port}"
 
     def start(self) -> None:
-        """Start it and wait until it listens.
+        """Start it; it takes a second or two until it listens."""
+        self._spawn()
+
+    def wait_until_ready(self) -> None:
+        """Wait until it listens.
 
         Raises:
             UsageError, CoordinatorUnreachableError: it ended at once; the message is its own last line.
         """
-        self._spawn()
         deadline = self._clock.monotonic() + _START_S
         while not self._listens():
             if self._process is not None and self._process.poll() is not None:
                 raise self._failed_to_start(self._process.returncode)
             if self._clock.monotonic() > deadline:
-                raise CoordinatorUnreachableError(
-                    f"coordinator: silent after {_START_S:.0f} s; see {self.log}"
-                )
+                raise CoordinatorUnreachableError(f"coordinator: silent after {_START_S:.0f} s; see {self.log}")
             threading.Event().wait(0.05)
 
     @property

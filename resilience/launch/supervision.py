@@ -63,6 +63,9 @@ def supervise(command: NodeCommand, context: RunContext, part: Part, *, coordina
             lease.take()
         if coordinator is not None:
             coordinator.start()
+        agents = _start(command)
+        if coordinator is not None:
+            coordinator.wait_until_ready()  # the agents are importing torch meanwhile
             print(
                 f"resilience: run {context.run_id} in {context.run_dir}; coordinator {context.coordinator_address}, "
                 f"metrics http://{coordinator.metrics_address}/metrics",
@@ -70,7 +73,6 @@ def supervise(command: NodeCommand, context: RunContext, part: Part, *, coordina
             )
         if part.leads:
             shown = progress.start(context)
-        agents = _start(command)
         code, reason = _watch(agents, coordinator, lease, signals)
         if part.has_followers and signals.received is None:
             threading.Event().wait(_LINGER_S)
