@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resilience.events import Decision, Detection, Evidence, RankExit, Strike
@@ -39,6 +39,7 @@ def values(cls: type) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("cls", [Detection, Evidence, Decision, Strike, RankExit])
 def test_what_is_sent_is_what_arrives(cls: type) -> None:
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(values(cls))
     def round_trip(value: Any) -> None:
         message = codec.to_proto(value)
