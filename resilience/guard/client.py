@@ -170,6 +170,8 @@ class Client:
         deadline = self._clock.monotonic() + timeout_s
         with self._lock:
             self._heartbeat.state = "done"
+            # The last step's heartbeat is the only one whose loss would stay.
+            self._outbox.demand_acknowledgement()
             self._lock.notify_all()
             self._lock.wait_for(self._is_delivered, timeout=max(0.0, timeout_s / 2))
             channel = self._channel

@@ -43,6 +43,7 @@ class Outbox:
         self._deterministic: bool | None = None
         self._badput: dict[str, float] = {}
         self._num_skipped = 0
+        self._is_demanded = False
 
     @property
     def is_empty(self) -> bool:
@@ -52,7 +53,8 @@ class Outbox:
     @property
     def has_news(self) -> bool:
         """Whether the next report would carry more than a heartbeat."""
-        return bool(self._facts or self._badput or self._num_skipped or self._deterministic is not None)
+        facts = self._facts or self._badput or self._num_skipped or self._deterministic is not None
+        return bool(facts or self._is_demanded)
 
     def put(self, fact: Fact) -> None:
         """Add a fact."""
@@ -72,6 +74,10 @@ class Outbox:
         """Record whether the generation was measured to be bit-reproducible."""
         self._deterministic = deterministic
 
+    def demand_acknowledgement(self) -> None:
+        """Have the next report acknowledged like a fact, even if it carries a heartbeat only: the last one."""
+        self._is_demanded = True
+
     def next_report(self, heartbeat: pb.Heartbeat | None = None) -> pb.ReportRequest:
         """The next report, with the facts that are waiting. It carries a number and is kept if it holds any."""
         self._sequence += 1
@@ -85,7 +91,7 @@ class Outbox:
         report.num_skipped_steps = self._num_skipped
         if self._deterministic is not None:
             report.deterministic = self._deterministic
-        self._badput, self._num_skipped, self._deterministic = {}, 0, None
+        self._badput, self._num_skipped, self._deterministic, self._is_demanded = {}, 0, None, False
         if kept:
             self._unacknowledged.append(report)
         return report

@@ -63,7 +63,7 @@ class Inspection:
         return repr(self.readings) == repr(other.readings)
 
     def has_norms_like(self, other: Inspection) -> bool:
-        """Whether both attempts gave local gradients of about the same norms, as far as non-deterministic kernels do."""
+        """Whether both attempts gave local gradients of about the same norms, as non-deterministic kernels do."""
         return len(self.readings) == len(other.readings) and all(
             (a.micro_step, a.index) == (b.micro_step, b.index)
             and math.isclose(a.norm, b.norm, rel_tol=0.1, abs_tol=1e-6)

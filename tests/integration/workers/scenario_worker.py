@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from matrix_cases import Case
-from matrix_worker import build_engine, is_equal, state_of, train_step
+from matrix_worker import build_engine, computes_fp16, is_equal, state_of, train_step
 
 from resilience import policy
 from resilience.config import Config
@@ -32,7 +32,7 @@ ZERO2 = Case(name="zero2")
 
 
 class Coordinator(SilentReporter):
-    """A coordinator without a network: answers with the policy, gives orders from a step on, keeps all that it hears."""
+    """A coordinator without a network: answers with the policy, orders from a step on, keeps all that it hears."""
 
     def __init__(self, config: Config, *, orders: Orders | None = None, answers: bool = True) -> None:
         self.detections: list[Detection] = []
@@ -130,12 +130,13 @@ def train(
                 if step == save_at:
                     engine.save_checkpoint(shared_directory() + "/checkpoints")
         except SystemExit as ending:
-            assert isinstance(ending.code, int)
-            result.exit_code = ending.code
+            result.exit_code = int(ending.code or 0)
         hook.release(engine)
     result.state, result.losses = state_of(engine), losses
     result.steps, result.skipped = engine.global_steps, engine.skipped_steps
-    result.directory_of_engine = sorted(set(vars(engine)) & {"forward", "backward", "_take_model_step", "save_checkpoint"})
+    result.directory_of_engine = sorted(
+        set(vars(engine)) & {"forward", "backward", "_take_model_step", "save_checkpoint"}
+    )
     engine.destroy()
     return result
 
@@ -159,8 +160,8 @@ def shared_directory() -> str:
 
 
 def fault(step: int, site: str, kind: str, *, rank: int = 1, layer: int = 0, repeat: int = 1, more: str = "") -> str:
-    text = f'[[fault]]\nstep = {step}\nrank = {rank}\nsite = "{site}"\nlayer = {layer}\nkind = "{kind}"\nrepeat = {repeat}\n'
-    return text + more + "\n"
+    address = f'step = {step}\nrank = {rank}\nsite = "{site}"\nlayer = {layer}'
+    return f'[[fault]]\n{address}\nkind = "{kind}"\nrepeat = {repeat}\n{more}\n'
 
 
 SPIKE = fault(5, "gradient", "scale", more="factor = 1e5")
@@ -284,7 +285,10 @@ def around_the_outputs() -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": 4,
             "gradient_accumulation_steps": case.accumulation,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-            "zero_optimization": {"stage": case.zero, "offload_optimizer": {"device": "cpu" if case.offload else "none"}},
+            "zero_optimization": {
+                "stage": case.zero,
+                "offload_optimizer": {"device": "cpu" if case.offload else "none"},
+            },
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": True},
             "steps_per_print": 1_000_000,
@@ -355,7 +359,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> None:
     dist.init_process_group("gloo")
     for name, scenario in SCENARIOS.items():
-        if ARGUMENTS.only and ARGUMENTS.only not in name:
+        if ARGUMENTS.only not in name or (name == "scale_search" and not computes_fp16()):
             continue
         result = {"scenario": name, "rank": dist.get_rank(), **scenario()}
         every: list[Any] = [None, None]
