@@ -91,9 +91,11 @@ class _History:
 def _signature(failure: Failure) -> tuple[object, ...] | None:
     """What makes two failures the same; None for those that say nothing about data or code."""
     root = root_exit(failure.exits)
-    if root is None or root.exit_code <= 0:
+    if root is None:
         return None
-    return (root.exit_code, failure.step, failure.last_verified_step)
+    # After an unhandled exception the interpreter's end may abort in the communication library's destructors, or not.
+    code = 1 if root.exit_code == -signal.SIGABRT and root.message else root.exit_code
+    return None if code <= 0 else (code, failure.step, failure.last_verified_step)
 
 
 def root_exit(exits: Sequence[RankExit]) -> RankExit | None:

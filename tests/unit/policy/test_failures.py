@@ -35,6 +35,8 @@ def failed(*exits: RankExit, at: float = 10.0, step: int = 7, verified: int = 0,
 
 KILLED = failed(left(1, -9), left(0, -15, at=11.0))
 CRASHED = failed(left(0, 1, message="ValueError: bad batch"))
+ABORTED = failed(left(0, -6, message="ValueError: bad batch"))
+"""The same exception, where the end of the interpreter aborts in a library's destructors."""
 
 CASES: list[tuple[str, Action, int | None, list[Failure], Mode]] = [
     ("done", Action.CONTINUE, 0, [failed(left(0, 0), left(1, 0))], Mode.ENFORCE),
@@ -49,6 +51,8 @@ CASES: list[tuple[str, Action, int | None, list[Failure], Mode]] = [
     ("restart-processes", Action.RESTART, None, [KILLED, KILLED, KILLED], Mode.ENFORCE),
     ("restart-processes", Action.RESTART, None, [failed(kind=FailureKind.HANG)], Mode.ENFORCE),
     ("no-progress", Action.STOP, 93, [CRASHED, CRASHED], Mode.ENFORCE),
+    ("no-progress", Action.STOP, 93, [CRASHED, ABORTED], Mode.ENFORCE),
+    ("restart-processes", Action.RESTART, None, [failed(left(0, -6)), failed(left(0, -6))], Mode.ENFORCE),
     ("restart-processes", Action.RESTART, None, [CRASHED, dataclasses.replace(CRASHED, step=9)], Mode.ENFORCE),
     (
         "restart-processes",
