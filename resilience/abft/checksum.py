@@ -87,10 +87,10 @@ class WeightSums:
     def discard(self, right: torch.Tensor) -> None:
         self._sums.pop(self._key(right), None)
 
-    def get(self, right: torch.Tensor) -> torch.Tensor:
-        """(k, c·p) sums of `right`, ready to be multiplied from the left; see `_right_sums`."""
+    def get(self, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """Sums of `right`, ready to be multiplied from the left; see `_right_sums`. Those of parameters are exact."""
         if not _is_parameter(right):
-            return _right_sums(right, exact=False)
+            return _right_sums(right, exact=exact)
         key = self._key(right)
         sums = self._sums.get(key)
         if sums is None:
@@ -152,7 +152,7 @@ def _energy(sums: torch.Tensor) -> torch.Tensor:
 
 def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Tensor:
     """E = alpha·A·(B·V) + beta·D·V, (m, c) or (b, m, c) in float32 (float64 for float64)."""
-    right = _attention_sums(gemm) if gemm.right.dim() == 3 else sums.get(gemm.right)
+    right = sums.get(gemm.right, exact=gemm.cancels)
     left = gemm.left.float() if gemm.left.dtype == torch.float16 else gemm.left
     expected = weighted_row_sums(left, right)
     if expected.dtype == torch.bfloat16:
@@ -164,12 +164,6 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
     if gemm.addend is not None:
         expected = expected + gemm.beta * _addend_sums(gemm.addend, out)
     return expected
-
-
-def _attention_sums(gemm: Gemm) -> torch.Tensor:
-    # The operands of attention share large components that cancel in the product (Σ_j dS_ij = 0 against K's mean):
-    # there B·V needs its low part. It is cheap where B is the smaller operand.
-    return _right_sums(gemm.right, exact=2 * gemm.right.numel() <= gemm.left.numel())
 
 
 def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,8 @@ class GemmHandlers:
             if gemm is None:
                 return original(*args, **kwargs)
             label = context.labels.gemm(gemm)
+            if label.site == "attention.dq":
+                gemm = dataclasses.replace(gemm, cancels=True)
 
             def run() -> torch.Tensor:
                 out: torch.Tensor = original(*args, **kwargs)
