@@ -41,7 +41,7 @@ def as_report(state: State, now: float) -> dict[str, Any]:
         "last_verified_step": state.last_verified_step,
         "goodput_ratio": round(books.goodput_ratio, 6),
         "badput_s": {cause: round(seconds, 6) for cause, seconds in books.badput_s.items()},
-        "faults_injected": [_strike(strike) for strike in state.strikes.values()],
+        "faults_injected": [_strike(strike) for strike in sorted(state.strikes.values(), key=lambda s: s.struck_at)],
         "detections": [_detection(d) for d in state.detections.values() if d.caused_by is None],
         "propagated": [_detection(d) for d in state.detections.values() if d.caused_by is not None],
         "decisions": [_decision(d) for d in sorted(state.decisions.values(), key=lambda d: d.decided_at)],

@@ -198,7 +198,7 @@ def finish(state: State, exit_code: int | None = None, reason: str = "") -> f.Fi
 
 
 _OUTCOMES = {
-    int(ExitCode.DONE): "done",
+    int(ExitCode.DONE): "finished",
     int(ExitCode.USAGE): "usage",
     int(ExitCode.UNAVAILABLE): "unavailable",
     int(ExitCode.REQUEUE): "requeue",

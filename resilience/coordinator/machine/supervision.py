@@ -31,7 +31,8 @@ def fail_of_exits(state: State, pulse: Pulse, exits: Sequence[RankExit], now: fl
     if state.order is not None:
         yield from take_order(state)
         return
-    step = _working_step(state, pulse)
+    # What an agent read from the dead rank is exact; heartbeats are older.
+    step = max(e.step for e in exits) or _working_step(state, pulse)
     failure = Failure(
         generation=state.generation,
         kind=FailureKind.EXIT,
@@ -87,7 +88,7 @@ def take_order(state: State) -> Iterator[f.Fact]:
 
 def _working_step(state: State, pulse: Pulse) -> int:
     """The step that was being worked on; 0 before training began."""
-    taken = [beat.step for beat in pulse.beats.values() if beat.state not in _NOT_TRAINING]
+    taken = [beat.step for beat in pulse.beats.values() if beat.step]
     taken += [seat.step for seat in state.seats.values() if seat.step]
     return max(taken) + 1 if taken else 0
 
