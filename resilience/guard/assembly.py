@@ -36,6 +36,7 @@ from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
 from resilience.guard.transaction import Guard
+from resilience.last_place import LastPlace, path_of
 
 __all__ = ["Guarded", "guard_engine"]
 
@@ -83,14 +84,18 @@ def guard_engine(
         injector=tensor_injector,
         clock=settings.clock,
     )
-    injectors = [injector for injector in (process_injector, tensor_injector) if injector is not None]
+    last_place = None
+    if context is not None:
+        last_place = LastPlace(path_of(context.run_dir, settings.generation, settings.rank))
+    # The place comes first: an injector may end this process.
+    listeners = [item for item in (last_place, process_injector, tensor_injector) if item is not None]
     guard = Guard(
         adapter,
         settings,
         reporter=reporter,
         screen=screen,
         protector=protection,
-        injectors=tuple(injectors),
+        listeners=tuple(listeners),
         replay_problem=problem,
     )
     undo.append(guard.uninstall)

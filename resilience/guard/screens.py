@@ -50,6 +50,7 @@ class NormHistory:
     def __init__(self, factor: float, num_steps: int) -> None:
         self._factor = factor
         self._steps: collections.deque[tuple[dict[int, float], float]] = collections.deque(maxlen=num_steps)
+        self._limits: dict[int, float] = {}
 
     def add(self, readings: Iterable[Reading]) -> None:
         """Take the readings of a verified step into the history; a step with a norm that is not finite is left out."""
@@ -60,11 +61,17 @@ class NormHistory:
                 return
             largest[reading.index] = max(largest.get(reading.index, 0.0), reading.norm)
             squares[reading.micro_step] = squares.get(reading.micro_step, 0.0) + reading.norm**2
+        self._limits.clear()
         if largest:
             self._steps.append((largest, math.sqrt(max(squares.values()))))
 
     def limit(self, index: int) -> float:
         """The largest norm that is no alarm for this parameter; infinite while too few steps were seen."""
+        if index not in self._limits:
+            self._limits[index] = self._compute(index)
+        return self._limits[index]
+
+    def _compute(self, index: int) -> float:
         seen = [largest[index] for largest, _ in self._steps if index in largest]
         if len(seen) < _NUM_SILENT_STEPS:
             return math.inf
@@ -110,7 +117,8 @@ class GradientScreen:
     def begin(self) -> None:
         """Forget what was read: a new attempt begins."""
         self._places: list[tuple[int, int]] = []
-        self._norms: list[torch.Tensor] = []
+        # Numbers on a CPU, where nothing waits; tensors on a device, which are read together.
+        self._norms: list[float | torch.Tensor] = []
         self._near_inf: set[int] = set()
         self._fingerprints: list[torch.Tensor] = []
 
@@ -122,11 +130,14 @@ class GradientScreen:
 
     def read(self, loss_scale: float) -> list[Reading]:
         """All norms since `begin`, in the order of the backward passes. Waits for the device, once."""
-        if not self._norms:
-            return []
-        norms = torch.stack(self._norms).tolist()
+        norms = [*self._norms]
+        deferred = [place for place, norm in enumerate(norms) if isinstance(norm, torch.Tensor)]
+        if deferred:
+            values = torch.stack([torch.as_tensor(norms[place]) for place in deferred]).tolist()
+            for place, value in zip(deferred, values, strict=True):
+                norms[place] = value
         return [
-            Reading(micro_step=micro_step, index=index, norm=norm / loss_scale)
+            Reading(micro_step=micro_step, index=index, norm=float(norm) / loss_scale)
             for (micro_step, index), norm in zip(self._places, norms, strict=True)
         ]
 
@@ -172,11 +183,15 @@ class GradientScreen:
         if gradient.is_sparse:
             gradient = gradient.coalesce().values()
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        if norm.device.type == "cpu" and torch.isinf(norm) and bool(torch.isfinite(gradient).all()):
-            # Finite, but its squares overflow. Nothing waits on a CPU; on a GPU this reads as INF.
-            self._near_inf.add(len(self._norms))
         self._places.append((self.micro_step(), index))
-        self._norms.append(norm.double())
+        if norm.device.type == "cpu":
+            value = norm.item()
+            if math.isinf(value) and bool(torch.isfinite(gradient).all()):
+                # Finite, but its squares overflow. On a GPU, where the host does not look, this reads as INF.
+                self._near_inf.add(len(self._norms))
+            self._norms.append(value)
+        else:
+            self._norms.append(norm.double())
         if self.fingerprinting:
             self._fingerprints.append(fingerprint(gradient))
 

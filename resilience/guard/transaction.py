@@ -27,7 +27,7 @@ from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
 from resilience.guard.verdict import Boundary, Inspection
 
-__all__ = ["Guard", "Injectors", "Protector"]
+__all__ = ["Guard", "Listeners", "Protector"]
 
 
 class Protector(Protocol):
@@ -47,13 +47,13 @@ class Protector(Protocol):
     def check_seconds(self) -> float: ...
 
 
-class Injector(Protocol):
-    """An injector of faults: it is told where the rank is."""
+class Listener(Protocol):
+    """Told of each micro-step as it begins: injectors of faults, the record of the last place."""
 
     def begin(self, step: int, micro_step: int, attempt: int) -> None: ...
 
 
-Injectors = tuple[Injector, ...]
+Listeners = tuple[Listener, ...]
 
 
 class Guard:
@@ -65,7 +65,7 @@ class Guard:
         reporter: the line to the coordinator.
         screen: of the local gradients.
         protector: checks inside operations; None for the strengths `off` and `screen`.
-        injectors: told of each micro-step as it begins.
+        listeners: told of each micro-step as it begins.
         replay_problem: why no step of this engine can be run again; empty where it can.
     """
 
@@ -77,7 +77,7 @@ class Guard:
         reporter: Reporter,
         screen: GradientScreen,
         protector: Protector | None = None,
-        injectors: Injectors = (),
+        listeners: Listeners = (),
         replay_problem: str = "",
     ) -> None:
         self.settings = settings
@@ -85,7 +85,7 @@ class Guard:
         self._adapter = adapter
         self._screen = screen
         self._protector = protector
-        self._injectors = injectors
+        self._listeners = listeners
         recording = settings.config.guard.replay and not replay_problem
         self.recorder = Recorder(adapter, enabled=recording)
         self.replay_problem = replay_problem
@@ -244,8 +244,8 @@ class Guard:
             # Reading early costs nothing on a CPU, and tells micro-steps apart.
             self._collect()
         self._micro_step = micro_step
-        for injector in self._injectors:
-            injector.begin(self.step, micro_step, self._attempt)
+        for listener in self._listeners:
+            listener.begin(self.step, micro_step, self._attempt)
         if self._protector is not None:
             self._protector.begin_micro_step(self.step, micro_step, self._attempt)
 
