@@ -60,8 +60,13 @@ def _extend_runner(module: Any) -> None:
 def _install_in_rank(module: Any) -> None:
     from resilience.context import RunContext
     from resilience.deepspeed import hook
+    from resilience.errors import ResilienceError
 
-    context = RunContext.from_environment(os.environ)
+    try:
+        context = RunContext.from_environment(os.environ)
+    except ResilienceError as error:
+        print(f"resilience: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
     assert context is not None, "armed without RESILIENCE_CONTEXT"
     hook.install(context)
 

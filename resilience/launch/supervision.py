@@ -73,7 +73,7 @@ def supervise(command: NodeCommand, context: RunContext, part: Part, *, coordina
             )
         if part.leads:
             shown = progress.start(context)
-        code, reason = _watch(agents, coordinator, lease, signals)
+        code, reason = _watch(agents, coordinator, lease, signals, is_remote=command.is_remote)
         if part.has_followers and signals.received is None:
             threading.Event().wait(_LINGER_S)
         if part.leads:
@@ -122,6 +122,8 @@ def _watch(
     coordinator: EmbeddedCoordinator | None,
     lease: Lease | None,
     signals: _Signals,
+    *,
+    is_remote: bool,
 ) -> tuple[int, str]:
     """Wait for the end of the agents, or end them after a signal; the run's exit code and why."""
     clock = SystemClock()
@@ -131,7 +133,8 @@ def _watch(
             kill_at = clock.monotonic() + _STOP_S
             if lease is not None:
                 lease.release()
-            agents.terminate()
+            if not is_remote:
+                agents.terminate()  # pdsh would die of it at once, and nobody would wait for the agents' end
         if kill_at is not None and clock.monotonic() > kill_at:
             agents.kill()
         if coordinator is not None:
