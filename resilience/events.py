@@ -233,6 +233,8 @@ class RankExit:
     """As in `subprocess`: negative for a signal."""
     message: str = ""
     """Last line of the traceback, where the rank left one."""
+    step: int = 0
+    """The step that it was working on; 0 where none had begun or it is not known."""
     exited_at: float = 0.0
 
 

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from resilience.clock import SystemClock
 from resilience.context import RunContext
 from resilience.events import RankExit
+from resilience.last_place import path_of, read_place
 from resilience.launch import shim
 from resilience.launch.client import ReportStream
 from resilience.launch.network import free_port
@@ -271,14 +272,17 @@ class Agent(LocalElasticAgent):
             if code is None:
                 continue
             files = self._logs.files[local_rank]
+            rank = self._rendezvous_handler.assignment.first_rank + local_rank
+            place = read_place(path_of(self._node.context.run_dir, self._state.generation, rank))
             found.append(
                 RankExit(
                     generation=self._state.generation,
-                    rank=self._rendezvous_handler.assignment.first_rank + local_rank,
+                    rank=rank,
                     node=self._node.name,
                     device=devices[local_rank].device,
                     exit_code=code,
                     message="" if code == 0 else last_line(files.log or files.err),
+                    step=0 if place is None else place.step,
                     exited_at=SystemClock().wall(),
                 )
             )

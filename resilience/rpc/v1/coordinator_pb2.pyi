@@ -248,7 +248,7 @@ class Strike(_message.Message):
     def __init__(self, strike_id: _Optional[str] = ..., step: _Optional[int] = ..., micro_step: _Optional[int] = ..., rank: _Optional[int] = ..., site: _Optional[str] = ..., layer: _Optional[int] = ..., kind: _Optional[str] = ..., struck_at: _Optional[float] = ..., attempt: _Optional[int] = ..., no_effect: _Optional[bool] = ..., relative_change: _Optional[float] = ...) -> None: ...
 
 class RankExit(_message.Message):
-    __slots__ = ("generation", "rank", "node", "device", "exit_code", "message", "exited_at")
+    __slots__ = ("generation", "rank", "node", "device", "exit_code", "message", "exited_at", "step")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -256,6 +256,7 @@ class RankExit(_message.Message):
     EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     EXITED_AT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     generation: int
     rank: int
     node: str
@@ -263,7 +264,8 @@ class RankExit(_message.Message):
     exit_code: int
     message: str
     exited_at: float
-    def __init__(self, generation: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., exit_code: _Optional[int] = ..., message: _Optional[str] = ..., exited_at: _Optional[float] = ...) -> None: ...
+    step: int
+    def __init__(self, generation: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., exit_code: _Optional[int] = ..., message: _Optional[str] = ..., exited_at: _Optional[float] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("slot", "device", "name")
