@@ -104,8 +104,11 @@ class Loader:
         if not refused:
             return None
         if tag is None and all(candidate.state is State.UNFINISHED for candidate, _ in refused):
-            self._say(f"{load_dir}: no checkpoint was ever finished; the script starts without one")
-            return None
+            # The first save was cut short. Had it ever been complete, `latest` would name it.
+            latest = broadcast(read_latest(load_dir), self._setting.device)
+            if latest not in {candidate.tag for candidate, _ in refused}:
+                self._say(f"{load_dir}: no checkpoint was ever finished; the script starts without one")
+                return None
         listed = "; ".join(f"{candidate.tag}: {reason}" for candidate, reason in refused)
         raise CheckpointError(f"{load_dir}: no checkpoint can be trusted ({listed}); move them away to start afresh")
 
