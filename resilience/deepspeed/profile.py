@@ -31,7 +31,8 @@ def profile_of(engine: Any, *, is_first_engine: bool) -> EngineProfile:
         super_offload=bool(engine.super_offload()),
         compiled_zero=bool(engine.is_deepcompile_enabled()),
         quantized_gradients=bool(engine.zero_quantized_gradients()),
-        model_parallel_size=max(int(engine.mp_world_size), int(engine.autotp_size())),
+        # DeepSpeed counts the stages of a pipeline as model parallel too.
+        model_parallel_size=1 if engine.pipeline_parallelism else max(engine.mp_world_size, engine.autotp_size()),
         sequence_parallel_size=int(engine.sequence_parallel_size),
         is_first_engine=is_first_engine,
     )

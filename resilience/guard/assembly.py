@@ -25,8 +25,9 @@ from resilience.context import RunContext
 from resilience.deepspeed import checkpoint
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.deepspeed.profile import profile_of
+from resilience.errors import FaultPlanError
 from resilience.faults.ledger import Ledger
-from resilience.faults.plan import load_plan
+from resilience.faults.plan import FaultPlan, load_plan
 from resilience.faults.process import ProcessInjector
 from resilience.faults.tensor import TensorInjector
 from resilience.guard import support
@@ -169,6 +170,7 @@ def _injectors(
     if context is None or context.fault_plan is None:
         return None, None
     plan = load_plan(context.fault_plan)
+    _require_protected_sites(plan, context.config.detection.strength)
     ledger = Ledger(context.run_dir, settings.rank)
     for strike in ledger.strikes():
         # The coordinator may have died, or this rank, before it heard of them; it knows them by their ids.
@@ -185,10 +187,20 @@ def _injectors(
     return tensor, process
 
 
+def _require_protected_sites(plan: FaultPlan, strength: str) -> None:
+    """A fault that can never strike is a mistake in the plan."""
+    inside = [fault.site for fault in plan.fault if fault.strikes_tensor and fault.site != "gradient"]
+    if inside and strength in ("off", "screen"):
+        raise FaultPlanError(
+            f"site {inside[0]!r}: struck inside protected operations only, and detection.strength is {strength!r}; "
+            "set it to 'checksum', or strike the site 'gradient'"
+        )
+
+
 def _protection(
     adapter: EngineAdapter, config: Config, injector: TensorInjector | None, undo: list[Callable[[], None]]
 ) -> Protection | None:
-    if config.detection.strength in ("off", "screen") and injector is None:
+    if config.detection.strength in ("off", "screen"):
         return None
     protection = Protection(config.detection, injector=injector)
     protection.install()

@@ -126,5 +126,16 @@ def test_evaluation_in_between_does_not_disturb(results: Results) -> None:
     assert result["actions"] == ["5:replay:succeeded", "5:continue:succeeded"]
 
 
+def test_a_pipeline_is_announced_and_its_faulty_step_not_taken(results: Results) -> None:
+    first, second = results["pipeline"]
+    assert first["equal"], "protection without a fault changed nothing"
+    assert first["notes"] == [
+        "replay_off: replay off: pipeline and hybrid engines; restart from the last verified checkpoint serves instead"
+    ]
+    assert first["rules"] == ["restart"]
+    assert first["exit_code"] == second["exit_code"] == 76
+    assert first["steps"] == second["steps"] == 4
+
+
 def test_the_engine_is_put_back(results: Results) -> None:
     assert results["put_back"][0]["left_over"] == []

@@ -27,6 +27,8 @@ class Case:
     """`managed`; `script`: managed_gradient_accumulation = false; `forced`: set_gradient_accumulation_boundary;
     `no_sync`; `joint`: two forwards, one backward."""
     offload: bool = False
+    loss_scale: float = 0.0
+    """With fp16: a static loss scale; 0 searches for one."""
 
 
 def _cases() -> list[Case]:
@@ -68,6 +70,7 @@ def _cases() -> list[Case]:
         Case(name="joint-zero3", boundary="joint", zero=3),
         Case(name="reentrant-zero2-llama", model="llama", checkpointing="reentrant", zero=2),
         Case(name="reentrant-zero3-gpt2", model="gpt2", checkpointing="reentrant", zero=3),
+        Case(name="zero2-fp16-static-scale", precision="fp16", loss_scale=128.0),
         *(Case(name=f"offload-zero{zero}", offload=True, zero=zero) for zero in (1, 2, 3)),
     ]
     return [*grid, *hugging_face, *loops]

@@ -117,7 +117,7 @@ def build_engine(case: Case) -> Any:
     if case.precision != "fp32":
         config[case.precision] = {"enabled": True}
     if case.precision == "fp16":
-        config["fp16"].update(initial_scale_power=8, loss_scale_window=2)
+        config["fp16"].update(initial_scale_power=8, loss_scale_window=2, loss_scale=case.loss_scale)
     if case.boundary == "script":
         config["managed_gradient_accumulation"] = False
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)

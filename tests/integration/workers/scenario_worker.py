@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
 from matrix_cases import Case
 from matrix_worker import build_engine, computes_fp16, is_equal, state_of, train_step
 
@@ -331,6 +332,35 @@ def evaluation_between() -> dict[str, Any]:
     return {"equal": is_equal(clean.state, struck.state), **struck.report()}
 
 
+def pipeline() -> dict[str, Any]:
+    """Two stages: replay is off, detection is on, the step is not taken."""
+    deepspeed.init_distributed("gloo")
+
+    def build(case: Case) -> Any:
+        torch.manual_seed(1234)
+        layers = [torch.nn.Linear(16, 16) for _ in range(4)]
+        model = PipelineModule(layers=layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss)
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": case.accumulation,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+            "steps_per_print": 1_000_000,
+        }
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+        return engine
+
+    def step_of(case: Case, engine: Any, step: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        data = [torch.randn(4, 16, generator=generator) for _ in range(case.accumulation)]
+        factor = float("nan") if step == 5 else 1.0
+        return [engine.train_batch(iter([(x, factor * x.tanh()) for x in data]))]
+
+    clean = train(ZERO2, build=build, step_of=step_of, num_steps=4)
+    guarded = train(ZERO2, build=build, step_of=step_of, num_steps=4, settings=CHECKSUM)
+    struck = train(ZERO2, build=build, step_of=step_of, settings=CHECKSUM)
+    return {"equal": is_equal(clean.state, guarded.state), **struck.report()}
+
+
 def put_back() -> dict[str, Any]:
     guarded = train(ZERO2, settings=CHECKSUM, num_steps=1)
     return {"left_over": guarded.directory_of_engine, **guarded.report()}
@@ -352,6 +382,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "drain": drain,
     "around_the_outputs": around_the_outputs,
     "evaluation_between": evaluation_between,
+    "pipeline": pipeline,
     "put_back": put_back,
 }
 
