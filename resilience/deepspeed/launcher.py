@@ -27,6 +27,7 @@ __all__ = [
     "parse_with_options",
     "pid_file",
     "planned_command",
+    "runner_module",
     "uses_gpu",
     "visible_devices",
 ]
@@ -64,6 +65,13 @@ class NodeCommand:
         """The same command with another per-node launcher, given `arguments` before DeepSpeed's own."""
         at = self.argv.index(LAUNCH_MODULE)
         return dataclasses.replace(self, argv=(*self.argv[:at], module, *arguments, *self.argv[at + 1 :]))
+
+
+def runner_module() -> Any:
+    """DeepSpeed's runner."""
+    from deepspeed.launcher import runner
+
+    return runner
 
 
 def parse_with_options(

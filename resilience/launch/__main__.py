@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from deepspeed.launcher import runner
-
+from resilience.deepspeed.launcher import runner_module
 from resilience.launch.runner import extend
 
 __all__ = ["main"]
@@ -16,6 +15,7 @@ _OPTION = "--resilience"
 def main() -> None:
     """Launch with `--resilience`, whether it is given or not."""
     arguments = sys.argv[1:]
+    runner = runner_module()
     extend(runner)
     runner.main(arguments if _OPTION in arguments else [_OPTION, *arguments])
 

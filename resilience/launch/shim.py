@@ -14,6 +14,8 @@ import os
 import sys
 from typing import Any, NoReturn
 
+__all__ = ["main"]
+
 _PR_SET_PDEATHSIG = 1
 _USAGE = 64
 
