@@ -4,7 +4,7 @@ init             from the launch to the first step of the first generation
 recovery         from a failure to the first step of the next generation, without loading the checkpoint
 lost_work        steps that were taken again after a restart
 replay, check    seconds of steps that ranks spent on running iterations again and on checks
-checkpoint_save, checkpoint_load   as reported by ranks
+checkpoint_save, checkpoint_load   by what rank 0 says of its checkpoints
 other            the rest: data, evaluation, waiting
 """
 

@@ -36,7 +36,7 @@ from resilience.errors import ExitCode, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
 from resilience.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
-__all__ = ["DEFAULT_METRICS_PORT", "Settings", "external_settings", "serve", "settings_of"]
+__all__ = ["DEFAULT_METRICS_PORT", "Settings", "serve", "settings_of"]
 
 DEFAULT_METRICS_PORT = 9464
 _TICK_S = 0.25
@@ -87,25 +87,6 @@ def settings_of(context: RunContext, *, port: int | None = None, metrics_port: i
         token_file=context.token_file,
         config=context.config,
         journal=journal_path(os.environ, context.run_id),
-        devices=devices_path(os.environ),
-    )
-
-
-def external_settings(config: Config, *, run_id: str, run_dir: Path) -> Settings:
-    """The settings of a coordinator that no launcher starts: it serves the run named `run_id`, wherever its ranks are.
-
-    Its token is `config.coordinator.token_file`; launches name it by `coordinator.address` and `launch.run_id`.
-    """
-    return Settings(
-        run_id=run_id,
-        run_dir=run_dir.absolute(),
-        bind=config.coordinator.bind,
-        port=config.coordinator.port or 0,
-        metrics_bind=config.coordinator.metrics_bind,
-        metrics_port=config.coordinator.metrics_port,
-        token_file=config.coordinator.token_file,
-        config=config,
-        journal=journal_path(os.environ, run_id),
         devices=devices_path(os.environ),
     )
 

@@ -19,7 +19,7 @@ from resilience.metrics import METRICS, PREFIX, Kind
 from resilience.metrics import Metric as Row
 from resilience.policy import restarts_left
 
-__all__ = ["MetricsServer", "samples"]
+__all__ = ["MetricsServer", "families", "samples"]
 
 Samples = Mapping[tuple[str, ...], float]
 
@@ -92,7 +92,8 @@ def _restores(machine: Machine) -> Samples:
     return collections.Counter(("checkpoint", outcomes[kind]) for _, _, _, kind in seen)
 
 
-def _families(machine: Machine, now: float) -> Iterator[Metric]:
+def families(machine: Machine, now: float) -> Iterator[Metric]:
+    """Every row of the table, filled in."""
     run = machine.state.run_id
     found = samples(machine, now)
     for row in METRICS:
@@ -132,7 +133,7 @@ class _StateCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         async def read() -> list[Metric]:
-            return list(_families(self._host.machine, self._host.now()))
+            return list(families(self._host.machine, self._host.now()))
 
         return asyncio.run_coroutine_threadsafe(read(), self._loop).result(_SCRAPE_TIMEOUT_S)
 

@@ -24,7 +24,7 @@ from resilience.coordinator.machine.state import (
     State,
 )
 from resilience.coordinator.machine.story import tell
-from resilience.events import Action, Decision, Outcome, Verdict
+from resilience.events import Action, CheckpointFact, CheckpointKind, Decision, Outcome, Verdict
 from resilience.policy import Failure, FailureKind
 
 __all__ = ["fold"]
@@ -96,6 +96,8 @@ def _reported(state: State, fact: f.Reported, at: float) -> list[Effect]:
         effects += ledger.note_detection(state, detection, at)
     state.strikes.update((strike.strike_id, strike) for strike in fact.strikes)
     state.checkpoints.extend(fact.checkpoints)
+    if fact.member == "rank:0":
+        _account_checkpoints(state, fact.checkpoints)
     state.notes.extend(fact.notes)
     if fact.deterministic is not None:
         state.deterministic = fact.deterministic
@@ -104,6 +106,15 @@ def _reported(state: State, fact: f.Reported, at: float) -> list[Effect]:
     if kind == "rank" and int(name) in state.seats:
         state.seats[int(name)].sequence = fact.sequence
     return effects
+
+
+def _account_checkpoints(state: State, points: tuple[CheckpointFact, ...]) -> None:
+    """All ranks save and load together, so rank 0 stands for the run."""
+    for point in points:
+        saved = point.kind is CheckpointKind.PUBLISHED
+        _add(state.telemetry.badput_s, "checkpoint_save" if saved else "checkpoint_load", point.seconds)
+        if not saved and state.generations[-1].first_step_at is None:
+            state.generations[-1].loading_s += point.seconds
 
 
 def _decision_made(state: State, fact: f.DecisionMade, at: float) -> list[Effect]:
@@ -218,8 +229,6 @@ def _sampled(state: State, fact: f.Sampled, at: float) -> list[Effect]:
         state.seats[rank].state = name
     for cause, seconds in fact.badput:
         _add(telemetry.badput_s, cause, seconds)
-        if cause == "checkpoint_load" and state.generations and state.generations[-1].first_step_at is None:
-            state.generations[-1].loading_s += seconds
     if fact.first_step_at is not None:
         state.generations[-1].first_step_at = fact.first_step_at
     for step, seconds in fact.durations:

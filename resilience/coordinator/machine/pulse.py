@@ -19,8 +19,8 @@ __all__ = ["Pulse", "sample", "sample_interval_s"]
 _RANKS_PER_SECOND = 64
 """Ranks whose steps one second's worth of journal may carry."""
 
-_MEASURED_HERE = frozenset({"init"})
-"""Causes of badput that the coordinator measures itself, from the launch to the first step."""
+_MEASURED_HERE = frozenset({"init", "checkpoint_save", "checkpoint_load"})
+"""Causes of badput that the coordinator knows by itself: from first steps, and from what happened to checkpoints."""
 
 
 @dataclasses.dataclass

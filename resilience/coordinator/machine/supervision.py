@@ -193,19 +193,30 @@ def settle_restart(state: State, sampled: f.Sampled | None, now: float) -> Itera
     restart = next((d for d in reversed(state.decisions.values()) if d.action is Action.RESTART), None)
     if restart is None or restart.outcome is not Outcome.PENDING or restart.generation >= state.generation:
         return
-    failed_at = next((x.at for x in state.failures if x.generation == restart.generation), restart.decided_at)
-    latency_ms = (now - failed_at) * 1000.0
+    failure = next(x for x in state.failures if x.generation == restart.generation)
+    latency_ms = (now - failure.at) * 1000.0
     if sampled is None:
         yield f.RestartSettled(
             decision_id=restart.decision_id, outcome=Outcome.FAILED, latency_ms=latency_ms, lost_s=0.0, resumed_step=0
         )
     elif sampled.durations:
         first = sampled.durations[0][0]
-        lost_s = sum(seconds for step, seconds in state.telemetry.durations.items() if step >= first)
         yield f.RestartSettled(
             decision_id=restart.decision_id,
             outcome=Outcome.SUCCEEDED,
             latency_ms=latency_ms,
-            lost_s=lost_s,
+            lost_s=_lost_s(state, first, failure.step),
             resumed_step=first - 1,
         )
+
+
+def _lost_s(state: State, first: int, failed: int) -> float:
+    """Seconds of the steps from `first` to the one before `failed`, which are taken again.
+
+    The newest of them may have died with their ranks before a heartbeat told of them: they count as the mean step.
+    """
+    known = state.telemetry.durations
+    again = [seconds for step, seconds in known.items() if step >= first]
+    num_untold = max(0, failed - first - len(again))
+    mean_s = sum(known.values()) / len(known) if known else 0.0
+    return sum(again, 0.0) + num_untold * mean_s

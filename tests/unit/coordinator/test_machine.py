@@ -220,6 +220,17 @@ def test_a_restart_is_settled_with_what_it_cost(run: FakeRun) -> None:
     assert run.state.failures[0].at == failed_at
 
 
+def test_steps_that_no_heartbeat_told_of_are_lost_work_too(run: FakeRun) -> None:
+    run.train(until=6)
+    run.pass_time(1.25)
+    died_at = dataclasses.replace(run.exit_of(1, -9), step=9)
+    run.restart(from_step=4, exits=[died_at])
+    assert run.state.failures[0].step == 9, "what the agent read from the dead rank is exact"
+    assert run.state.detections["g1-r1-exit"].step == 9
+    run.train(until=7)
+    assert run.state.decisions["g1-exit"].lost_s == pytest.approx(4.0), "5 and 6 are known, 7 and 8 were not told of"
+
+
 def test_badput_that_goes_on_is_not_in_counters_yet() -> None:
     run = FakeRun()
     run.pass_time(5.0)
