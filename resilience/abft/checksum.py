@@ -88,13 +88,13 @@ class WeightSums:
         self._sums.pop(self._key(right), None)
 
     def get(self, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Sums of `right`, ready to be multiplied from the left; see `_right_sums`. Those of parameters are exact."""
+        """Sums of `right`, ready to be multiplied from the left; see `_right_sums`."""
         if not _is_parameter(right):
             return _right_sums(right, exact=exact)
         key = self._key(right)
         sums = self._sums.get(key)
         if sums is None:
-            sums = self._sums[key] = _right_sums(right, exact=True)
+            sums = self._sums[key] = _right_sums(right, exact=exact)
         return sums
 
     @staticmethod
