@@ -34,6 +34,7 @@ class FailureKind(enum.StrEnum):
     NODE_LOST = "node_lost"
     VETO = "veto"
     AGENT = "agent"
+    CORDONED = "cordoned"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,12 +170,12 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         reason=lambda h: f"{_what(h)}: {h.passed_code} asks to stop",
     ),
     ExitRule(
-        name="shadow",
-        text="in shadow mode nothing is restarted: the run ends as the rank did",
-        when=lambda h: h.mode is Mode.SHADOW,
+        name="cordoned-device",
+        text="a device that the launch asks for is out of use, and this run has no spare one: stop, requeue",
+        when=lambda h: h.newest.kind is FailureKind.CORDONED,
         action=Action.STOP,
-        passes_code=True,
-        reason=lambda h: f"{_what(h)}; shadow mode does not restart",
+        exit_code=ExitCode.REQUEUE,
+        reason=_what,
     ),
     ExitRule(
         name="node-lost",
@@ -183,6 +184,14 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         action=Action.STOP,
         exit_code=ExitCode.REQUEUE,
         reason=lambda h: f"{_what(h)}; there is no spare node",
+    ),
+    ExitRule(
+        name="shadow",
+        text="in shadow mode nothing is restarted: the run ends as the rank did",
+        when=lambda h: h.mode is Mode.SHADOW,
+        action=Action.STOP,
+        passes_code=True,
+        reason=lambda h: f"{_what(h)}; shadow mode does not restart",
     ),
     ExitRule(
         name="no-progress",

@@ -149,6 +149,8 @@ def _order_taken(state: State, fact: f.OrderTaken, at: float) -> list[Effect]:
     if decision.action is Action.RESTART:
         if not any(failure.generation == decision.generation for failure in state.failures):
             state.failures.append(_veto(state, decision, at))
+        # Rank 0 said that it left; whether the restart succeeded shows in the next generation.
+        state.decisions[fact.decision_id] = dataclasses.replace(decision, outcome=Outcome.PENDING)
         _end_generation(state, decision.reason, at)
         return []
     assert decision.action is Action.STOP, "only restarts and stops are ordered"

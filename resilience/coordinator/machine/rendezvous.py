@@ -17,9 +17,8 @@ from resilience.coordinator.machine.members import check_generation, check_run, 
 from resilience.coordinator.machine.pulse import Pulse
 from resilience.coordinator.machine.reports import flush
 from resilience.coordinator.machine.state import Ending, State
-from resilience.coordinator.machine.supervision import fail, fail_of_exits
+from resilience.coordinator.machine.supervision import fail, fail_of_exits, stop_before
 from resilience.errors import ExitCode
-from resilience.events import Action, Decision
 from resilience.policy import FailureKind
 
 __all__ = ["finish", "join_agent", "join_rank", "leave"]
@@ -107,7 +106,12 @@ def _begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
     seats = [(agent.node, device) for agent in agents for device in agent.devices]
     cordoned = next((device.device for _, device in seats if device.device in state.cordons), None)
     if cordoned is not None:
-        yield from _refuse_device(state, cordoned, now)
+        # Every device that an agent offers is one that the launch asked for, so there is no spare to take instead.
+        reason = (
+            f"device {cordoned} is cordoned: {state.cordons[cordoned].reason or 'no reason given'};"
+            f" launch without it, or `resilience uncordon {cordoned}` once it is mended"
+        )
+        yield from stop_before(state, FailureKind.CORDONED, reason, now)
         return
     reason = state.generations[-1].ended_by if state.generations else "the run starts"
     yield from flush(state, pulse, now)
@@ -120,25 +124,6 @@ def _begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
         ),
         reason=reason,
     )
-
-
-def _refuse_device(state: State, device: str, now: float) -> Iterator[f.Fact]:
-    """Every device that an agent offers is one that the launch asked for, so there is no spare to take instead."""
-    cordon = state.cordons[device]
-    decision = Decision(
-        decision_id=f"g{state.generation + 1}-place",
-        generation=state.generation + 1,
-        step=0,
-        attempt=0,
-        action=Action.STOP,
-        reason=f"device {device} is cordoned: {cordon.reason or 'no reason given'};"
-        f" launch without it, or `resilience uncordon {device}` once it is mended",
-        exit_code=int(ExitCode.REQUEUE),
-        decided_at=now,
-        rule="cordoned-device",
-    )
-    yield f.DecisionMade(decision=decision)
-    yield f.OrderTaken(decision_id=decision.decision_id)
 
 
 def join_rank(state: State, pulse: Pulse, command: JoinRank, now: float) -> Iterator[f.Fact]:

@@ -12,7 +12,7 @@ from resilience.coordinator.machine.state import State
 from resilience.events import Action, Check, Detection, DetectionKind, Outcome, RankExit
 from resilience.policy import Failure, FailureKind, decide_exit, root_exit
 
-__all__ = ["CONCLUDE_GRACE_S", "fail", "fail_of_exits", "settle_restart", "take_order", "watch"]
+__all__ = ["CONCLUDE_GRACE_S", "fail", "fail_of_exits", "settle_restart", "stop_before", "take_order", "watch"]
 
 CONCLUDE_GRACE_S = 5.0
 """How long a restart or stop that rank 0 was told may take to be concluded before it takes effect anyway."""
@@ -153,10 +153,22 @@ def watch(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
 def _watch_nodes(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
     for name, node in state.nodes.items():
         age = pulse.age(f"agent:{name}", now)
-        if node.left is None and age > state.lease_s and not state.generation_ended:
-            detail = f"node {name} is lost: its agent (pid {node.agent.pid}) has said nothing for {age:.1f} s"
+        if node.left is not None or age <= state.lease_s:
+            continue
+        detail = f"node {name} is lost: its agent (pid {node.agent.pid}) has said nothing for {age:.1f} s"
+        if not state.generation_ended:
             yield from fail(state, pulse, FailureKind.NODE_LOST, detail, now)
-            return
+        else:
+            yield from stop_before(state, FailureKind.NODE_LOST, detail, now)
+        return
+
+
+def stop_before(state: State, kind: FailureKind, detail: str, now: float) -> Iterator[f.Fact]:
+    """The next generation cannot begin."""
+    failure = Failure(generation=state.generation + 1, kind=kind, at=now, detail=detail)
+    decision = decide_exit([failure], state.limits, state.mode, now=now)
+    yield f.DecisionMade(decision=dataclasses.replace(decision, decision_id=f"g{failure.generation}-place"))
+    yield from take_order(state)
 
 
 def _watch_ranks(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:

@@ -46,6 +46,8 @@ CASES: list[tuple[str, Action, int | None, list[Failure], Mode]] = [
     ("shadow", Action.STOP, 137, [KILLED], Mode.SHADOW),
     ("shadow", Action.STOP, 1, [CRASHED], Mode.SHADOW),
     ("node-lost", Action.STOP, 75, [failed(kind=FailureKind.NODE_LOST)], Mode.ENFORCE),
+    ("node-lost", Action.STOP, 75, [failed(kind=FailureKind.NODE_LOST)], Mode.SHADOW),
+    ("cordoned-device", Action.STOP, 75, [failed(kind=FailureKind.CORDONED)], Mode.ENFORCE),
     ("restart-processes", Action.RESTART, None, [KILLED], Mode.ENFORCE),
     ("restart-processes", Action.RESTART, None, [CRASHED], Mode.ENFORCE),
     ("restart-processes", Action.RESTART, None, [KILLED, KILLED, KILLED], Mode.ENFORCE),
