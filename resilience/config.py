@@ -56,7 +56,7 @@ class DetectionConfig(_Section):
     threshold_scale: Positive = 1.0
     """Factor on every threshold; above 1 is less sensitive."""
     norm_factor: Annotated[float, Field(gt=1)] = 64.0
-    """A local gradient this many times its own recent maximum, and above the whole gradient's, is an alarm."""
+    """A local gradient this many times its own recent maximum, and √ of this times the whole one's, is an alarm."""
     norm_history_steps: Annotated[int, Field(ge=2)] = 16
     """Steps that the norm screen looks back; it is silent until it has seen 3."""
 
@@ -236,8 +236,8 @@ def _merge(weak: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(weak)
     for key, value in strong.items():
         below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[key] = _merge(below, value)
+        if isinstance(value, Mapping):
+            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
         elif value is not None:
             merged[key] = value
     return merged

@@ -70,8 +70,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _complain(line: str, code: int) -> int:
     print(f"resilience: {line}", file=sys.stderr)
     return int(code)
-
-
-def entry() -> None:
-    """What the installed script calls."""
-    sys.exit(main())

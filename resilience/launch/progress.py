@@ -217,7 +217,8 @@ def _ending(report: dict[str, Any], rows: list[Row]) -> list[Text]:
     if report.get("reason") and report["exit_code"] != 0:
         lines.insert(1, Text(f"because {report['reason']}"))
     if undetected:
-        lines.append(Text(f"{undetected} injected faults were not detected", style="bold red"))
+        what = "injected fault was" if undetected == 1 else "injected faults were"
+        lines.append(Text(f"{undetected} {what} not detected", style="bold red"))
     return lines
 
 

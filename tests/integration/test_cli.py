@@ -1,0 +1,189 @@
+"""The command against a coordinator that it started itself: `resilience coordinator serve`, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from resilience.cli.main import main
+from resilience.config import Config, LaunchConfig
+from resilience.context import RunContext
+from resilience.events import CheckpointFact, CheckpointKind
+from resilience.launch import progress
+from resilience.rpc.codec import to_proto
+from resilience.rpc.v1 import coordinator_pb2 as pb
+from resilience.rpc.v1 import coordinator_pb2_grpc as rpc
+from resilience.testing import detection
+from tests.integration.harness import free_port, wait_for
+
+pytestmark = pytest.mark.integration
+
+TOKEN = "a token of enough characters"
+
+
+@dataclasses.dataclass
+class Served:
+    """A coordinator in a process of its own, and a member of its run."""
+
+    directory: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    sequence: int = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def token_file(self) -> Path:
+        return self.directory / "token"
+
+    def report(self, **content: object) -> None:
+        self.sequence += 1
+        request = pb.ReportRequest(run_id="r1", generation=1, member="rank:0", sequence=self.sequence, **content)
+        with grpc.insecure_channel(self.address) as channel:
+            list(rpc.CoordinatorStub(channel).Report(iter([request]), metadata=self.metadata))
+
+    def join(self) -> None:
+        devices = [pb.Device(slot=slot, device=f"device-{slot}") for slot in range(2)]
+        agent = pb.AgentInfo(node="a", num_nodes=1, address="127.0.0.1", devices=devices, pid=7)
+        with grpc.insecure_channel(self.address) as channel:
+            stub = rpc.CoordinatorStub(channel)
+            stub.Join(pb.JoinRequest(run_id="r1", agent=agent, wait_s=5.0), metadata=self.metadata)
+            for rank in range(2):
+                info = pb.RankInfo(generation=1, rank=rank, local_rank=rank, world_size=2, node="a", pid=100 + rank)
+                stub.Join(pb.JoinRequest(run_id="r1", rank=info), metadata=self.metadata)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {TOKEN}"),)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(TOKEN)
+    port = free_port()
+    program = "import sys; from resilience.cli.main import main; sys.exit(main())"
+    options = ["--run-id", "r1", "--port", str(port), "--metrics-port", "0", "--token-file", "token"]
+    command = [sys.executable, "-c", program, "coordinator", "serve", *options]
+    with (tmp_path / "coordinator.log").open("wb") as log:
+        process = subprocess.Popen(command, env=dict(os.environ), stderr=log)
+    try:
+        run_dir = tmp_path / "resilience-runs" / "r1"
+        wait_for(lambda: (run_dir / "coordinator.json").exists() or process.poll() is not None, what="the coordinator")
+        assert process.poll() is None, (tmp_path / "coordinator.log").read_text()
+        (run_dir.parent / "latest").symlink_to("r1")
+        found = Served(tmp_path, port, process)
+        found.join()
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+
+
+def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_every_verb_is_answered_live_and_from_the_journal(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    fact = CheckpointFact(
+        kind=CheckpointKind.PUBLISHED, directory="/ck", tag="t4", step=4, generation=1, last_verified_step=4
+    )
+    alarm = dataclasses.replace(detection(step=5), device="device-0")
+    beat = pb.Heartbeat(step=4, loss=2.5, state="training")
+    served.report(heartbeat=beat, checkpoints=[to_proto(fact)], detections=[to_proto(alarm)])
+
+    code, out, err = asked(capsys, "status", "--json")
+    status = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (status["run_id"], status["generation"], status["state"]) == ("r1", 1, "training")
+    assert [rank["pid"] for rank in json.loads(asked(capsys, "ranks", "--json")[1])] == [100, 101]
+    assert [fact["tag"] for fact in json.loads(asked(capsys, "checkpoints", "list", "--json")[1])] == ["t4"]
+    assert [each["step"] for each in json.loads(asked(capsys, "detections", "--json")[1])] == [5]
+    assert json.loads(asked(capsys, "cordon", "a", "--json")[1])["devices"] == ["device-0", "device-1"]
+    assert json.loads(asked(capsys, "uncordon", "device-1", "--json")[1])["devices"] == ["device-1"]
+    assert asked(capsys, "explain", "g1-s9-a0")[0] == 1
+    assert asked(capsys, "status", "--address", served.address)[0] == 0  # the token is that of the run
+    assert asked(capsys, "drain", "--reason", "maintenance")[0] == 0
+    assert json.loads(asked(capsys, "status", "--json")[1])["state"] == "draining"
+    live = {verb: asked(capsys, verb, "--json")[1] for verb in ("detections", "decisions", "devices")}
+
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(timeout=20) == 0
+    for verb, out in live.items():
+        code, recorded, err = asked(capsys, verb, "--json")
+        assert (code, recorded) == (0, out)
+        assert "has ended; answering read-only from" in err
+
+
+def test_a_wrong_token_and_none(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = served.directory / "wrong"
+    wrong.write_text("this is another one")
+    code, _, err = asked(capsys, "status", "--address", served.address, "--token-file", str(wrong))
+    assert code == 64
+    assert "refused" in err
+    (served.directory / "resilience-runs" / "latest").unlink()
+    code, _, err = asked(capsys, "status", "--address", served.address)
+    assert code == 64
+    assert "give --token-file FILE" in err
+
+
+def test_a_busy_port_is_one_line(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = asked(capsys, "coordinator", "serve", "--run-id", "r2", "--port", str(served.port))
+    assert code == 64
+    assert str(served.port) in err.splitlines()[-1]
+
+
+def test_events_follow_a_run_as_it_goes(served: Served) -> None:
+    program = "import sys; from resilience.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "events", "--follow", "--json"]
+    follower = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert follower.stdout is not None
+        first = json.loads(follower.stdout.readline())
+        assert first["sequence"] == 1
+        served.report(notes=[pb.Note(kind="warning", message="something new")])
+        timer = threading.Timer(20, follower.kill)
+        timer.start()
+        assert any("something new" in line for line in follower.stdout)
+        timer.cancel()
+    finally:
+        follower.kill()
+        follower.wait()
+        follower.stdout.close()  # type: ignore[union-attr]
+
+
+def test_progress_shows_each_event_once(served: Served) -> None:
+    context = RunContext(
+        run_id="r1",
+        run_dir=served.directory,
+        coordinator_address=served.address,
+        token_file=served.token_file,
+        config=Config(launch=LaunchConfig(live="auto")),
+    )
+    stream = io.StringIO()
+    handle = progress.start(context, stream=stream)
+    wait_for(lambda: "generation 1 begins" in stream.getvalue(), what="the first events", timeout_s=20)
+    served.report(notes=[pb.Note(kind="warning", message="just before the end")])
+    handle.stop()
+    lines = stream.getvalue().splitlines()
+    assert sum("just before the end" in line for line in lines) == 1
+    assert len(lines) == len(set(lines))
+    assert all(line.startswith("resilience: ") for line in lines)
