@@ -14,9 +14,9 @@ backward (activation checkpointing) takes the numbers that its module had in the
 
 Backward: the autograd node that is being executed leads to the forward operation by its sequence number. The gradients
 of a linear operation are linear.dgrad and linear.wgrad, with the number of that operation among *all* linear
-operations; those of scores are attention.dq and .dk, of context attention.dp and .dv, of probs attention.ds, with the
-layer of their forward. Which of the two it is follows from the dimension that is summed over, or where that is
-ambiguous (square products) from the order in which autograd computes them.
+operations; those of scores are attention.dq and .dk, of context attention.dp and .dv, with the layer of their forward.
+Which of the two it is follows from the dimension that is summed over, or where that is ambiguous (square products)
+from the order in which autograd computes them.
 
 No arithmetic, and nothing that a wrong label could break: labels address faults and explain alarms.
 """
@@ -164,15 +164,7 @@ class Labels:
         if frame is None or frame.site is not None:
             return None
         frame.phase = _Phase.NORMALISED
-        layer = self._next("attention.probs")
-        self._remember(_Forward("attention.ds", "attention.ds", layer, 0, 0))
-        return Label("attention.probs", layer)
-
-    def softmax_backward(self) -> Label | None:
-        """The label of a softmax's backward; None outside of attention."""
-        node = torch._C._current_autograd_node()
-        forward = None if node is None else self._nodes.get(node._sequence_nr())
-        return None if forward is None or forward.left_site != "attention.ds" else Label("attention.ds", forward.layer)
+        return Label("attention.probs", self._next("attention.probs"))
 
     def fused_attention(self) -> Label:
         """The label of a fused attention that is about to run."""
