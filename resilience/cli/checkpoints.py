@@ -40,7 +40,7 @@ def list_(
         if as_json:
             output.print_json(found)
         else:
-            _print_inspections(found)
+            _print_inspections(found, files_were_read=False)
         return
     facts = source(address, token_file, run_dir).checkpoints().checkpoints
     if as_json:
@@ -84,7 +84,7 @@ def verify(
     if as_json:
         output.print_json(found)
     else:
-        _print_inspections(found)
+        _print_inspections(found, files_were_read=True)
     if not all(each.good for each in found):
         raise typer.Exit(ExitCode.FAILED)
 
@@ -100,24 +100,25 @@ def _inspected(directory: Path, *, read_files: bool) -> list[Inspection]:
     return found
 
 
-def _print_inspections(found: list[Inspection]) -> None:
-    output.print_table(
-        ["tag", "state", "latest", ">step", ">files", ">size", "saved", "good"],
+def _print_inspections(found: list[Inspection], *, files_were_read: bool) -> None:
+    columns = ["tag", "state", "latest", ">step", ">files", ">size", "saved"]
+    rows: list[list[object]] = [
         [
-            (
-                each.tag,
-                each.state,
-                "yes" if each.latest else "",
-                each.step or "–",
-                each.num_files,
-                output.number(each.num_bytes / 1e6, 4, "MB"),
-                output.clock_time(each.at),
-                "ok" if each.good else "fail",
-            )
-            for each in found
-        ],
-        empty="no checkpoint was saved",
-    )
+            each.tag,
+            each.state,
+            "yes" if each.latest else "",
+            each.step or "–",
+            each.num_files,
+            output.number(each.num_bytes / 1e6, 4, "MB"),
+            output.clock_time(each.at),
+        ]
+        for each in found
+    ]
+    if files_were_read:
+        columns.append("good")
+        for row, each in zip(rows, found, strict=True):
+            row.append("ok" if each.good else "fail")
+    output.print_table(columns, rows, empty="no checkpoint was saved")
     for each in found:
         for problem in each.problems:
             output.print_text(f"{each.tag}: {problem}")
