@@ -154,8 +154,9 @@ RULES: tuple[Rule, ...] = (
         exit_code=ExitCode.REQUEUE,
         cordons=True,
         reason=lambda c: (
-            f"{describe(c.alarms)} came again through {_replays(c)}: a persistent fault. {', '.join(c.repeat_offenders)}"
-            " computes wrongly and is cordoned; no spare device is left in this run, requeue it elsewhere"
+            f"{describe(c.alarms)} came again through {_replays(c)}: a persistent fault."
+            f" {', '.join(c.repeat_offenders)} computes wrongly and is cordoned; no spare device is left in this run,"
+            " requeue it elsewhere"
         ),
     ),
     Rule(
