@@ -75,7 +75,8 @@ class NormHistory:
         seen = [largest[index] for largest, _ in self._steps if index in largest]
         if len(seen) < _NUM_SILENT_STEPS:
             return math.inf
-        return max(self._factor * max(seen), max(whole for _, whole in self._steps))
+        # Training itself throws up spikes of a single parameter, up to the size of the whole gradient and beyond.
+        return max(self._factor * max(seen), math.sqrt(self._factor) * max(whole for _, whole in self._steps))
 
 
 class GradientScreen:
