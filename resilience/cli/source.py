@@ -141,7 +141,7 @@ class LiveSource:
 
     def __init__(self, address: str, token_file: Path | None) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=(*GRPC_OPTIONS, ("grpc.enable_http_proxy", 0)))
+        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
         self._stub = rpc.OperatorStub(self._channel)
         self._metadata = _credentials(token_file)
 

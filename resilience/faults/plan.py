@@ -24,7 +24,7 @@ TENSOR_KINDS = ("inf", "nan", "near_inf", "zero", "bitflip", "multibit", "stride
 
 TENSOR_SITES = (
     *(f"attention.{name}" for name in ("q", "k", "v", "scores", "probs", "context", "out")),
-    *(f"attention.{name}" for name in ("dq", "dk", "dv", "dp", "ds")),
+    *(f"attention.{name}" for name in ("dq", "dk", "dv", "dp")),
     *(f"linear.{name}" for name in ("out", "dgrad", "wgrad")),
     "gradient",
 )
@@ -38,7 +38,7 @@ KINDS_BY_SITE: Mapping[str, tuple[str, ...]] = {
 
 PROCESS_SITES = ("process", "coordinator")
 
-_SITES_TO_COME = ("weight", "optimizer", "node", "storage")
+_SITES_TO_COME = ("attention.ds", "weight", "optimizer", "node", "storage")
 
 _PARAMETER_OF_KIND = {"bit": "bitflip", "bits": "multibit", "factor": "scale", "exit_code": "exit"}
 """Which kind each of these keys belongs to; `exit_code` alone has a default."""

@@ -29,7 +29,7 @@ _TRY_AGAIN = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED}
 )
 _CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
+    *codec.GRPC_OPTIONS,
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.initial_reconnect_backoff_ms", 100),
 )

@@ -89,9 +89,7 @@ class _Watcher:
         self.thread.join(timeout=2 * _CALL_S)
 
     def _watch(self) -> None:
-        channel = grpc.insecure_channel(
-            self._context.coordinator_address, options=(*GRPC_OPTIONS, ("grpc.enable_http_proxy", 0))
-        )
+        channel = grpc.insecure_channel(self._context.coordinator_address, options=GRPC_OPTIONS)
         stub, metadata = rpc.OperatorStub(channel), credentials(self._context.token_file)
         try:
             while not self._stopped.wait(_ASK_INTERVAL_S):

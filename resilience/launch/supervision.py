@@ -150,7 +150,7 @@ def run_exit_code(agents_code: int, received: signal.Signals | None) -> tuple[in
     if received is not None:
         return ExitCode.REQUEUE, f"{received.name} from outside"
     if agents_code in (ExitCode.USAGE, ExitCode.UNAVAILABLE, ExitCode.REQUEUE, ExitCode.DO_NOT_REQUEUE):
-        return agents_code, "the agent says so"
+        return agents_code, f"the agent ended with {agents_code}; its own line above says why"
     how = f"was ended by signal {-agents_code}" if agents_code < 0 else f"ended with {agents_code}"
     return ExitCode.REQUEUE, f"the agent {how}"
 

@@ -34,6 +34,7 @@ MAX_STRING_BYTES = 4096
 MAX_ITEMS = 4096
 
 GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.enable_http_proxy", 0),  # a cluster's proxy for the web is no way to a coordinator
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )

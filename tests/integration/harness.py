@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,9 +34,12 @@ DEEPSPEED_CONFIG: dict[str, Any] = {
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below the range from which the kernel serves everybody who asks for any."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("no free port between 20000 and 30000")
 
 
 def wait_for(condition: Callable[[], T], *, what: str, timeout_s: float = 120.0) -> T:
@@ -213,4 +217,4 @@ def digest(directory: Path, tag: str | None = None) -> str:
     target = directory / "checkpoints"
     answer = resilience("digest", str(target / tag if tag else target), "--json", cwd=directory)
     assert answer.returncode == 0, answer.stderr
-    return str(json.loads(answer.stdout)["sha256"])
+    return str(json.loads(answer.stdout)["digest"])

@@ -80,7 +80,7 @@ def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path) -
         assert run.wait() == 75, run.output()[-4000:]
         report = run.report()
         run.assert_nothing_left()
-        devices = resilience("devices", "--json", "--address", str(run.run_dir), cwd=tmp_path, state=tmp_path / "state")
+        devices = resilience("devices", "--json", "--run-dir", str(run.run_dir), cwd=tmp_path, state=tmp_path / "state")
     assert report["exit_code"] == 75
     assert report["num_generations"] == 1, "a persistent fault must not be tried again in a new generation"
     assert {d["verdict"] for d in report["detections"]} == {"persistent"}
