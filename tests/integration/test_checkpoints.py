@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.harness import free_port, wait_for
 
@@ -24,63 +28,67 @@ TAGS = ("global_step2", "global_step4")
 Ranks = Callable[..., list[dict[str, Any]]]
 
 
-def start(directory: Path, *, world_size: int = 2, **settings: Any) -> list[subprocess.Popen[bytes]]:
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = {"stage": 2, "dtype": "bf16", "steps": 0, "result": str(directory / "result-{rank}.json")} | settings
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks = []
-    for rank in range(world_size):
-        with (directory / f"rank-{rank}.log").open("wb") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), json.dumps(settings)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    for rank in ranks:
-        rank.port = environment["MASTER_PORT"]  # type: ignore[attr-defined]
-    return ranks
+class Job:
+    """The ranks of one job."""
 
+    def __init__(self, directory: Path, *, world_size: int = 2, **settings: Any) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        defaults = {"stage": 2, "dtype": "bf16", "steps": 0, "result": str(directory / "result-{rank}.json")}
+        self.ranks = [self._start(rank, world_size, defaults | settings) for rank in range(world_size)]
 
-def end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End what still runs, and remove DeepSpeed's buffers of these ranks."""
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{ranks[0].port}_*"):  # type: ignore[attr-defined]
-        path.unlink(missing_ok=True)
+    def _start(self, rank: int, world_size: int, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+        }
+        command = [sys.executable, str(WORKER), json.dumps(settings)]
+        with (self.directory / f"rank-{rank}.log").open("wb") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def results(self) -> list[dict[str, Any]]:
+        """What each rank reports at its end."""
+        for rank, process in enumerate(self.ranks):
+            assert process.wait(timeout=120) == 0, self.log(rank)
+        paths = [self.directory / f"result-{rank}.json" for rank in range(len(self.ranks))]
+        return [json.loads(path.read_text()) for path in paths]
+
+    def log(self, rank: int) -> str:
+        return (self.directory / f"rank-{rank}.log").read_text()
+
+    def end(self) -> None:
+        """End what still runs, and remove DeepSpeed's buffers of these ranks."""
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{self.port}_*"):
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Ranks:
     """Run the ranks of one job to their end; what each of them reports."""
 
-    def run(*, world_size: int = 2, **settings: Any) -> list[dict[str, Any]]:
-        directory = tmp_path / f"job-{len(list(tmp_path.iterdir()))}"
-        return run_in(directory, world_size=world_size, **settings)
+    def run(**settings: Any) -> list[dict[str, Any]]:
+        return run_in(tmp_path / f"job-{len(list(tmp_path.iterdir()))}", **settings)
 
     return run
 
 
-def run_in(directory: Path, *, world_size: int = 2, **settings: Any) -> list[dict[str, Any]]:
-    ranks = start(directory, world_size=world_size, **settings)
+def run_in(directory: Path, **settings: Any) -> list[dict[str, Any]]:
+    job = Job(directory, **settings)
     try:
-        for rank, process in enumerate(ranks):
-            code = process.wait(timeout=120)
-            assert code == 0, (directory / f"rank-{rank}.log").read_text()
-        return [json.loads((directory / f"result-{rank}.json").read_text()) for rank in range(world_size)]
+        return job.results()
     finally:
-        end(ranks)
+        job.end()
 
 
 @pytest.fixture(scope="module")
@@ -123,82 +131,104 @@ def test_a_run_that_loads_goes_on_bit_for_bit(run: Ranks, tmp_path: Path, stage:
     assert (fact["kind"], fact["tag"], fact["step"], fact["generation"]) == ("loaded", "global_step4", 4, 1)
 
 
-def test_loads_choose_what_can_be_trusted(run: Ranks, tmp_path: Path, two_saved: Path, plain_saved: Path) -> None:
-    """Many save_dirs in one job: starting ranks is what takes the time."""
-    places = {
-        name: tmp_path / name for name in ("corrupt", "no_latest", "all_bad", "by_tag", "stray", "torn", "torn_latest")
-    }
+@dataclasses.dataclass
+class Chosen:
+    """What load_checkpoint chose in each of many save_dirs, and what was said meanwhile."""
+
+    loads: dict[str, dict[str, Any]]
+    log: str
+
+    def facts(self, name: str) -> list[tuple[str, str]]:
+        return [(fact["kind"], fact["tag"]) for fact in self.loads[name]["facts"]]
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory, two_saved: Path, plain_saved: Path) -> Iterator[Chosen]:
+    """Many loads in one job: starting ranks is what takes the time."""
+    root = tmp_path_factory.mktemp("chosen")
+    places = {name: root / name for name in ("corrupt", "no_latest", "all_bad", "by_tag", "stray", "torn", "named")}
     for place in places.values():
         shutil.copytree(two_saved, place)
     flip(places["corrupt"] / "global_step4" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
     (places["no_latest"] / "latest").unlink()
     flip(places["all_bad"] / "global_step2" / MODEL)
     (places["all_bad"] / "global_step4" / MODEL).unlink()
-    flip(places["by_tag"] / "global_step2" / "resilience" / "random-rank-00001.json")
+    flip(places["by_tag"] / "global_step4" / "resilience" / "random-rank-00001.json")
     (places["stray"] / "global_step4" / "mp_rank_01_model_states.pt").write_bytes(b"stray")
-    for folder in (places[name] / tag / "resilience" for name in ("torn", "torn_latest") for tag in TAGS):
+    for folder in (places[name] / tag / "resilience" for name in ("torn", "named") for tag in TAGS):
         marker = {"run_id": "run", "generation": 1, "step": 2, "started_at": 1.0}
         (folder / "saving.json").write_text(json.dumps(marker))
         (folder / "manifest.json").unlink()
     (places["torn"] / "latest").unlink()
-    shutil.copytree(plain_saved, tmp_path / "plain")
-    shutil.copytree(plain_saved, tmp_path / "plain_bad")
-    flip(tmp_path / "plain_bad" / "global_step2" / MODEL)
+    for name in ("plain", "plain_bad"):
+        places[name] = root / name
+        shutil.copytree(plain_saved, places[name])
+    flip(places["plain_bad"] / "global_step2" / MODEL)
+    places["nothing"] = root / "nothing"
+    tags = {"by_tag": "global_step4"}
+    wanted = [{"dir": str(place), "tag": tags.get(name)} for name, place in places.items()]
+    job = Job(root / "job", save_dir=str(root / "unused"), loads=wanted)
+    try:
+        first, second = job.results()
+        for mine, others in zip(first["loads"], second["loads"], strict=True):
+            assert {**mine, "facts": []} == {**others, "facts": []}  # all ranks agree; rank 0 reports
+        yield Chosen(dict(zip(places, first["loads"], strict=True)), job.log(0))
+    finally:
+        job.end()
 
-    wanted = [
-        {"dir": str(places["corrupt"])},
-        {"dir": str(places["no_latest"])},
-        {"dir": str(places["all_bad"])},
-        {"dir": str(places["by_tag"]), "tag": "global_step2"},
-        {"dir": str(places["stray"])},
-        {"dir": str(places["torn"])},
-        {"dir": str(places["torn_latest"])},
-        {"dir": str(tmp_path / "plain")},
-        {"dir": str(tmp_path / "plain_bad")},
-        {"dir": str(tmp_path / "nothing")},
-    ]
-    results = run(save_dir=str(tmp_path / "unused"), loads=wanted)
-    for mine, others in zip(results[0]["loads"], results[1]["loads"], strict=True):
-        assert {**mine, "facts": []} == {**others, "facts": []}  # all ranks agree; rank 0 reports
-    corrupt, no_latest, all_bad, by_tag, stray, torn, torn_latest, plain, plain_bad, nothing = results[0]["loads"]
 
-    assert corrupt["step"] == 2
-    assert [(fact["kind"], fact["tag"]) for fact in corrupt["facts"]] == [
-        ("refused", "global_step4"),
-        ("loaded", "global_step2"),
-    ]
-    assert "another checksum" in corrupt["facts"][0]["reason"]
-    assert no_latest["step"] == 4
-    assert all_bad["error"].startswith(
-        f"CheckpointError: {places['all_bad']}: no checkpoint can be trusted (global_step4"
-    )
-    assert f"global_step4: {MODEL} is missing" in all_bad["error"]
-    assert "global_step2: " in all_bad["error"]
-    assert by_tag["error"].startswith("CheckpointError")  # nothing is older than the tag that was asked for
-    assert stray["step"] == 2
-    assert torn["path"] is None
-    assert torn_latest["error"].startswith("CheckpointError")
-    assert plain["step"] == 2
-    assert "CRC" in plain_bad["error"]
-    assert nothing["path"] is None
+def test_a_flipped_bit_in_the_newest_falls_back_and_is_told(chosen: Chosen) -> None:
+    assert chosen.loads["corrupt"]["step"] == 2
+    assert chosen.facts("corrupt") == [("refused", "global_step4"), ("loaded", "global_step2")]
+    assert "another checksum" in chosen.loads["corrupt"]["facts"][0]["reason"]
+    assert "corrupt: checkpoint global_step4 refused: bf16_zero_pp_rank_1" in chosen.log
+    assert "corrupt: falls back to checkpoint global_step2" in chosen.log
 
-    (job,) = tmp_path.glob("job-*")
-    said = (job / "rank-0.log").read_text()
-    assert f"resilience: {places['corrupt']}: checkpoint global_step4 refused: " in said
-    assert f"resilience: {places['corrupt']}: falls back to checkpoint global_step2" in said
-    assert "has no manifest; its files are whole" in said
+
+def test_a_missing_latest_is_no_obstacle(chosen: Chosen) -> None:
+    assert chosen.facts("no_latest") == [("loaded", "global_step4")]
+
+
+def test_when_none_is_good_each_is_named(chosen: Chosen) -> None:
+    error = chosen.loads["all_bad"]["error"]
+    assert error.startswith("CheckpointError: ")
+    assert f"no checkpoint can be trusted (global_step4: {MODEL} is missing; global_step2: {MODEL} has another" in error
+
+
+def test_a_bad_tag_falls_back_to_an_older_one(chosen: Chosen) -> None:
+    assert chosen.facts("by_tag") == [("refused", "global_step4"), ("loaded", "global_step2")]
+
+
+def test_a_stray_shard_is_not_loaded(chosen: Chosen) -> None:
+    assert chosen.facts("stray") == [("refused", "global_step4"), ("loaded", "global_step2")]
+
+
+def test_saves_that_never_ended_count_as_none_unless_latest_names_them(chosen: Chosen) -> None:
+    assert chosen.loads["torn"]["path"] is None
+    assert chosen.loads["named"]["error"].startswith("CheckpointError")
+
+
+def test_nothing_at_all_is_left_to_deepspeed(chosen: Chosen) -> None:
+    assert chosen.loads["nothing"]["path"] is None
+    assert chosen.facts("nothing") == []
+
+
+def test_what_stock_deepspeed_saved_is_loaded_with_a_warning_if_it_is_whole(chosen: Chosen) -> None:
+    assert chosen.loads["plain"]["step"] == 2
+    assert "has no manifest; its files are whole" in chosen.log
+    assert "has another CRC" in chosen.loads["plain_bad"]["error"]
 
 
 def test_a_rank_killed_in_mid_save_tears_nothing_that_is_loaded(run: Ranks, tmp_path: Path, two_saved: Path) -> None:
     save_dir = tmp_path / "ck"
     shutil.copytree(two_saved, save_dir)
     common: dict[str, Any] = {"save_dir": str(save_dir), "loads": [{"dir": str(save_dir)}]}
-    ranks = start(tmp_path / "killed", **common, steps=6, saves=[6], kill_at=6, victim=1)
+    job = Job(tmp_path / "killed", **common, steps=6, saves=[6], kill_at=6, victim=1)
     try:
-        wait_for(lambda: ranks[1].poll() is not None, what="the victim's death")
-        assert ranks[1].returncode == -9
+        wait_for(lambda: job.ranks[1].poll() is not None, what="the victim's death")
+        assert job.ranks[1].returncode == -9
     finally:
-        end(ranks)
+        job.end()
     assert (save_dir / "latest").read_text() == "global_step4"
     torn = save_dir / "global_step6" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     assert torn.read_bytes() == b"PK torn"
@@ -261,3 +291,39 @@ def test_shadow_mode_says_what_it_would_refuse_and_loads_it(run: Ranks, tmp_path
     (load,) = results[0]["loads"]
     assert load["step"] == 4
     assert [(fact["kind"], fact["tag"]) for fact in load["facts"]] == [("refused", "global_step4")]
+
+
+def digest_of(path: Path) -> str:
+    """As `resilience digest` computes it, in a process of its own: DeepSpeed is not imported into the tests."""
+    program = "import sys; from resilience.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "digest", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    return line
+
+
+def test_equal_weights_have_equal_digests_whoever_saved_them(two_saved: Path, plain_saved: Path) -> None:
+    of_latest = digest_of(two_saved)
+    assert of_latest == digest_of(two_saved / "global_step4")
+    assert of_latest != digest_of(two_saved / "global_step2")
+    assert digest_of(plain_saved) == digest_of(two_saved / "global_step2")
+
+
+def test_the_digest_is_what_the_reference_says(tmp_path: Path) -> None:
+    tag_dir = tmp_path / "global_step1"
+    tag_dir.mkdir()
+    weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T  # not contiguous
+    module = {"tied": weight, "b": weight, "a.num": torch.tensor(7)}
+    master = [torch.tensor([0.5, 0.25])]
+    torch.save({"module": module, "optimizer": {"fp32_groups": [master]}}, tag_dir / MODEL)
+    expected = hashlib.sha256()
+    values = weight.float().contiguous().numpy().tobytes()
+    for header, content in (
+        ('["a.num","int64",[]]', struct.pack("<q", 7)),
+        ('["b","float32",[3,2]]', values),
+        ('["optimizer.fp32_groups.0.0","float32",[2]]', struct.pack("<2f", 0.5, 0.25)),
+        ('["tied","float32",[3,2]]', values),
+    ):
+        expected.update(header.encode() + b"\n" + content)
+    assert digest_of(tag_dir) == expected.hexdigest()

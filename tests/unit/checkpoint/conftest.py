@@ -1,3 +1,5 @@
+"""A save_dir as a run leaves it, without DeepSpeed."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""What a manifest says, and every way in which a directory can differ from it."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,3 +1,5 @@
+"""What is seen of a save while it goes on, when it ends, and when it comes from an older generation."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Random states survive JSON."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Damage is found, and the right checkpoint is tried first."""
+
 from __future__ import annotations
 
 import io

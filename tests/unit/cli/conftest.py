@@ -1,3 +1,5 @@
+"""The command in this process, and a run that has ended for it to look at."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Messages as JSON, and tables that keep to their width."""
+
 from __future__ import annotations
 
 import dataclasses
