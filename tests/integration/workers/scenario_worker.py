@@ -382,8 +382,9 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "drain": drain,
     "around_the_outputs": around_the_outputs,
     "evaluation_between": evaluation_between,
-    "pipeline": pipeline,
     "put_back": put_back,
+    # The last one: DeepSpeed keeps the grid of a pipeline for the life of the process.
+    "pipeline": pipeline,
 }
 
 
