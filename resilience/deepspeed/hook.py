@@ -89,4 +89,4 @@ def _or_exit(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
     except ResilienceError as error:
         print(f"resilience: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(int(error.exit_code)) from None
+        sys.exit(int(error.exit_code))  # not raised by hand: its code is noted on the way (guard/ending.py)

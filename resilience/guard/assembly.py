@@ -5,14 +5,12 @@ Never here: anything that happens within a step.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import os
 import platform
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from resilience.faults.process import ProcessInjector
 from resilience.faults.tensor import TensorInjector
 from resilience.guard import support
 from resilience.guard.client import Client, RankIdentity
+from resilience.guard.ending import Ending
 from resilience.guard.line import LineToCoordinator
 from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
@@ -73,8 +72,13 @@ def guard_engine(
     settings = Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
     adapter = EngineAdapter(engine)
     undo: list[Callable[[], None]] = []
+    last_place = None
+    if context is not None:
+        last_place = LastPlace(path_of(context.run_dir, settings.generation, settings.rank))
     if reporter is None:
-        reporter = _line(context, settings, versions or {}) if context is not None else SilentReporter()
+        reporter = SilentReporter()
+        if context is not None and last_place is not None:
+            reporter = _line(context, settings, versions or {}, last_place)
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter)
     protection = _protection(adapter, config, tensor_injector, undo)
@@ -85,9 +89,6 @@ def guard_engine(
         injector=tensor_injector,
         clock=settings.clock,
     )
-    last_place = None
-    if context is not None:
-        last_place = LastPlace(path_of(context.run_dir, settings.generation, settings.rank))
     # The place comes first: an injector may end this process.
     listeners = [item for item in (last_place, process_injector, tensor_injector) if item is not None]
     guard = Guard(
@@ -113,7 +114,7 @@ def guard_engine(
     return Guarded(guard, uninstall)
 
 
-def _line(context: RunContext, settings: Settings, versions: dict[str, str]) -> Reporter:
+def _line(context: RunContext, settings: Settings, versions: dict[str, str], last_place: LastPlace) -> Reporter:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     identity = RankIdentity(
@@ -135,21 +136,19 @@ def _line(context: RunContext, settings: Settings, versions: dict[str, str]) -> 
     client = Client(context, identity, clock=settings.clock)
     client.start()
     line = LineToCoordinator(client)
-    _say_goodbye(line)
+    _say_goodbye(line, last_place)
     return line
 
 
-def _say_goodbye(line: LineToCoordinator) -> None:
-    """Tell the coordinator when this process ends by itself. Its agent's word on the exit code is authoritative."""
-    ending: list[str] = []
-    hook = sys.excepthook
+def _say_goodbye(line: LineToCoordinator, last_place: LastPlace) -> None:
+    """Tell the agent and the coordinator when this process ends by itself, with which code where that is known."""
 
-    def remember(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        ending.append(f"{kind.__name__}: {error}")
-        hook(kind, error, traceback)
+    def leave(exit_code: int | None, reason: str) -> None:
+        if exit_code is not None:
+            last_place.end(exit_code)
+        line.leave(exit_code or 0, reason)  # what the process really ended with comes from its agent
 
-    sys.excepthook = remember
-    atexit.register(lambda: line.leave(1 if ending else 0, ending[0] if ending else "the script ended"))
+    Ending(leave).watch()
 
 
 def _announce(engine: Any, reporter: Reporter, rank: int) -> str:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from resilience.clock import SystemClock
 from resilience.context import RunContext
 from resilience.events import RankExit
-from resilience.last_place import path_of, read_place
+from resilience.last_place import path_of, read_end, read_place
 from resilience.launch import shim
 from resilience.launch.client import ReportStream
 from resilience.launch.network import free_port
@@ -151,6 +151,7 @@ class Agent(LocalElasticAgent):
         self._install_signals = install_signals
         self._logs = _Logs(node.directory)
         self._tee: Tee | None = None
+        self._aborted: set[int] = set()
         self._log_prefix = time.strftime("%Y%m%d%H%M%S", time.localtime())
         self._grace_s = node.context.config.launch.stop_grace_s
         spec = WorkerSpec(
@@ -197,6 +198,7 @@ class Agent(LocalElasticAgent):
         assignment = self._rendezvous_handler.assignment
         self._state.generation = assignment.generation
         self._state.ended((), "")
+        self._aborted.clear()
         directory = self._node.directory
         logs = directory.generation_logs(assignment.generation)
         endpoint = Endpoint(assignment.master_addr, assignment.master_port)
@@ -246,7 +248,7 @@ class Agent(LocalElasticAgent):
     # --- watching
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """One look at the ranks decides; torch elastic's own look comes only after the group has ended."""
+        """One look at the ranks decides; torch elastic's own look comes only after the group was ended."""
         self._check()
         exits = self._exits()
         failed = [exit_ for exit_ in exits if exit_.exit_code != 0]
@@ -259,6 +261,9 @@ class Agent(LocalElasticAgent):
             if self._reports.restart is not None:
                 self._state.ended((), self._reports.restart.reason)
             return RunResult(state=WorkerState.HEALTHY)
+        else:
+            # torch elastic's own look would take a rank that aborted after its end for a failed one.
+            return RunResult(state=WorkerState.SUCCEEDED)
         result: RunResult = super()._monitor_workers(worker_group)
         return result
 
@@ -273,7 +278,9 @@ class Agent(LocalElasticAgent):
                 continue
             files = self._logs.files[local_rank]
             rank = self._rendezvous_handler.assignment.first_rank + local_rank
-            place = read_place(path_of(self._node.context.run_dir, self._state.generation, rank))
+            place_path = path_of(self._node.context.run_dir, self._state.generation, rank)
+            place = read_place(place_path)
+            code = self._own_code(code, rank, read_end(place_path))
             found.append(
                 RankExit(
                     generation=self._state.generation,
@@ -287,6 +294,18 @@ class Agent(LocalElasticAgent):
                 )
             )
         return found
+
+    def _own_code(self, code: int, rank: int, own: int | None) -> int:
+        """The code that counts: a rank that had ended by itself may abort while its interpreter shuts down."""
+        if code != -signal.SIGABRT or own is None:
+            return code
+        if rank not in self._aborted:
+            self._aborted.add(rank)
+            print(
+                f"resilience: rank {rank} ended with {own}, then its interpreter aborted (SIGABRT); the {own} counts",
+                file=sys.stderr,
+            )
+        return own
 
     # --- ending
 
