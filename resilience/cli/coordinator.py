@@ -10,6 +10,7 @@ import typer
 
 from resilience.cli.source import LATEST_RUN
 from resilience.config import load_config
+from resilience.coordinator.access import dialled_host
 from resilience.coordinator.paths import devices_path, journal_path
 from resilience.coordinator.runtime import Settings, serve
 
@@ -55,6 +56,7 @@ def serve_(
         run_id=run_id,
         run_dir=directory.absolute(),
         bind=merged.coordinator.bind,
+        dialled=dialled_host(merged.coordinator.bind),
         port=merged.coordinator.port or 0,
         metrics_bind=merged.coordinator.metrics_bind,
         metrics_port=merged.coordinator.metrics_port,

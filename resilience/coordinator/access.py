@@ -1,9 +1,11 @@
-"""Who may call: the token, compared in constant time, and what a bind address requires."""
+"""Who may call: the token, compared in constant time, what a bind address requires, and under which one to call."""
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
 else:
     _Interceptor = grpc.aio.ServerInterceptor
 
-__all__ = ["TokenInterceptor", "check_bind", "read_token"]
+__all__ = ["TokenInterceptor", "check_bind", "dialled_host", "read_token"]
 
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Probes carry no token and learn nothing but that somebody serves."""
 
 MIN_TOKEN_CHARACTERS = 16
+
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::", "[::]"})
+_ELSEWHERE = "192.0.2.1"
+"""Of TEST-NET-1 (RFC 5737), which belongs to nobody: stands for any other machine. Nothing is sent there."""
 
 
 def read_token(path: Path | None) -> str | None:
@@ -58,6 +64,16 @@ def check_bind(host: str, token: str | None) -> None:
             f"coordinator.bind = {host!r} is open to other machines and there is no token; set coordinator.token_file,"
             " or bind to 127.0.0.1"
         )
+
+
+def dialled_host(bind: str) -> str:
+    """Under which host others reach a server that listens on `bind`: on every address means on this machine's own."""
+    if bind not in _EVERY_ADDRESS:
+        return bind
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((_ELSEWHERE, 9))
+        return str(probe.getsockname()[0])
+    return socket.gethostname()  # no route to anywhere
 
 
 def _is_loopback(host: str) -> bool:

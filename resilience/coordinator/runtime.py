@@ -56,6 +56,8 @@ class Settings:
     run_id: str
     run_dir: Path
     bind: str
+    dialled: str
+    """Host under which others reach what listens on `bind`."""
     port: int
     """0 takes a free one."""
     metrics_bind: str
@@ -81,6 +83,7 @@ def settings_of(context: RunContext, *, port: int | None = None, metrics_port: i
         run_id=context.run_id,
         run_dir=context.run_dir,
         bind=config.bind,
+        dialled=host,
         port=int(named) if port is None else port,
         metrics_bind=config.metrics_bind,
         metrics_port=config.metrics_port if metrics_port is None else metrics_port,
@@ -211,7 +214,7 @@ def _write_addresses(settings: Settings, port: int, metrics_address: str) -> Non
     """`coordinator.json`: how commands find the coordinator of a run directory."""
     path = settings.run_dir / "coordinator.json"
     content = {
-        "address": f"{settings.bind}:{port}",
+        "address": f"{settings.dialled}:{port}",
         "metrics_address": metrics_address,
         "pid": os.getpid(),
         "token_file": None if settings.token_file is None else str(settings.token_file),

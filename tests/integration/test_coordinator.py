@@ -304,6 +304,15 @@ def test_what_cannot_start_says_why_in_one_line(tmp_path: Path, trouble: str, te
     assert not process.journal().exists()
 
 
+def test_what_listens_on_every_address_is_told_under_one_that_others_can_dial(tmp_path: Path) -> None:
+    process = Process(tmp_path, token=TOKEN, config=Config.model_validate({"coordinator": {"bind": "0.0.0.0"}}))
+    process.start()
+    assert process.end() == 0
+    assert json.loads((process.run_dir / "coordinator.json").read_text())["address"] == f"127.0.0.1:{process.port}"
+    process.close_process()
+    process.close_channel()
+
+
 def test_kill_between_any_two_calls_loses_nothing(process: Process) -> None:
     assert process.join().status == pb.JoinResponse.READY
     process.restart()
