@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ import pydantic
 from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine.effects import Effect, Record
 from resilience.coordinator.machine.facts import FACTS, Fact
-from resilience.errors import ResilienceError
+from resilience.errors import ResilienceError, UsageError
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,6 +34,7 @@ __all__ = [
     "encode_fact",
     "open_recorded",
     "replay",
+    "set_aside",
 ]
 
 SCHEMA_VERSION = 1
@@ -55,8 +57,9 @@ class JournalError(ResilienceError):
 class Journal:
     """Facts on disk. One writer; use it as a context manager."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path, lock: int | None = None) -> None:
         self._connection = connection
+        self._lock = lock
         self.path = path
 
     @classmethod
@@ -64,20 +67,32 @@ class Journal:
         """Open or create the journal at `path` for writing.
 
         Raises:
-            JournalError: it cannot be opened, or is of another version.
+            JournalError: it cannot be opened, another process writes it, or it is of another version.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = _lock(path)
+        except OSError as error:
+            raise _cannot_open(path, error) from None
+        if lock is None:
+            raise JournalError(
+                f"journal {path} is being written by another coordinator; give each run a launch.run_id of its own"
+            )
+        try:
             connection = sqlite3.connect(path, isolation_level=None)
             os.chmod(path, 0o600)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.executescript(_SCHEMA)
             connection.execute("INSERT OR IGNORE INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
+            journal = cls(connection, path, lock)
+            journal._check_version()
         except (OSError, sqlite3.Error) as error:
-            raise JournalError(f"journal {path} cannot be opened: {error}; is its directory writable?") from None
-        journal = cls(connection, path)
-        journal._check_version()
+            os.close(lock)
+            raise _cannot_open(path, error) from None
+        except JournalError:
+            journal.close()
+            raise
         return journal
 
     @classmethod
@@ -106,6 +121,9 @@ class Journal:
     def close(self) -> None:
         """Close the file; the WAL is folded into it."""
         self._connection.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def append(self, records: Iterable[Record]) -> None:
         """Make `records` durable, all or none.
@@ -161,6 +179,47 @@ class Journal:
                 f"journal {self.path} has schema version {found}, this program reads {SCHEMA_VERSION};"
                 " use the version of deepspeed-resilience that wrote it"
             )
+
+
+def _cannot_open(path: Path, error: Exception) -> JournalError:
+    return JournalError(f"journal {path} cannot be opened: {error}; is its directory writable?")
+
+
+def _lock(path: Path) -> int | None:
+    """The right to write the journal at `path`, held until it is closed or the process dies; None where it is taken."""
+    descriptor = os.open(path.with_name("journal.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def set_aside(path: Path) -> None:
+    """Before a new run begins: put away the journal that an earlier run of the same name left at `path`.
+
+    A coordinator goes on with the journal that it finds, also with that of a run that has ended.
+
+    Raises:
+        UsageError: that run is going on, or the journal cannot be moved.
+    """
+    if not path.exists():
+        return
+    run_id, kept, number = path.parent.name, path.parent, 0
+    try:
+        lock = _lock(path)
+        if lock is None:
+            raise UsageError(
+                f"launch.run_id = {run_id!r}: a run of this name is going on on this machine; choose another"
+            )
+        while kept.exists():
+            number += 1
+            kept = path.parent.with_name(f"{run_id}~{number}")  # no run is called so: names have no tilde
+        path.parent.rename(kept)
+        os.close(lock)
+    except OSError as error:
+        raise UsageError(f"journal {path} of an earlier run cannot be put aside ({error.strerror})") from None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

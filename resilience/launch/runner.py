@@ -18,6 +18,8 @@ from typing import Any
 
 from resilience.config import Config
 from resilience.context import RunContext
+from resilience.coordinator.journal import set_aside
+from resilience.coordinator.paths import journal_path
 from resilience.deepspeed.launcher import NodeCommand, parse_with_options, planned_command
 from resilience.deepspeed.versions import require_tested_version
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
@@ -91,6 +93,8 @@ def _lead(command: NodeCommand, config: Config, options: Options, *, has_followe
         )
     directory = RunDirectory(config.launch.dir or default_directory(run_id))
     directory.make()
+    if not is_external:
+        set_aside(journal_path(os.environ, run_id))
     context = RunContext(
         run_id=run_id,
         run_dir=directory.path,

@@ -64,6 +64,16 @@ def test_a_code_that_says_what_to_do_is_passed_on(tmp_path: Path) -> None:
         run.assert_nothing_left()
 
 
+def test_a_requeued_run_of_the_same_name_begins_anew(tmp_path: Path) -> None:
+    name = '[launch]\nrun_id = "job-1"\n'
+    with collective(tmp_path, "--exit-at", "1", "--exit-code", "75", resilience=name) as run:
+        assert run.wait() == 75, run.output()
+    with collective(tmp_path, "--steps", "1", resilience=name) as run:
+        assert run.wait() == 0, run.output()
+        assert run.report()["num_generations"] == 1
+        assert (run.run_dir / "previous" / "job-1" / "report.json").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_everything_even_deaf_ranks(tmp_path: Path, number: signal.Signals) -> None:
     with collective(tmp_path, *LONG, "--deaf") as run:

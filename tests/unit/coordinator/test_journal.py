@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 
 from resilience.config import PolicyConfig
-from resilience.coordinator.journal import Journal, JournalError, decode_fact, encode_fact, open_recorded, replay
+from resilience.coordinator.journal import (
+    Journal,
+    JournalError,
+    decode_fact,
+    encode_fact,
+    open_recorded,
+    replay,
+    set_aside,
+)
 from resilience.coordinator.machine.effects import Record
 from resilience.coordinator.machine.facts import FACTS, DecisionMade, DrainAsked, Fact, Opened
+from resilience.errors import UsageError
 from resilience.events import Mode
 from resilience.policy import decide
 from resilience.testing import FakeRun, detection, evidence
@@ -99,3 +108,27 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         open_recorded(tmp_path / "text.db")
     with pytest.raises(JournalError, match="cannot be opened"):
         Journal.open(tmp_path / "text.db" / "journal.db")
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "r1" / "journal.db"
+    with Journal.open(path) as journal:
+        journal.append([Record(OPENED, 1.0)])
+        with pytest.raises(JournalError, match="being written by another coordinator"):
+            Journal.open(path)
+        with pytest.raises(UsageError, match=r"launch\.run_id = 'r1': a run of this name is going on"):
+            set_aside(path)
+        assert open_recorded(path).num_facts == 1, "reading is free"
+    with Journal.open(path):
+        pass
+
+
+def test_a_new_run_does_not_go_on_with_the_journal_of_an_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "r1" / "journal.db"
+    set_aside(path)
+    for number in range(2):
+        with Journal.open(path) as journal:
+            assert replay(journal, now=0.0).num_facts == 0
+            journal.append([Record(OPENED, float(number))])
+        set_aside(path)
+    assert [open_recorded(tmp_path / f"r1~{number}" / "journal.db").last_at for number in (1, 2)] == [0.0, 1.0]
