@@ -6,6 +6,7 @@ the run ended, and it gets SIGTERM from the kernel when the runner dies.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -117,8 +118,7 @@ class EmbeddedCoordinator:
         now = self._clock.monotonic()
         if self._restart_at is not None:
             if now >= self._restart_at:
-                self._restart_at = None
-                self._spawn()
+                self._start_again(now)
             return
         if self._process is None or self._process.poll() is None:
             return
@@ -126,6 +126,15 @@ class EmbeddedCoordinator:
         delay_s = _BACKOFF_S[min(self._num_deaths, len(_BACKOFF_S)) - 1]
         print(f"resilience: the coordinator ended with {self._process.returncode}; starting it again", file=sys.stderr)
         self._restart_at = now + delay_s
+
+    def _start_again(self, now: float) -> None:
+        self._restart_at = None
+        try:
+            self._spawn()
+        except OSError as error:
+            # A full disk or table of processes is no reason to end healthy ranks: they go on without a coordinator.
+            print(f"resilience: the coordinator cannot be started ({error}); trying again", file=sys.stderr)
+            self._restart_at = now + _BACKOFF_S[-1]
 
     def stop(self) -> None:
         """End it: SIGTERM, on which it writes its report, then SIGKILL."""
@@ -150,12 +159,13 @@ class EmbeddedCoordinator:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._started_at = self._clock.monotonic()
-        self._directory.write_coordinator(
-            address=self._context.coordinator_address,
-            metrics_address=self.metrics_address,
-            pid=self._process.pid,
-            context=self._context,
-        )
+        with contextlib.suppress(OSError):  # the storage is full: the coordinator itself writes the same, or ends
+            self._directory.write_coordinator(
+                address=self._context.coordinator_address,
+                metrics_address=self.metrics_address,
+                pid=self._process.pid,
+                context=self._context,
+            )
 
     def _listens(self) -> bool:
         try:
