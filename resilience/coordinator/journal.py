@@ -169,6 +169,8 @@ class Journal:
                 copy.execute("PRAGMA journal_mode = DELETE")
             temporary.replace(target)
         except (OSError, sqlite3.Error) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise JournalError(f"journal cannot be copied to {target}: {error}") from None
 
     def _check_version(self) -> None:

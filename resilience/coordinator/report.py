@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -61,6 +62,8 @@ def write_report(state: State, path: Path, now: float) -> None:
         temporary.write_text(json.dumps(_finite(as_report(state, now)), indent=2, allow_nan=False) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ResilienceError(f"report {path} cannot be written ({error.strerror}); is the disk full?") from None
 
 

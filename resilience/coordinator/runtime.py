@@ -110,7 +110,12 @@ def serve(settings: Settings, *, clock: Clock | None = None) -> int:
 async def _serve(settings: Settings, clock: Clock) -> int:
     token = read_token(settings.token_file)
     check_bind(settings.bind, token)
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"run directory {settings.run_dir} cannot be made ({error.strerror}); choose another"
+        ) from None
     stop = _stop_event()
     with contextlib.ExitStack() as stack:
         server, port = _listen(settings, token)
@@ -129,8 +134,10 @@ async def _serve(settings: Settings, clock: Clock) -> int:
         if host.broken is not None:
             raise host.broken
         host.submit(c.Close(reason=f"the coordinator was ended by {stop.reason} before the run had ended"))
-        write_report(host.machine.state, settings.run_dir / "report.json", host.now())
-        journal.copy_to(settings.run_dir / "journal.db")
+        try:
+            write_report(host.machine.state, settings.run_dir / "report.json", host.now())
+        finally:
+            journal.copy_to(settings.run_dir / "journal.db")
     return int(ExitCode.DONE)
 
 
@@ -221,8 +228,15 @@ def _write_addresses(settings: Settings, port: int, metrics_address: str) -> Non
         "run_id": settings.run_id,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        # One that was started again on a full disk is still found: its address is the one that stands there.
+        temporary.unlink(missing_ok=True)
+        print(
+            f"resilience: {path} cannot be written ({error.strerror}); is the disk full?", file=sys.stderr, flush=True
+        )
     print(
         f"coordinator of run {settings.run_id}: {content['address']}, metrics http://{metrics_address}/metrics",
         file=sys.stderr,

@@ -313,6 +313,23 @@ def test_what_listens_on_every_address_is_told_under_one_that_others_can_dial(tm
     process.close_channel()
 
 
+def test_a_report_that_cannot_be_written_is_one_line_and_the_journal_is_copied_all_the_same(tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    (process.run_dir / "report.json").mkdir()  # a file cannot take its place, as on a full disk
+    (process.run_dir / "coordinator.json").mkdir()
+    process.start()
+    process.join()
+    assert process.end() == 1
+    told = process.stderr()
+    assert "coordinator.json cannot be written" in told
+    assert told.splitlines()[-1].startswith(f"resilience: report {process.run_dir}/report.json cannot be written")
+    assert "Traceback" not in told
+    assert open_recorded(process.run_dir / "journal.db").machine.state.finished is not None
+    assert not list(process.run_dir.glob(".*.json.*"))
+    process.close_process()
+    process.close_channel()
+
+
 def test_kill_between_any_two_calls_loses_nothing(process: Process) -> None:
     assert process.join().status == pb.JoinResponse.READY
     process.restart()
