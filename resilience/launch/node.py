@@ -170,6 +170,8 @@ class _Life:
             return (ExitCode.UNAVAILABLE if is_external else ExitCode.REQUEUE), str(error)
         except ResilienceError as error:
             return error.exit_code, str(error)
+        except OSError as error:
+            return ExitCode.REQUEUE, f"the agent cannot start or watch its ranks ({error}); is a disk full?"
         raise AssertionError("the agent returned without an answer from the coordinator")
 
     def _check(self) -> None:

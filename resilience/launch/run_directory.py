@@ -5,6 +5,7 @@ Nothing here starts processes. Secrets lie in files of mode 0600 only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -148,6 +149,7 @@ class RunDirectory:
         path.write_text(json.dumps(dataclasses.asdict(endpoint)), encoding="utf-8")
 
     def endpoints(self) -> Iterator[Endpoint]:
-        """Where every generation of this run met."""
+        """Where every generation of this run met. One that was torn by a full disk is left out: no rank was started."""
         for path in sorted(self.logs.glob("generation-*/endpoint-*.json")):
-            yield Endpoint(**json.loads(path.read_text(encoding="utf-8")))
+            with contextlib.suppress(ValueError):
+                yield Endpoint(**json.loads(path.read_text(encoding="utf-8")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -76,6 +78,16 @@ def test_later_generations_meet_at_another_port(tmp_path: Path, script: str) -> 
     assert asked.master_port not in (0, made.arguments.master_port)
     assert (asked.last_generation, asked.reason) == (1, "rank 3 hangs")
     assert not state.finished, "a generation that was ended has not finished"
+
+
+def test_a_full_disk_between_generations_ends_in_75_with_one_line(tmp_path: Path, script: str) -> None:
+    def run() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "ranks-a.json")
+
+    life = node._Life(node._node(argv(tmp_path, script)))
+    code, reason = life._supervise(cast(Any, SimpleNamespace(run=run)))
+    assert code == 75
+    assert "No space left on device: 'ranks-a.json'" in reason
 
 
 def test_logs_of_a_rank(tmp_path: Path) -> None:

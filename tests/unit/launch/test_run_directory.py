@@ -70,6 +70,7 @@ def test_endpoints_of_all_generations_are_found_again(tmp_path: Path) -> None:
     directory.make()
     directory.write_endpoint(1, "a", Endpoint("127.0.0.1", 29601))
     directory.write_endpoint(2, "a", Endpoint("127.0.0.1", 40000))
+    (directory.generation_logs(2) / "endpoint-b.json").write_text("")  # torn by a full disk
     assert [endpoint.master_port for endpoint in directory.endpoints()] == [29601, 40000]
 
 
