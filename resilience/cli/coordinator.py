@@ -60,6 +60,7 @@ def serve_(
         port=merged.coordinator.port or 0,
         metrics_bind=merged.coordinator.metrics_bind,
         metrics_port=merged.coordinator.metrics_port,
+        metrics_port_may_move=merged.coordinator.metrics_port is None,
         token_file=None if merged.coordinator.token_file is None else merged.coordinator.token_file.absolute(),
         config=merged,
         journal=journal_path(os.environ, run_id),

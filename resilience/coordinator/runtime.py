@@ -62,7 +62,9 @@ class Settings:
     """0 takes a free one."""
     metrics_bind: str
     metrics_port: int | None
-    """None takes 9464, or a free one if that is busy; 0 a free one."""
+    """None takes 9464; 0 a free one."""
+    metrics_port_may_move: bool
+    """Whether another port is taken when that one is busy: a port that somebody asked for may not."""
     token_file: Path | None
     config: Config
     journal: Path
@@ -87,6 +89,8 @@ def settings_of(context: RunContext, *, port: int | None = None, metrics_port: i
         port=int(named) if port is None else port,
         metrics_bind=config.metrics_bind,
         metrics_port=config.metrics_port if metrics_port is None else metrics_port,
+        # The launcher found its port free a moment ago; another run may have been quicker.
+        metrics_port_may_move=config.metrics_port is None,
         token_file=context.token_file,
         config=context.config,
         journal=journal_path(os.environ, context.run_id),
@@ -211,7 +215,7 @@ def _metrics(settings: Settings, host: Host) -> MetricsServer:
     try:
         return MetricsServer(host, bind=settings.metrics_bind, port=wanted)
     except OSError as error:
-        if settings.metrics_port is None:
+        if settings.metrics_port_may_move:
             return MetricsServer(host, bind=settings.metrics_bind, port=0)
         address = f"{settings.metrics_bind}:{wanted}"
         raise UsageError(f"metrics address {address} cannot be used ({error.strerror}); choose another port") from None

@@ -7,6 +7,7 @@ the run ended, and it gets SIGTERM from the kernel when the runner dies.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -74,6 +75,7 @@ class EmbeddedCoordinator:
         self._host, _, port = context.coordinator_address.rpartition(":")
         self._port = int(port)
         self._metrics_port = metrics_port
+        self._metrics_address: str | None = None
         self._clock = clock or SystemClock()
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
@@ -86,22 +88,23 @@ class EmbeddedCoordinator:
         return None if self._process is None else self._process.pid
 
     @property
-    def metrics_address(self) -> str:
-        """`host:port` of the Prometheus endpoint."""
-        return f"{self._context.config.coordinator.metrics_bind}:{self._metrics_port}"
+    def metrics_address(self) -> str | None:
+        """`host:port` of the Prometheus endpoint, as the coordinator itself told it; None until it has."""
+        return self._metrics_address
 
     def start(self) -> None:
         """Start it; it takes a second or two until it listens."""
+        self._write_address()  # before it writes the same itself, and where its metrics are
         self._spawn()
 
     def wait_until_ready(self) -> None:
-        """Wait until it listens.
+        """Wait until it listens and has written where.
 
         Raises:
             UsageError, CoordinatorUnreachableError: it ended at once; the message is its own last line.
         """
         deadline = self._clock.monotonic() + _START_S
-        while not self._listens():
+        while not (self._has_told() and self._listens()):
             if self._process is not None and self._process.poll() is not None:
                 raise self._failed_to_start(self._process.returncode)
             if self._clock.monotonic() > deadline:
@@ -131,6 +134,7 @@ class EmbeddedCoordinator:
         self._restart_at = None
         try:
             self._spawn()
+            self._write_address()
         except OSError as error:
             # A full disk or table of processes is no reason to end healthy ranks: they go on without a coordinator.
             print(f"resilience: the coordinator cannot be started ({error}); trying again", file=sys.stderr)
@@ -159,13 +163,22 @@ class EmbeddedCoordinator:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._started_at = self._clock.monotonic()
-        with contextlib.suppress(OSError):  # the storage is full: the coordinator itself writes the same, or ends
+
+    def _write_address(self) -> None:
+        with contextlib.suppress(OSError):  # the storage is full: the coordinator itself writes the same, or says so
             self._directory.write_coordinator(
                 address=self._context.coordinator_address,
-                metrics_address=self.metrics_address,
-                pid=self._process.pid,
+                metrics_address=self._metrics_address,
+                pid=self.pid,
                 context=self._context,
             )
+
+    def _has_told(self) -> bool:
+        with contextlib.suppress(OSError):
+            told = json.loads(self._directory.coordinator.read_text(encoding="utf-8"))["metrics_address"]
+            if told is not None:
+                self._metrics_address, self._metrics_port = told, int(told.rpartition(":")[2])
+        return self._metrics_address is not None
 
     def _listens(self) -> bool:
         try:

@@ -330,6 +330,23 @@ def test_a_report_that_cannot_be_written_is_one_line_and_the_journal_is_copied_a
     process.close_channel()
 
 
+def test_a_metrics_port_that_another_run_was_quicker_to_take_is_left_to_it(tmp_path: Path) -> None:
+    process = Process(tmp_path)
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        process.process = subprocess.Popen(
+            process.command("--metrics-port", port), env=process.environment(), stderr=subprocess.PIPE, text=True
+        )
+        assert process.process.stderr is not None
+        assert "metrics http://127.0.0.1:" in process.process.stderr.readline()
+        told = json.loads((process.run_dir / "coordinator.json").read_text())["metrics_address"]
+        assert told != f"127.0.0.1:{port}"
+        assert process.end() == 0
+    process.close_process()
+
+
 def test_kill_between_any_two_calls_loses_nothing(process: Process) -> None:
     assert process.join().status == pb.JoinResponse.READY
     process.restart()
