@@ -72,13 +72,9 @@ def guard_engine(
     settings = Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
     adapter = EngineAdapter(engine)
     undo: list[Callable[[], None]] = []
-    last_place = None
-    if context is not None:
-        last_place = LastPlace(path_of(context.run_dir, settings.generation, settings.rank))
+    last_place = _last_place(context, settings)
     if reporter is None:
-        reporter = SilentReporter()
-        if context is not None and last_place is not None:
-            reporter = _line(context, settings, versions or {}, last_place)
+        reporter = _line(context, settings, versions or {}, last_place) if context is not None else SilentReporter()
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter)
     protection = _protection(adapter, config, tensor_injector, undo)
@@ -114,7 +110,11 @@ def guard_engine(
     return Guarded(guard, uninstall)
 
 
-def _line(context: RunContext, settings: Settings, versions: dict[str, str], last_place: LastPlace) -> Reporter:
+def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:
+    return LastPlace(path_of(context.run_dir, settings.generation, settings.rank)) if context is not None else None
+
+
+def _line(context: RunContext, settings: Settings, versions: dict[str, str], last_place: LastPlace | None) -> Reporter:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     identity = RankIdentity(
@@ -140,11 +140,11 @@ def _line(context: RunContext, settings: Settings, versions: dict[str, str], las
     return line
 
 
-def _say_goodbye(line: LineToCoordinator, last_place: LastPlace) -> None:
+def _say_goodbye(line: LineToCoordinator, last_place: LastPlace | None) -> None:
     """Tell the agent and the coordinator when this process ends by itself, with which code where that is known."""
 
     def leave(exit_code: int | None, reason: str) -> None:
-        if exit_code is not None:
+        if exit_code is not None and last_place is not None:
             last_place.end(exit_code)
         line.leave(exit_code or 0, reason)  # what the process really ended with comes from its agent
 
