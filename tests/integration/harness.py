@@ -52,6 +52,12 @@ def wait_for(condition: Callable[[], T], *, what: str, timeout_s: float = 120.0)
     raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
 
 
+def _path() -> str:
+    """PATH with this Python's commands first, once: where it differs, DeepSpeed compiles its operator again."""
+    path = os.environ["PATH"]
+    return path if path.startswith(f"{BIN}:") else f"{BIN}:{path}"
+
+
 class Run:
     """One `deepspeed` launch in a process group of its own."""
 
@@ -88,7 +94,7 @@ class Run:
         self.log = directory / "output.log"
         environment = {
             **os.environ,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": _path(),
             "OMP_NUM_THREADS": "1",
             "XDG_STATE_HOME": str(directory / "state"),
         }

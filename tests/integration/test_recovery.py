@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import digest, launched, resilience, wait_for
+from tests.integration.harness import DEEPSPEED_CONFIG, digest, launched, resilience, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -209,7 +209,9 @@ def test_shadow_mode_acts_on_nothing(tmp_path: Path) -> None:
 
 
 def test_two_thousand_clean_steps_invent_nothing(tmp_path: Path) -> None:
-    with launched(tmp_path, script_args=["--steps", "2000", "--save-every", "1000"]) as run:
+    config = {**DEEPSPEED_CONFIG, "gradient_accumulation_steps": 1}
+    options = ["--steps", "2000", "--save-every", "1000"]
+    with launched(tmp_path, script_args=options, deepspeed_config=config) as run:
         assert run.wait(400) == 0, run.output()[-4000:]
         report = run.report()
         run.assert_nothing_left()

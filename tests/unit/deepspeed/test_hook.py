@@ -1,3 +1,5 @@
+"""The hook on `deepspeed.initialize`: put in, taken out, and refused outside of the tested versions."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""From findings to detections: which alarm is the cause, which only follows, and what the loss scaler may keep."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,3 +1,5 @@
+"""The fingerprint of a tensor tells every change of a bit and of the order."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The screens of local gradients: what alarms, and above all what does not."""
+
 from __future__ import annotations
 
 import math

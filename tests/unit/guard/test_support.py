@@ -1,3 +1,5 @@
+"""The support matrix: the published page is what the code announces."""
+
 from __future__ import annotations
 
 import dataclasses

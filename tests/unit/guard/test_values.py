@@ -1,3 +1,5 @@
+"""Values that pass through the recorder: found, tapped and held in any nesting."""
+
 from __future__ import annotations
 
 import collections

@@ -1,3 +1,5 @@
+"""What ranks exchange about a veto: JSON as bytes, nothing pickled, nothing lost."""
+
 from __future__ import annotations
 
 import math

@@ -9,24 +9,48 @@ from resilience.launch.outcome import join
 
 def strike(name: str, **change: Any) -> dict[str, Any]:
     return {
-        "strike_id": name, "step": 3, "micro_step": 0, "rank": 0, "site": "linear.out", "layer": 1, "kind": "inf",
-        "struck_at": 10.0, "attempt": 0, "no_effect": False, "relative_change": None,
+        "strike_id": name,
+        "step": 3,
+        "micro_step": 0,
+        "rank": 0,
+        "site": "linear.out",
+        "layer": 1,
+        "kind": "inf",
+        "struck_at": 10.0,
+        "attempt": 0,
+        "no_effect": False,
+        "relative_change": None,
         **change,
     }
 
 
 def detection(name: str, **change: Any) -> dict[str, Any]:
     return {
-        "detection_id": name, "step": 3, "micro_step": 0, "attempt": 0, "rank": 0, "site": "linear.out", "layer": 1,
-        "check": "checksum", "kind": "inf", "verdict": "transient",
+        "detection_id": name,
+        "step": 3,
+        "micro_step": 0,
+        "attempt": 0,
+        "rank": 0,
+        "site": "linear.out",
+        "layer": 1,
+        "check": "checksum",
+        "kind": "inf",
+        "verdict": "transient",
         **change,
     }
 
 
 def decision(name: str, *evidence: str, **change: Any) -> dict[str, Any]:
     return {
-        "decision_id": name, "step": 3, "action": "replay", "reason": f"because of {name}", "evidence": [*evidence],
-        "verdicts": {}, "outcome": "succeeded", "latency_ms": 5.0, "lost_s": 1.0,
+        "decision_id": name,
+        "step": 3,
+        "action": "replay",
+        "reason": f"because of {name}",
+        "evidence": [*evidence],
+        "verdicts": {},
+        "outcome": "succeeded",
+        "latency_ms": 5.0,
+        "lost_s": 1.0,
         **change,
     }
 

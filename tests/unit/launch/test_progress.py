@@ -89,20 +89,44 @@ REPORT: dict[str, Any] = {
     "badput_s": {"recovery": 12.0, "init": 20.5, "replay": 0.0},
     "faults_injected": [
         {
-            "strike_id": "f0-n0", "step": 12, "micro_step": 1, "rank": 0, "site": "attention.scores", "layer": 1,
-            "kind": "inf", "struck_at": 1.0, "attempt": 0, "no_effect": False, "relative_change": None,
+            "strike_id": "f0-n0",
+            "step": 12,
+            "micro_step": 1,
+            "rank": 0,
+            "site": "attention.scores",
+            "layer": 1,
+            "kind": "inf",
+            "struck_at": 1.0,
+            "attempt": 0,
+            "no_effect": False,
+            "relative_change": None,
         }
     ],
     "detections": [
         {
-            "detection_id": "g1-r0-1", "step": 12, "micro_step": 1, "attempt": 0, "rank": 0, "layer": 1,
-            "site": "attention.scores", "check": "checksum", "kind": "inf", "verdict": "transient",
+            "detection_id": "g1-r0-1",
+            "step": 12,
+            "micro_step": 1,
+            "attempt": 0,
+            "rank": 0,
+            "layer": 1,
+            "site": "attention.scores",
+            "check": "checksum",
+            "kind": "inf",
+            "verdict": "transient",
         }
     ],
     "decisions": [
         {
-            "decision_id": "g1-s12-a0", "step": 12, "action": "corrected", "reason": "it was mended in place",
-            "evidence": ["g1-r0-1"], "verdicts": {}, "outcome": "succeeded", "latency_ms": 1.25, "lost_s": 0.0,
+            "decision_id": "g1-s12-a0",
+            "step": 12,
+            "action": "corrected",
+            "reason": "it was mended in place",
+            "evidence": ["g1-r0-1"],
+            "verdicts": {},
+            "outcome": "succeeded",
+            "latency_ms": 1.25,
+            "lost_s": 0.0,
         }
     ],
 }
