@@ -71,11 +71,11 @@ def _ones(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class WeightSums:
-    """B·V for operands that are module parameters, taken once per optimizer step.
+    """B·V and D·V for operands that are module parameters, taken once per optimizer step.
 
-    The key is the parameter's memory and version counter, never a reference to it: a gathered ZeRO-3 parameter is not
-    kept alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the confirmation (it
-    reads the parameter itself) dismisses, and the entry is dropped.
+    The key is the parameter's identity, memory and version counter, never a reference to it: a gathered ZeRO-3
+    parameter is not kept alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the
+    confirmation (it reads the parameter itself) dismisses, and the entry is dropped.
     """
 
     def __init__(self) -> None:
@@ -84,23 +84,38 @@ class WeightSums:
     def clear(self) -> None:
         self._sums.clear()
 
-    def discard(self, right: torch.Tensor) -> None:
-        self._sums.pop(self._key(right), None)
+    def discard(self, operand: torch.Tensor) -> None:
+        """Forget the sums of `operand`."""
+        self._sums.pop(self._key("right", operand), None)
+        self._sums.pop(self._key("addend", operand), None)
 
     def get(self, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """Sums of `right`, ready to be multiplied from the left; see `_right_sums`."""
         if not _is_parameter(right):
             return _right_sums(right, exact=exact)
-        key = self._key(right)
+        key = self._key("right", right)
         sums = self._sums.get(key)
         if sums is None:
             sums = self._sums[key] = _right_sums(right, exact=exact)
         return sums
 
+    def of_addend(self, addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Sums of `addend`, expanded to the width of `out`; see `_addend_sums`."""
+        if not _is_parameter(addend) or addend.shape[-1:] != out.shape[-1:]:
+            return _addend_sums(addend, out)
+        key = self._key("addend", addend)
+        sums = self._sums.get(key)
+        if sums is None:
+            sums = self._sums[key] = _addend_sums(addend, out)
+        return sums
+
     @staticmethod
-    def _key(right: torch.Tensor) -> tuple[object, ...]:
-        version = None if right.is_inference() else right._version
-        return right.data_ptr(), right.shape, right.stride(), right.dtype, right.device, version
+    def _key(role: str, operand: torch.Tensor) -> tuple[object, ...]:
+        # ZeRO-3 gathers one parameter after the other into the same memory, so the address alone tells too little.
+        parameter = operand if operand._base is None else operand._base
+        version = None if operand.is_inference() else operand._version
+        place = operand.data_ptr(), operand.shape, operand.stride(), operand.dtype, operand.device
+        return role, id(parameter), version, *place
 
 
 def _is_parameter(operand: torch.Tensor) -> bool:
@@ -115,7 +130,8 @@ def _right_sums(right: torch.Tensor, *, exact: bool) -> torch.Tensor:
         return weighted_row_sums(right.float(), vectors)
     if right.dtype != torch.bfloat16 or not exact:
         return weighted_row_sums(right, vectors)
-    sums = weighted_row_sums(right.float(), vectors.float())
+    # In the layout that the product in float32 is several times faster with.
+    sums = weighted_row_sums(right.float(), vectors.mT.float().contiguous().mT)
     # They lie transposed, and are joined so: side by side in memory would be an order of magnitude slower.
     sums = sums.mT
     high = sums.bfloat16()
@@ -134,24 +150,31 @@ def screen(
     NaN, since the mean is in every tolerance; with `finite_rows` (it waits for the device) the others have their own.
     """
     expected = _expected_sums(gemm, out, sums)
-    factor = factor_scale * screen_factor(_precision(out.dtype), k=gemm.k, n=gemm.n, columns=expected.shape[-1])
+    factor = factor_scale * _screen_factor(out.dtype, _matmul_precision(out.dtype), gemm.k, gemm.n, expected.shape[-1])
     scale = _energy(expected)
     usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
     tolerance = scale.add_(usual).mul_(factor * factor).add_(_TINY)
+    # The observed sums of bfloat16 are widened on the way.
     return _energy(expected.sub_(_observed_sums(out))).div_(tolerance).sqrt_()
 
 
+@functools.lru_cache(maxsize=1024)
+def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int) -> float:
+    return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
+
+
 def _energy(sums: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of every row of (…, c). As a product with ones: a reduction over few columns is much slower."""
+    """Sum of squares of every row of (…, c). A reduction over few columns is slow unless they lie transposed."""
     squares = sums * sums
+    if squares.dim() == 2:
+        return torch.mv(squares, _ones(squares.shape[1], squares.dtype, squares.device))
     if squares.stride(-1) != 1:
-        # Row sums of float32 lie transposed, and the reduction over their outer dimension is fast.
         return squares.mT.sum(-2)
     return squares @ _ones(squares.shape[-1], squares.dtype, squares.device)
 
 
 def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Tensor:
-    """E = alpha·A·(B·V) + beta·D·V, (m, c) or (b, m, c) in float32 (float64 for float64)."""
+    """E = alpha·A·(B·V) + beta·D·V, (m, c) or (b, m, c) in float32 (float64 for float64); the caller's to change."""
     right = sums.get(gemm.right, exact=gemm.cancels)
     left = gemm.left.float() if gemm.left.dtype == torch.float16 else gemm.left
     expected = weighted_row_sums(left, right)
@@ -160,9 +183,9 @@ def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Ten
         if expected.shape[-1] == 8:
             expected = expected[..., :4] + expected[..., 4:]
     if gemm.alpha != 1.0:
-        expected = expected * gemm.alpha
+        expected.mul_(gemm.alpha)
     if gemm.addend is not None:
-        expected = expected + gemm.beta * _addend_sums(gemm.addend, out)
+        expected.add_(sums.of_addend(gemm.addend, out), alpha=gemm.beta)
     return expected
 
 
@@ -177,20 +200,17 @@ def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def _observed_sums(out: torch.Tensor) -> torch.Tensor:
-    """O = C·V in float32 (float64 for float64)."""
+    """O = C·V, in float32 for float16, else in the dtype of C."""
     vectors = _vectors(out.shape[-1], out.dtype, out.device)
-    if out.dtype == torch.float16:
-        out = out.float()
-    observed = weighted_row_sums(out, vectors)
-    return observed.float() if observed.dtype == torch.bfloat16 else observed
+    return weighted_row_sums(out.float() if out.dtype == torch.float16 else out, vectors)
 
 
-def _precision(dtype: torch.dtype) -> Precision:
-    return _precision_of(dtype, torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest")
+def _matmul_precision(dtype: torch.dtype) -> str:
+    return torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
 
 
 @functools.cache
-def _precision_of(dtype: torch.dtype, matmul_precision: str) -> Precision:
+def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
     stored = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     return Precision(
@@ -271,7 +291,11 @@ def _faulty(
 ) -> DetectionKind | None:
     """Kind of the worst element of `stored` (r, n) that round-off does not explain, or None. Operands in float64."""
     limits = torch.finfo(stored.dtype)
-    factors = element_factors(_precision(stored.dtype), k=left.shape[1], smallest_normal=limits.smallest_normal)
+    factors = element_factors(
+        _precision(stored.dtype, _matmul_precision(stored.dtype)),
+        k=left.shape[1],
+        smallest_normal=limits.smallest_normal,
+    )
     reference = left @ right
     magnitude = left.abs() @ right.abs()
     # Matrix units may take operands below the smallest normal number as zero.

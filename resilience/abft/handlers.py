@@ -106,7 +106,9 @@ class GemmHandlers:
             record.clean(worst)
             return out
         # A parameter that changed without a new version would make its cached sums stale.
-        self.sums.discard(gemm.right)
+        for operand in (gemm.right, gemm.addend):
+            if operand is not None:
+                self.sums.discard(operand)
         confirmation = checksum.confirm(gemm, out, ratio, tolerance_scale=self._scale)
         if confirmation.kind is not None:
             mended = self._mend(gemm, run)

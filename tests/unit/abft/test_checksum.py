@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from resilience.abft.checksum import WeightSums, confirm, deferred_result, screen
 from resilience.abft.gemm import Gemm, parse_gemm
 from resilience.events import DetectionKind
+from resilience.kernels import weighted_row_sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -291,6 +292,49 @@ def test_stale_weight_sums_cause_no_finding_and_are_dropped() -> None:
         assert confirm(gemm, out, ratio).kind is None
         sums.discard(weight)
         assert float(screen(gemm, out, sums).max()) <= 1.0
+
+
+def test_stale_bias_sums_cause_no_finding_and_are_dropped() -> None:
+    weight, bias = torch.nn.Parameter(normal(64, 128)), torch.nn.Parameter(normal(128, seed=2))
+    x = normal(96, 64, seed=1)
+    sums = WeightSums()
+    with torch.no_grad():
+        for factor in (1.0, 100.0):
+            bias.data.mul_(factor)
+            gemm, out = Gemm(x, weight, bias), torch.addmm(bias, x, weight)
+            ratio = screen(gemm, out, sums)
+        assert float(ratio.max()) > 1.0
+        assert confirm(gemm, out, ratio).kind is None
+        sums.discard(bias)
+        assert float(screen(gemm, out, sums).max()) <= 1.0
+
+
+def test_parameters_that_take_turns_in_the_same_memory_keep_their_own_sums() -> None:
+    memory = torch.empty(64, 128)
+    values = [normal(64, 128, seed=seed) for seed in (1, 2)]
+    weights = [torch.nn.Parameter(torch.empty(0)) for _ in values]
+    x = normal(96, 64)
+    sums = WeightSums()
+    with torch.no_grad():
+        for weight, value in list(zip(weights, values, strict=True)) * 2:
+            memory.copy_(value)
+            weight.data = memory
+            for right in (weight, weight.view(64, 128)):
+                assert float(screen(Gemm(x, right), x @ right, sums).max()) <= 1.0
+
+
+@pytest.mark.parametrize("shape", [(33, 70), (3, 33, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_row_sums_of_any_layout(shape: tuple[int, ...], dtype: torch.dtype, by_columns: bool) -> None:
+    matrix = normal(*shape).to(dtype)
+    weights = normal(shape[-1], 4, seed=1).to(dtype)
+    expected = matrix.double() @ weights.double()
+    stored = matrix.mT.contiguous().mT if by_columns else matrix
+    for columns in (weights, weights.expand(*shape[:-2], -1, -1)):
+        sums = weighted_row_sums(stored, columns)
+        assert sums.shape == expected.shape
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-2, atol=1e-1 if dtype == torch.bfloat16 else 1e-4)
 
 
 def test_weight_sums_do_not_keep_a_parameter_alive() -> None:
