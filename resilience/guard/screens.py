@@ -179,8 +179,9 @@ class GradientScreen:
 
         return read
 
-    @torch.no_grad()
     def _read(self, index: int, gradient: torch.Tensor) -> None:
+        # Not under no_grad(): entered for each parameter, it would cost as much as the norm of a small one.
+        gradient = gradient.detach()
         if gradient.is_sparse:
             gradient = gradient.coalesce().values()
         norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
