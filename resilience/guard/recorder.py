@@ -178,7 +178,9 @@ class Recorder:
             # A scalar may be changed in place by the script, which a view of a module's output would not survive.
             handed = output.clone() if output.dim() == 0 else output.view_as(output)
             tapped: Any = handed  # torch leaves register_hook untyped
-            tapped.register_hook(lambda cotangent: self._on_cotangent(window, event, place, cotangent))
+            # By number: a graph that the script keeps must not keep the inputs of a step that is over.
+            index = event.index
+            tapped.register_hook(lambda cotangent: self._on_cotangent(window, index, place, cotangent))
             event.handed_out.append(_Held.of(handed))
             return handed
 
@@ -194,9 +196,10 @@ class Recorder:
                     forward.returned_losses.append((place, _Held.of(returned, divisor)))
                     return
 
-    def _on_cotangent(self, window: int, forward: ForwardEvent, place: int, cotangent: torch.Tensor) -> None:
+    def _on_cotangent(self, window: int, index: int, place: int, cotangent: torch.Tensor) -> None:
         """Runs inside a backward pass, before any of DeepSpeed's own hooks."""
-        if window != self._window:
+        forward = next((forward for forward in reversed(self._forwards()) if forward.index == index), None)
+        if window != self._window or forward is None:
             self.unavailable = self.unavailable or "a backward pass belongs to a forward of an earlier step"
             return
         task = torch._C._current_graph_task_id()

@@ -45,7 +45,7 @@ def keep(value: Any, *, copy: bool = False) -> Any:
 
     Args:
         value: positional or keyword arguments of a forward: tensors, numbers, text, numpy arrays, nested in tuples,
-            lists, dicts and dataclasses.
+            lists and dicts.
         copy: copy every tensor, large ones too.
 
     Raises:
@@ -69,6 +69,8 @@ def take(kept: Any) -> Any:
     if isinstance(kept, KeptTensor):
         # A copy stays clean for the next attempt, which a forward that writes into its input would spoil.
         return kept.tensor.clone() if kept.version is None else kept.tensor
+    if isinstance(kept, np.ndarray):
+        return kept.copy()
     if isinstance(kept, (tuple, list)):
         return _rebuild(kept, [take(item) for item in kept])
     if isinstance(kept, dict):

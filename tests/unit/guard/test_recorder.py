@@ -175,3 +175,17 @@ def test_batch_statistics_are_copied_although_no_version_counter_tells() -> None
     last = [event for event in recorded.recorder.events if isinstance(event, ForwardEvent)][-1]
     assert set(last.buffers) == {"running_mean", "running_var", "num_batches_tracked"}
     assert recorded.recorder.why_unavailable() == ""
+
+
+def test_a_loss_that_the_script_keeps_does_not_keep_the_inputs_of_its_step() -> None:
+    recorded = Recorded()
+    inputs = torch.ones(1 << 17, 4)
+    assert inputs.nbytes > 1 << 20, "smaller ones are copied"
+    loss = recorded.forward(inputs)["loss"]
+    loss.backward()
+    recorded.recorder.clear()
+    reference = weakref.ref(inputs)
+    del inputs
+    gc.collect()
+    assert loss.grad_fn is not None
+    assert reference() is None

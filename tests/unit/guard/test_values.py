@@ -84,3 +84,9 @@ def test_a_model_output_keeps_its_attributes_in_step() -> None:
     assert tapped.loss is tapped["loss"]
     assert tapped.logits is tapped[1]
     assert tapped.loss.grad_fn is not None
+
+
+def test_what_a_forward_does_to_a_numpy_array_does_not_reach_the_next_replay() -> None:
+    kept = keep((np.zeros(3),))
+    take(kept)[0][:] = 1.0
+    assert not take(kept)[0].any()
