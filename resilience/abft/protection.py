@@ -91,6 +91,14 @@ class Protection:
         with self._gate.opened():
             yield
 
+    def admit_backward(self, graph_task: int) -> None:
+        """Protect this backward pass of autograd, wherever it was begun: a script may call `loss.backward()` itself.
+
+        Nested passes of reentrant activation checkpointing have numbers of their own, and are protected only within
+        `active()`.
+        """
+        self._gate.admit(graph_task)
+
     def drain(self) -> list[Finding]:
         """Findings since the last call, in the order of the operations.
 

@@ -28,28 +28,34 @@ Handler = Callable[[Original, tuple[Any, ...], dict[str, Any]], Any]
 
 class _ThreadState(threading.local):
     open = False
+    busy = False
 
 
 class Gate:
     """Whether the current thread does the work that is protected.
 
     CPU backward runs in the thread that called it. CUDA backward runs on autograd's own threads, one a device: those
-    count as open while any thread has the gate open and they execute a backward graph.
+    count as open while any thread has the gate open and they execute a backward graph. A backward pass that was
+    admitted by its number is let through in whatever thread.
     """
 
     def __init__(self) -> None:
         self._thread = _ThreadState()
         self._num_open = 0
+        self._admitted = -1
         self._lock = threading.Lock()
 
     def is_open(self, key: str) -> bool:
         if self._thread.open:
             return True
-        return key == "CUDA" and self._num_open > 0 and self._on_autograd_thread()
+        if self._thread.busy or not (self._admitted != -1 or (key == "CUDA" and self._num_open)):
+            return False
+        task = torch._C._current_graph_task_id()
+        return task != -1 and (task == self._admitted or (key == "CUDA" and self._num_open > 0))
 
-    def _on_autograd_thread(self) -> bool:
-        busy = getattr(self._thread, "busy", False)
-        return not busy and torch._C._current_graph_task_id() != -1
+    def admit(self, graph_task: int) -> None:
+        """Let this backward pass through, instead of one admitted before. Its number is never used again."""
+        self._admitted = graph_task
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ class Recorder:
         self._buffers = BufferWatch(adapter.module)
         self._copy_inputs = False
         self._window = 0
+        self.on_backward: Callable[[int], None] = lambda graph_task: None
+        """Called inside a backward pass that begins, with its number; set by the transaction."""
         self.clear()
 
     def clear(self) -> None:
@@ -222,6 +225,7 @@ class Recorder:
         event.cotangents.append((forward.index, place, kept, mark))
 
     def _begin_backward(self, task: int) -> BackwardEvent:
+        self.on_backward(task)
         event = BackwardEvent(
             graph_task=task,
             micro_step=self.micro_step,

@@ -37,6 +37,8 @@ class Protector(Protocol):
 
     def active(self) -> contextlib.AbstractContextManager[None]: ...
 
+    def admit_backward(self, graph_task: int) -> None: ...
+
     def drain(self) -> list[Finding]: ...
 
     def checks(self) -> dict[str, int]: ...
@@ -88,6 +90,8 @@ class Guard:
         self._listeners = listeners
         recording = settings.config.guard.replay and not replay_problem
         self.recorder = Recorder(adapter, enabled=recording)
+        if protector is not None:
+            self.recorder.on_backward = protector.admit_backward
         self.replay_problem = replay_problem
         screen.micro_step = self._micro_step_of_gradients
         self._factory = DetectionFactory(

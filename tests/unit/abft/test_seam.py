@@ -103,3 +103,26 @@ def test_operators_without_a_kernel_at_a_key_are_left_out() -> None:
     seam = Seam(Gate())
     seam.add("_scaled_dot_product_cudnn_attention", Counter())
     assert ("_scaled_dot_product_cudnn_attention", "CPU") not in seam.operators
+
+
+def test_an_admitted_backward_pass_is_let_through_and_no_other() -> None:
+    counter = Counter()
+    gate, seam = seam_with(counter)
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def loss(admit: bool) -> torch.Tensor:
+        out = (torch.randn(3, 3) @ weight).sum()
+        if admit:
+            out.register_hook(lambda _: gate.admit(torch._C._current_graph_task_id()))
+        return out
+
+    seam.install()
+    try:
+        for admit in (False, True, False):
+            before = counter.calls
+            loss(admit).backward()
+            assert counter.calls == before + admit
+        torch.mm(weight.detach(), weight.detach())
+        assert counter.calls == 1
+    finally:
+        seam.uninstall()

@@ -189,3 +189,14 @@ def test_a_loss_that_the_script_keeps_does_not_keep_the_inputs_of_its_step() -> 
     gc.collect()
     assert loss.grad_fn is not None
     assert reference() is None
+
+
+def test_each_backward_pass_is_announced_once_from_inside() -> None:
+    recorded = Recorded()
+    tasks: list[int] = []
+    recorded.recorder.on_backward = tasks.append
+    for _ in range(2):
+        outputs = recorded.forward(torch.ones(2, 4))
+        (outputs["loss"] + outputs["logits"].sum()).backward()
+    assert len(set(tasks)) == len(tasks) == 2
+    assert -1 not in tasks
