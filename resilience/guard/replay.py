@@ -23,6 +23,7 @@ def replay(
     recorder: Recorder,
     *,
     begin_micro_step: Callable[[int], None],
+    begin_backward: Callable[[int], None],
     protected: Callable[[], AbstractContextManager[None]],
 ) -> bool:
     """Discard the gradients of the step and run its recorded micro-steps again.
@@ -33,6 +34,7 @@ def replay(
         adapter: the engine.
         recorder: the record of the step.
         begin_micro_step: called with the number of each micro-step before its first forward.
+        begin_backward: called with the number of its micro-step before each backward pass.
         protected: entered around each forward and backward.
 
     Returns:
@@ -53,6 +55,7 @@ def replay(
                 outputs[event.index] = recorder.run_forward(event)
                 recorder.overwrite(event, outputs[event.index])
             else:
+                begin_backward(event.micro_step)
                 _backward(recorder, event, outputs, differences)
     adapter.move_to(position)
     adapter.finish_window()

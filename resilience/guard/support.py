@@ -67,7 +67,7 @@ ROWS: tuple[Row, ...] = (
         "yes, where they replay bit-equal",
         "test_matrix",
     ),
-    Row("several forwards for one backward", "yes", "test_matrix"),
+    Row("several forwards for one backward, or ahead of a backward for each", "yes", "test_matrix"),
     Row("activation checkpointing, reentrant and not", "yes", "test_matrix"),
     Row("Hugging Face outputs (`ModelOutput`), eager and sdpa", "yes", "test_matrix"),
     Row("dropout, batch statistics, torch, numpy and Python generators", "yes", "test_matrix"),

@@ -188,9 +188,12 @@ class Guard:
         self._replayed_micro_step = None
 
     def begin_replayed_micro_step(self, micro_step: int) -> None:
-        """A replay reaches this micro-step."""
-        self._replayed_micro_step = micro_step
+        """A replay reaches the first forward of this micro-step."""
         self._begin_micro_step(micro_step)
+
+    def begin_replayed_backward(self, micro_step: int) -> None:
+        """A replay reaches the backward pass of this micro-step: not always the one of the forward before it."""
+        self._replayed_micro_step = micro_step
 
     def add_misfit(self) -> None:
         """The replay's gradients are worth nothing: an alarm of its own, which blames no device."""

@@ -298,6 +298,7 @@ class Boundary:
             self._adapter,
             self._guard.recorder,
             begin_micro_step=self._guard.begin_replayed_micro_step,
+            begin_backward=self._guard.begin_replayed_backward,
             protected=self._guard.protected,
         )
 

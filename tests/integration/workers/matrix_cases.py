@@ -25,7 +25,7 @@ class Case:
     """`engine`: engine.backward(loss); `direct`: loss.backward(); `outside`: the script computes the loss."""
     boundary: str = "managed"
     """`managed`; `script`: managed_gradient_accumulation = false; `forced`: set_gradient_accumulation_boundary;
-    `no_sync`; `joint`: two forwards, one backward."""
+    `no_sync`; `joint`: two forwards, one backward; `apart`: two forwards, then a backward for each, by `script`."""
     offload: bool = False
     loss_scale: float = 0.0
     """With fp16: a static loss scale; 0 searches for one."""
@@ -68,6 +68,7 @@ def _cases() -> list[Case]:
         Case(name="no-sync-zero1", boundary="no_sync", zero=1),
         Case(name="joint-zero2", boundary="joint", zero=2),
         Case(name="joint-zero3", boundary="joint", zero=3),
+        Case(name="apart-zero2", boundary="apart", zero=2, accumulation=1),
         Case(name="reentrant-zero2-llama", model="llama", checkpointing="reentrant", zero=2),
         Case(name="reentrant-zero3-gpt2", model="gpt2", checkpointing="reentrant", zero=3),
         Case(name="zero2-fp16-static-scale", precision="fp16", loss_scale=128.0),

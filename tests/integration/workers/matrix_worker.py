@@ -118,7 +118,7 @@ def build_engine(case: Case) -> Any:
         config[case.precision] = {"enabled": True}
     if case.precision == "fp16":
         config["fp16"].update(initial_scale_power=8, loss_scale_window=2, loss_scale=case.loss_scale)
-    if case.boundary == "script":
+    if case.boundary in ("script", "apart"):
         config["managed_gradient_accumulation"] = False
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     return engine
@@ -142,6 +142,11 @@ def train_step(case: Case, engine: Any, step: int) -> list[torch.Tensor]:
             losses += pair
             engine.backward(pair[0] + 0.5 * pair[1])
             engine.step()
+        return losses
+    if case.boundary == "apart":
+        losses += [forward(case, engine, step, part) for part in (0, 1)]
+        losses += [engine.backward(loss) for loss in losses]
+        engine.step()
         return losses
     for micro_step in range(case.accumulation):
         is_last = micro_step == case.accumulation - 1
