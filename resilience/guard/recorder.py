@@ -203,7 +203,7 @@ class Recorder:
         """Runs inside a backward pass, before any of DeepSpeed's own hooks."""
         forward = next((forward for forward in reversed(self._forwards()) if forward.index == index), None)
         if window != self._window or forward is None:
-            self.unavailable = self.unavailable or "a backward pass belongs to a forward of an earlier step"
+            self.unavailable = self.unavailable or "a backward pass belongs to an earlier step or a forgotten forward"
             return
         task = torch._C._current_graph_task_id()
         event = self.events[-1] if self.events else None

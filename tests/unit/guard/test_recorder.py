@@ -200,3 +200,14 @@ def test_each_backward_pass_is_announced_once_from_inside() -> None:
         (outputs["loss"] + outputs["logits"].sum()).backward()
     assert len(set(tasks)) == len(tasks) == 2
     assert -1 not in tasks
+
+
+def test_a_backward_pass_to_a_forward_that_was_forgotten_is_not_replayed() -> None:
+    recorded = Recorded()
+    recorded.model.eval()
+    loss = recorded.forward(torch.ones(2, 4))["loss"] * 2.0
+    gc.collect()
+    recorded.forward(torch.ones(2, 4))["loss"].backward()
+    assert [event.index for event in recorded.recorder.events if isinstance(event, ForwardEvent)] == [1]
+    loss.backward()
+    assert "forgotten forward" in recorded.recorder.why_unavailable()
