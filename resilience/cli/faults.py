@@ -16,7 +16,7 @@ __all__ = ["decision_fields", "detection_row", "register"]
 
 Limit = Annotated[int, typer.Option("--limit", "-n", metavar="N", help="Only the newest N; 0 for all.", min=0)]
 
-DETECTION_COLUMNS = ("step", ">rank", "site", "alarm", ">residual", "verdict")
+DETECTION_COLUMNS = (">step", ">micro", ">rank", "site", "alarm", ">residual", "verdict")
 
 
 def register(app: typer.Typer) -> None:
@@ -48,10 +48,11 @@ def detection_row(detection: Detection) -> tuple[str, ...]:
     place = f" {detection.param}" if detection.param else f"[{detection.layer}]" if detection.layer >= 0 else ""
     mended = ", mended" if detection.mended else ""
     return (
-        f"{detection.step}.{detection.micro_step}" + (f" replay {detection.attempt}" if detection.attempt else ""),
+        str(detection.step),
+        str(detection.micro_step),
         str(detection.rank),
         f"{detection.site}{place}",
-        f"{detection.check} {detection.kind}",
+        f"{detection.check} {detection.kind}" + (f", replay {detection.attempt}" if detection.attempt else ""),
         output.number(detection.residual_ratio),
         f"{detection.verdict}{mended}",
     )

@@ -129,6 +129,12 @@ def _what(history: _History) -> str:
     return f"rank {root.rank} on {root.node} ended with {how} {where}{said}"
 
 
+def _origin(history: _History) -> str:
+    if history.newest.last_verified_step:
+        return "the last verified checkpoint"
+    return "what the script begins with, as this run has no verified checkpoint yet"
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -209,7 +215,7 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         when=lambda h: h.left > 0,
         action=Action.RESTART,
         reason=lambda h: (
-            f"{_what(h)}: restart from the last verified checkpoint"
+            f"{_what(h)}: restart from {_origin(h)}"
             f" ({h.limits.max_restarts - h.left + 1} of at most {h.limits.max_restarts} restarts)"
         ),
     ),
