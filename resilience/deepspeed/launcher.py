@@ -11,13 +11,16 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import difflib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+
+from resilience.errors import UsageError
 
 __all__ = [
     "LAUNCH_MODULE",
@@ -77,13 +80,22 @@ def runner_module() -> Any:
 def parse_with_options(
     runner: ModuleType, add_options: Callable[[argparse.ArgumentParser], None]
 ) -> Callable[[Sequence[str] | None], argparse.Namespace]:
-    """A `parse_args` for DeepSpeed's runner that knows more options."""
+    """A `parse_args` for DeepSpeed's runner that knows more options.
+
+    A line that names one of ours gets our kind of complaint, a `UsageError`; others get DeepSpeed's own.
+    """
     stock = runner.parse_args
 
     class Parser(argparse.ArgumentParser):
         def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+            self._is_ours = any(word.startswith("--resilience") for word in (sys.argv[1:] if args is None else args))
             add_options(self)
             return super().parse_args(args, namespace)
+
+        def error(self, message: str) -> NoReturn:
+            if self._is_ours:
+                raise UsageError(_complaint(message, self._option_string_actions))
+            super().error(message)
 
     def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
         with _replaced(runner, "argparse", _Overlay(argparse, ArgumentParser=Parser)):
@@ -91,6 +103,14 @@ def parse_with_options(
         return namespace
 
     return parse_args
+
+
+def _complaint(message: str, options: Iterable[str]) -> str:
+    """argparse's `message`, with the option that was probably meant."""
+    unknown = next((word for word in message.split() if word.startswith("-")), "")
+    close = difflib.get_close_matches(unknown, list(options), n=1) if message.startswith("unrecognized") else []
+    hint = f"did you mean {close[0]}?" if close else "see `deepspeed --help`"
+    return f"{message}; {hint}"
 
 
 def planned_command(

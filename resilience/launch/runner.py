@@ -43,8 +43,8 @@ def extend(runner: Any) -> None:
     parse = parse_with_options(runner, add_options)
 
     def main(args: Sequence[str] | None = None) -> None:
-        namespace = parse(args)
         try:
+            namespace = parse(args)
             options = Options.of(namespace)
             if options.resilience:
                 sys.exit(_launch(runner, stock_main, args, namespace, options))

@@ -30,6 +30,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         (place / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
         two = ["--hostfile", "hostfile", "--master_addr", "127.0.0.1", "--no_ssh"]
         mistakes = {
+            "misspelt": ["--resilience", "--resilience-fualts=faults.toml"],
+            "no number": ["--resilience", "--num_gpus", "two"],
             "without": ["--resilience-dir", "x"],
             "launcher": ["--resilience", "--launcher", "openmpi"],
             "busy": ["--resilience", "--resilience-config", "busy.toml"],
@@ -58,6 +60,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
 @pytest.mark.parametrize(
     ("mistake", "code", "words"),
     [
+        ("misspelt", 64, ["--resilience-fualts=faults.toml", "did you mean --resilience-faults?"]),
+        ("no number", 64, ["--num_gpus", "'two'"]),
         ("without", 64, ["--resilience-dir x", "add --resilience"]),
         ("launcher", 64, ["--launcher openmpi", "pdsh", "--no_ssh --node_rank"]),
         ("busy", 64, ["coordinator.port", "in use"]),
