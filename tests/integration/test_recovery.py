@@ -189,6 +189,17 @@ def test_kill_of_a_rank_before_the_first_checkpoint_starts_from_scratch(tmp_path
     assert digest(tmp_path) == digest(fault_free)
 
 
+def test_rank_that_hangs_is_restarted(tmp_path: Path, fault_free: Path) -> None:
+    faults = '[[fault]]\nstep = 6\nrank = 1\nsite = "process"\nkind = "stop"\n'
+    with launched(tmp_path, faults=faults, resilience="[coordinator]\nlease_s = 3.0\n") as run:
+        assert run.wait() == 0, run.output()[-4000:]
+        report = run.report()
+        run.assert_nothing_left()
+    assert report["num_generations"] == 2
+    assert [(d["kind"], d["rank"]) for d in report["detections"]] == [("hang", 1)]
+    assert digest(tmp_path) == digest(fault_free)
+
+
 def test_restart_budget_ends_in_75(tmp_path: Path) -> None:
     faults = '[[fault]]\nstep = 6\nrank = 0\nsite = "process"\nkind = "kill"\nrepeat = -1\n'
     with launched(tmp_path, faults=faults, resilience="[policy]\nmax_restarts = 1\n") as run:
