@@ -19,8 +19,9 @@ __all__ = ["Pulse", "sample", "sample_interval_s"]
 _RANKS_PER_SECOND = 64
 """Ranks whose steps one second's worth of journal may carry."""
 
-_MEASURED_HERE = frozenset({"init", "checkpoint_save", "checkpoint_load"})
-"""Causes of badput that the coordinator knows by itself: from first steps, and from what happened to checkpoints."""
+_MEASURED_BY_RANKS = frozenset({"replay", "check"})
+"""Causes of badput that ranks report. The coordinator knows the others by itself, from first steps and checkpoints, and
+causes are labels of a metric, so no rank may invent one."""
 
 
 @dataclasses.dataclass
@@ -95,7 +96,7 @@ class Pulse:
     def take_badput(self, state: State, seconds: tuple[tuple[str, float], ...]) -> None:
         """Seconds of one rank; all ranks wait together, so they count by the share of one rank."""
         for cause, spent in seconds:
-            if cause not in _MEASURED_HERE and math.isfinite(spent) and spent > 0:
+            if cause in _MEASURED_BY_RANKS and math.isfinite(spent) and spent > 0:
                 share = spent / max(1, len(state.seats))
                 self.badput[cause] = self.badput.get(cause, 0.0) + share
 

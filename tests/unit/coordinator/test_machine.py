@@ -95,7 +95,7 @@ def test_increments_of_a_report_that_is_sent_again_count_once(run: FakeRun) -> N
     beat = c.Heartbeat(step=1, step_seconds_since=(1.0,), checks=(("linear.out", 7),))
     command = c.Report(
         run_id="run", generation=1, member="rank:0", sequence=1, heartbeat=beat, num_skipped_steps=1,
-        badput_seconds=(("replay", 4.0),),
+        badput_seconds=(("replay", 4.0), ("an invented cause", 9.0), ("init", 9.0)),
     )  # fmt: skip
     run.submit(command)
     run.restart_coordinator()
@@ -103,7 +103,7 @@ def test_increments_of_a_report_that_is_sent_again_count_once(run: FakeRun) -> N
     run.pass_time(1.25)
     telemetry = run.state.telemetry
     assert (telemetry.num_steps_taken, telemetry.num_skipped_steps, telemetry.checks) == (1, 1, {"linear.out": 7})
-    assert telemetry.badput_s == {"replay": 2.0}, "all ranks wait together: one of two ranks is half of it"
+    assert telemetry.badput_s == {"replay": 2.0}, "half of what one of two ranks waited; no other cause"
 
 
 def test_checks_add_up_over_generations(run: FakeRun) -> None:
