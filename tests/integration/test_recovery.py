@@ -72,6 +72,18 @@ def test_three_faults_end_in_the_fault_free_weights(tmp_path: Path, fault_free: 
     assert report["goodput_ratio"] > 0
 
 
+def test_three_faults_under_zero3_in_fp32(tmp_path: Path) -> None:
+    config = {key: value for key, value in DEEPSPEED_CONFIG.items() if key != "bf16"}
+    config["zero_optimization"] = {"stage": 3}
+    with launched(tmp_path / "plain", plain=True, deepspeed_config=config) as run:
+        assert run.wait() == 0, run.output()[-4000:]
+    with launched(tmp_path / "faulted", faults=THREE_FAULTS, deepspeed_config=config) as run:
+        assert run.wait() == 0, run.output()[-4000:]
+        assert run.report()["num_generations"] == 2
+        run.assert_nothing_left()
+    assert digest(tmp_path / "faulted") == digest(tmp_path / "plain")
+
+
 def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path) -> None:
     faults = (
         '[[fault]]\nstep = 3\nrank = 1\nsite = "linear.out"\nlayer = 1\nkind = "scale"\nfactor = 64.0\nrepeat = -1\n'
