@@ -108,16 +108,19 @@ class EngineAdapter:
         return float(optimizer.loss_scale)
 
     @property
-    def searches_loss_scale(self) -> bool:
-        """Whether non-finite gradients are the business of a dynamic loss scaler that can still go lower."""
+    def falling_scale(self) -> float | None:
+        """The scale of a dynamic loss scaler that can go lower still: overflow may be its business. None elsewhere."""
         optimizer = self.engine.optimizer
         if not self.engine.fp16_enabled():
-            return False
+            return None
         scaler = getattr(optimizer, "loss_scaler", None)
         if scaler is not None:
-            return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
+            falls = getattr(scaler, "dynamic", False) and scaler.cur_scale > scaler.min_scale
+            return float(scaler.cur_scale) if falls else None
         config = getattr(optimizer, "loss_scale_config", None)
-        return bool(config is not None and config.dynamic_loss_scale and config.cur_scale > config.min_loss_scale)
+        if config is None or not config.dynamic_loss_scale or config.cur_scale <= config.min_loss_scale:
+            return None
+        return float(config.cur_scale)
 
     def position(self) -> Position:
         """Where the engine is now."""

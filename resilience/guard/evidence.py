@@ -88,7 +88,7 @@ def is_root(detection: Detection) -> bool:
     return detection.caused_by is None
 
 
-def scaler_will_skip(findings: Sequence[Finding]) -> bool:
+def scaler_will_skip(findings: Sequence[Finding | Detection]) -> bool:
     """Whether, while a dynamic loss scale is searched, these alarms are the loss scaler's business alone.
 
     They are when nothing but overflow was seen (INF or NaN, in gradients or on the way to them), it was not mended

@@ -114,6 +114,8 @@ class Boundary:
         self._num_skips = 0
         self._has_stepped = False
         self._inspection: Inspection | None = None
+        self._falling_scale: float | None = None
+        self._proven_scale = 0.0
         self._searched = False
         self._handed_to_skip = False
         config = self._settings.config
@@ -139,7 +141,9 @@ class Boundary:
             FencedError: a newer generation has begun.
         """
         self._handed_to_skip = False
-        self._searched = self._adapter.searches_loss_scale
+        scale = self._falling_scale = self._adapter.falling_scale
+        # At a scale that a step was taken with, an overflow is as likely a fault: a replay tells, and disturbs nothing.
+        self._searched = scale is not None and scale > self._proven_scale
         inspection, scaler_skips = self._inspect()
         flags = self._compare(inspection, scaler_skips)
         self._obey(flags)
@@ -159,7 +163,9 @@ class Boundary:
         applied = self._adapter.step_was_applied
         if not applied:
             self._reporter.add_skipped_step()
-        if self._handed_to_skip or not (applied or self._searched):
+        if applied:
+            self._proven_scale = max(self._proven_scale, self._falling_scale or 0.0)
+        if self._handed_to_skip or not (applied or self._falling_scale is not None):
             self._num_skips += 1
         else:
             self._num_skips, self._has_stepped = 0, True
@@ -324,7 +330,10 @@ class Boundary:
     def _carry_out(self, decision: Decision, unmended: tuple[Detection, ...]) -> None:
         if decision.action in (Action.CONTINUE, Action.CORRECTED):
             # A step that goes on although something is not finite will be skipped by DeepSpeed, or should have been.
-            self._handed_to_skip = any(detection.kind in _NON_FINITE for detection in unmended)
+            is_non_finite = any(detection.kind in _NON_FINITE for detection in unmended)
+            self._handed_to_skip = is_non_finite and not (
+                self._falling_scale is not None and scaler_will_skip(unmended)
+            )
             shadowed = decision.outcome is Outcome.SHADOWED
             self._conclude(decision, Outcome.SHADOWED if shadowed else Outcome.SUCCEEDED)
             return

@@ -90,6 +90,16 @@ def test_the_search_for_a_loss_scale_is_not_disturbed(results: Results, stage: s
     assert all(search[stage]["roots"] == [] for search in searches)
 
 
+def test_an_overflow_at_a_scale_that_worked_is_tried_again(results: Results) -> None:
+    overflows = results.get("overflow_at_a_proven_scale")
+    if overflows is None:
+        pytest.skip("this CPU does not compute in fp16")
+    result = overflows[0]
+    assert result["equal"], "DeepSpeed alone would have skipped the step and lowered the scale"
+    assert result["scales_equal"]
+    assert result["rules"] == ["replay", "replayed-clean"]
+
+
 def test_shadow_mode_records_and_does_nothing(results: Results) -> None:
     result = results["shadow"][0]
     assert result["equal"], "the same as without protection, fault and all"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -239,7 +240,16 @@ def scale_search() -> dict[str, Any]:
     return results
 
 
-def build_searching(case: Case) -> Any:
+def overflow_at_a_proven_scale() -> dict[str, Any]:
+    case = Case(name="overflow", precision="fp16", zero=2)
+    build = functools.partial(build_searching, scale_power=10)
+    stock = train(case, build=build)
+    struck = train(case, build=build, settings=CHECKSUM, faults=fault(3, "gradient", "inf"))
+    same = is_equal(stock.scales, struck.scales)
+    return {"equal": is_equal(stock.state, struck.state), "scales_equal": same, **struck.report()}
+
+
+def build_searching(case: Case, scale_power: int = 24) -> Any:
     torch.manual_seed(1234)
     model = Model()
     config = {
@@ -247,7 +257,7 @@ def build_searching(case: Case) -> Any:
         "gradient_accumulation_steps": case.accumulation,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "zero_optimization": {"stage": case.zero},
-        "fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 2, "hysteresis": 1},
+        "fp16": {"enabled": True, "initial_scale_power": scale_power, "loss_scale_window": 2, "hysteresis": 1},
         "steps_per_print": 1_000_000,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -366,6 +376,8 @@ def put_back() -> dict[str, Any]:
     return {"left_over": guarded.directory_of_engine, **guarded.report()}
 
 
+NEED_FP16 = ("scale_search", "overflow_at_a_proven_scale")
+
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "unprotected_fault": unprotected_fault,
     "fail_open": fail_open,
@@ -375,6 +387,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "nan_once": nan_once,
     "nan_for_good": nan_for_good,
     "scale_search": scale_search,
+    "overflow_at_a_proven_scale": overflow_at_a_proven_scale,
     "shadow": shadow,
     "stop": lambda: ordered(Orders(stop_code=75, reason="asked by an operator")),
     "restart": lambda: ordered(Orders(restart=True, reason="a node is gone")),
@@ -391,7 +404,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> None:
     dist.init_process_group("gloo")
     for name, scenario in SCENARIOS.items():
-        if ARGUMENTS.only not in name or (name == "scale_search" and not computes_fp16()):
+        if ARGUMENTS.only not in name or (name in NEED_FP16 and not computes_fp16()):
             continue
         result = {"scenario": name, "rank": dist.get_rank(), **scenario()}
         every: list[Any] = [None, None]
