@@ -18,11 +18,16 @@ class LaunchError(Exception):
     """The launch did not end well; one line says how."""
 
 
+class Aborted(LaunchError):
+    """A rank died of SIGABRT."""
+
+
 def launch(words: list[str], directory: Path) -> None:
     """Run `deepspeed --master_port <a free one> <words>` in `directory`.
 
     Raises:
-        LaunchError: it failed or took too long.
+        Aborted: a rank ended with SIGABRT.
+        LaunchError: it failed otherwise, or took too long.
     """
     port = _free_port()
     command = ["deepspeed", "--master_port", str(port), *words]
@@ -37,6 +42,8 @@ def launch(words: list[str], directory: Path) -> None:
     finally:
         _end_group(process)
         remove_buffers([("127.0.0.1", port)])  # plain DeepSpeed leaves its own
+    if exit_code == -signal.SIGABRT & 0xFF:
+        raise Aborted("a rank aborted")
     if exit_code != 0:
         raise LaunchError(f"the launch ended with exit code {exit_code}")
 

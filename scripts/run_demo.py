@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launching import LaunchError, launch
+from launching import Aborted, LaunchError, launch
 
 FILES = Path(__file__).parent / "demo_gpt"
 
@@ -38,7 +38,15 @@ def train(launch_options: list[str], directory: Path, checkpoints: Path, *, step
     words += ["--deepspeed_config", str(FILES / "ds_config.json"), "--save_dir", str(checkpoints)]
     words += ["--steps", str(steps)]
     started_at = time.monotonic()
-    launch(words, directory)
+    try:
+        launch(words, directory)
+    except Aborted:
+        # gloo's threads may abort an interpreter that shuts down (torch 2.13). Plain DeepSpeed calls that a failure;
+        # what the run was for is done once it has saved its last checkpoint.
+        latest = checkpoints / "latest"
+        if not latest.is_file() or latest.read_text(encoding="utf-8").strip() != f"global_step{steps}":
+            raise
+        print("a rank aborted after it had saved the last checkpoint; the checkpoint counts")
     return time.monotonic() - started_at
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,5 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     deepspeed.comm.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort an interpreter that shuts down (torch 2.13)

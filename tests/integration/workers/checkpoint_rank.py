@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import numpy
 import torch
+from ending import leave
 
 from resilience.config import CheckpointConfig, Config
 from resilience.context import RunContext
@@ -162,10 +163,7 @@ def main() -> None:
     result["facts"] = recorder.facts
     Path(settings["result"].format(rank=os.environ["RANK"])).write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
-    # A thread of gloo may still let go of a finished all-gather's tensors, for which it takes the GIL: during the
-    # interpreter's finalisation that aborts the process (torch 2.13).
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from ending import leave
 from matrix_cases import CASES, Case
 from torch import nn
 
@@ -259,6 +260,7 @@ def main() -> None:
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

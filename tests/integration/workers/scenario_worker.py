@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
+from ending import leave
 from matrix_cases import Case
 from matrix_worker import build_engine, computes_fp16, is_equal, state_of, train_step
 
@@ -414,6 +415,7 @@ def main() -> None:
                 file.writelines(json.dumps(line) + "\n" for line in every)
     with contextlib.suppress(RuntimeError):
         dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
