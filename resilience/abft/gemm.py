@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["GEMM_OPERATORS", "Gemm", "parse_gemm"]
+__all__ = ["GEMM_OPERATORS", "Gemm", "parse_gemm", "unchecked_reason"]
 
 GEMM_OPERATORS = (
     "mm",
@@ -65,11 +65,13 @@ def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
     An addend that the call overwrites is copied first. Integer and complex products, and empty ones, are not checked.
     """
-    base, _, form = operator.partition(".")
-    with_addend = base.startswith(("addmm", "baddbmm"))
-    left, right = args[1:3] if with_addend else args[0:2]
+    left, right = _operands(operator, args)
     if left.dtype not in _CHECKED_DTYPES or left.numel() == 0 or right.numel() == 0:
         return None
+    if left.dim() != right.dim() or left.dim() < 2:
+        return None  # the operator itself will say what is wrong
+    base, _, form = operator.partition(".")
+    with_addend = _has_addend(base)
     target = args[0] if base.endswith("_") else kwargs.get("out") if form == "out" else None
     repeatable = target is None or not (_overlap(target, left) or _overlap(target, right))
     if not with_addend:
@@ -85,6 +87,27 @@ def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return Gemm(
         left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=repeatable and same
     )
+
+
+def unchecked_reason(operator: str, args: tuple[Any, ...]) -> str:
+    """Why `parse_gemm` returned None."""
+    left, right = _operands(operator, args)
+    if left.dtype.is_complex:
+        return "complex product"
+    if left.dtype not in _CHECKED_DTYPES:
+        return f"product of {left.dtype}"
+    if left.numel() == 0 or right.numel() == 0:
+        return "empty product"
+    return "operands that do not fit"
+
+
+def _operands(operator: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = args[1:3] if _has_addend(operator) else args[0:2]
+    return left, right
+
+
+def _has_addend(operator: str) -> bool:
+    return operator.startswith(("addmm", "baddbmm"))
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

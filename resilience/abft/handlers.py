@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from resilience.abft import checksum
-from resilience.abft.gemm import Gemm, parse_gemm
+from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
 from resilience.abft.mend import repeat_until_clean, restore_overwritten
 from resilience.abft.probabilities import confirm_softmax, screen_softmax
@@ -74,6 +74,7 @@ class GemmHandlers:
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             gemm = parse_gemm(operator, args, kwargs)
             if gemm is None:
+                context.record.count_unprotected(unchecked_reason(operator, args))
                 return original(*args, **kwargs)
             label = context.labels.gemm(gemm)
             if label.site == "attention.dq":

@@ -18,6 +18,7 @@ from resilience.abft.handlers import Context, GemmHandlers, Injector, softmax_ha
 from resilience.abft.labels import Labels
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
+from resilience.abft.unprotected import add_counters
 from resilience.clock import Clock, SystemClock
 from resilience.config import DetectionConfig
 
@@ -59,6 +60,7 @@ class Protection:
             self._seam.add("_softmax", softmax_handler(context))
             for operator in GEMM_OPERATORS:
                 self._seam.add(operator, self._gemms.handler(operator))
+            add_counters(self._seam, self._record.count_unprotected)
 
     def install(self) -> None:
         """Put the overrides in place. They do nothing until `active()`."""
@@ -109,6 +111,10 @@ class Protection:
     def checks(self) -> dict[str, int]:
         """How many operations of each site were checked since the process began."""
         return dict(self._record.checks)
+
+    def unprotected(self) -> dict[str, int]:
+        """How many operations that multiply matrices ran unchecked, by reason, since the process began."""
+        return dict(self._record.unprotected)
 
     def residual_sample(self) -> list[float]:
         """Residual ÷ threshold of up to 64 clean operations since the last call, drawn uniformly."""

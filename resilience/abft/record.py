@@ -46,6 +46,8 @@ class Record:
         self._random = random.Random(0)
         self.checks: Counter[str] = Counter()
         """Operations checked, by site."""
+        self.unprotected: Counter[str] = Counter()
+        """Operations that multiply matrices and ran unchecked, by reason; calls beyond `share` are not among them."""
         self.check_seconds = 0.0
         """Time spent in checks and repairs."""
 
@@ -58,6 +60,10 @@ class Record:
                 return False
         self.checks[site] += 1
         return True
+
+    def count_unprotected(self, reason: str) -> None:
+        """Note an operation that no check understands."""
+        self.unprotected[reason] += 1
 
     @contextmanager
     def timed(self) -> Iterator[float]:

@@ -92,11 +92,19 @@ class Seam:
         self._library: Any = None
         self._handlers: dict[tuple[str, str], Handler] = {}
 
-    def add(self, operator: str, handler: Handler, *, keys: tuple[str, ...] = ("CPU", "CUDA")) -> None:
-        """Put `handler` in front of `aten::<operator>` at those backend keys of `keys` that have a kernel for it."""
+    def add(
+        self, operator: str, handler: Handler, *, keys: tuple[str, ...] = ("CPU", "CUDA"), inherited: bool = False
+    ) -> None:
+        """Put `handler` in front of `aten::<operator>` at those backend keys of `keys` that have a kernel for it.
+
+        With `inherited`, also where the kernel is one for all backends.
+        """
         assert self._library is None, "add overrides before install"
+        name = f"aten::{operator}"
         for key in keys:
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", key):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, key) or (
+                inherited and torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
+            ):
                 self._handlers[operator, key] = handler
 
     @property
