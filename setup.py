@@ -1,6 +1,8 @@
-"""Adds one file to what pyproject.toml describes: the `.pth` line that arms `resilience._boot` at interpreter start.
+"""Adds two things to what pyproject.toml describes, for which setuptools has no declarative way.
 
-Setuptools has no declarative way to place a file beside the packages, in wheels and in editable installs alike.
+The packages, because those in the folder `kernels` at the top ship inside `resilience.kernels`. And one file beside
+the packages, in wheels and in editable installs alike: the `.pth` line that arms `resilience._boot` at interpreter
+start.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -39,4 +41,21 @@ class EditableWheelWithPth(editable_wheel):
         return outputs
 
 
-setup(cmdclass={"build_py": BuildWithPth, "editable_wheel": EditableWheelWithPth})
+# Each folder of kernels/ with an __init__.py. The folder itself has none: the name `kernels` is another project's.
+KERNELS = find_packages("kernels")
+
+SWEEP = Extension(
+    "resilience.kernels._sweep",
+    ["resilience/kernels/_sweep.c"],
+    depends=["resilience/kernels/_sweep_lanes.h"],
+    # -O3 unrolls the small loops into registers; nothing that would let NaN and INF get lost.
+    extra_compile_args=["-O3"],
+    py_limited_api=True,
+    optional=True,
+)
+
+setup(
+    cmdclass={"build_py": BuildWithPth, "editable_wheel": EditableWheelWithPth},
+    ext_modules=[SWEEP],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
