@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -55,6 +55,8 @@ SWEEP = Extension(
 )
 
 setup(
+    packages=[*find_packages(include=["resilience*"]), *(f"resilience.kernels.{name}" for name in KERNELS)],
+    package_dir={f"resilience.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in KERNELS},
     cmdclass={"build_py": BuildWithPth, "editable_wheel": EditableWheelWithPth},
     ext_modules=[SWEEP],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
