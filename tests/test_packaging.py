@@ -14,6 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PTH = "deepspeed_resilience.pth"
+COMPILED = "resilience/kernels/_sweep.abi3.so"
+SOURCE_SUFFIXES = {".c", ".h", ".so"}
+"""What the compiled kernel is made from, and what a build leaves in the tree."""
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -33,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / entry, source)
     for folder in ("resilience", "kernels"):
         if (ROOT / folder).is_dir():
-            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", directory, source)
     (built,) = directory.glob("*.whl")
@@ -59,15 +62,17 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     tree = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "resilience").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in SOURCE_SUFFIXES
     }
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     content = {name for name in names if ".dist-info/" not in name}
-    kernels = {name for name in content if name.startswith("resilience/kernels/")} - tree
+    assert COMPILED in content
+    assert wheel.name.split("-")[2:4] == ["cp311", "abi3"], "one wheel serves every Python from 3.11 on"
+    kernels = {name for name in content if name.startswith("resilience/kernels/")} - tree - {COMPILED}
     for name in kernels:  # mapped into the package from the top-level folder
         assert (ROOT / name.removeprefix("resilience/")).is_file(), name
-    assert content - kernels == tree | {PTH}
+    assert content - kernels == tree | {PTH, COMPILED}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

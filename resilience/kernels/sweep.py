@@ -2,14 +2,21 @@
 
 The checks are bound by memory, so each tensor is read once. On a CPU a compiled kernel does it (`_sweep.c`); where that
 was not built, for other devices and for strides that it does not know, products of torch do, with the same results
-within round-off. No state, no thresholds, no gradients.
+within round-off. No thresholds, no knowledge of sites or steps, no gradients.
 """
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+try:
+    from resilience.kernels import _sweep as _compiled
+except ImportError:  # built without a C compiler
+    _compiled = None  # type: ignore[assignment]
 
 __all__ = ["MAX_COLUMNS", "Sweep", "is_compiled", "sweep"]
 
@@ -17,6 +24,8 @@ MAX_COLUMNS = 8
 """Weight vectors a side that one sweep takes."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_NONE: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())
+"""Address, shape and strides of weights that are not there."""
 
 
 class Sweep(NamedTuple):
@@ -30,26 +39,77 @@ class Sweep(NamedTuple):
 
 def is_compiled() -> bool:
     """Whether the compiled kernel is in use for CPU tensors."""
-    return False
+    return _compiled is not None
 
 
 def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.Tensor | None = None) -> Sweep:
     """Sums of the rows of `matrix` under each column of `right`, and of its columns under each column of `left`.
 
     Args:
-        matrix: (m, n) or (b, m, n), float32 or bfloat16, of any strides.
+        matrix: (m, n) or (b, m, n), float32 or bfloat16, of any strides; fastest if its rows or its columns lie
+            contiguous.
         right: (n, c), or (b, n, c) for one set a matrix; float32, c ≤ 8.
         left: (m, c'), or (b, m, c') for one set a matrix; float32, c' ≤ 8.
 
     Returns:
-        The sums in float32, of products and partial sums in float32; NaN and INF propagate. No gradient flows.
+        The sums in float32, of products and partial sums in float32; NaN and INF propagate. No gradient flows. The
+        compiled kernel's bits depend on shapes, strides and the processor's instruction set, not on the number of
+        threads.
     """
+    if _compiled is not None and matrix.is_cpu and not matrix.is_neg():
+        swept = _swept(matrix, right, left)
+        if swept is not None:
+            return swept
     assert matrix.dtype in _DTYPES, matrix.dtype
     assert matrix.dim() in (2, 3), matrix.shape
     with torch.no_grad():
         rows = None if right is None else _products(matrix, right)
         columns = None if left is None else _products(matrix.mT, left)
     return Sweep(rows, columns)
+
+
+def _swept(matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None) -> Sweep | None:
+    """The sums by the compiled kernel; None for what it does not take. It runs on every small product of a step, so it
+    asks each tensor as little as possible; shapes are compared in C.
+    """
+    dtype, shape = matrix.dtype, matrix.shape
+    if dtype not in _DTYPES:
+        return None
+    rows = columns = None
+    from_rows = from_columns = _NONE
+    to_rows = to_columns = 0
+    if right is not None:
+        if right.dtype != torch.float32 or not right.is_cpu:
+            return None
+        rows = _empty_sums(shape[:-2], shape[-2], right.shape[-1])
+        from_rows, to_rows = (right.data_ptr(), right.shape, right.stride()), rows.data_ptr()
+    if left is not None:
+        if left.dtype != torch.float32 or not left.is_cpu:
+            return None
+        columns = _empty_sums(shape[:-2], shape[-1], left.shape[-1])
+        from_columns, to_columns = (left.data_ptr(), left.shape, left.stride()), columns.data_ptr()
+    threads = torch.get_num_threads()
+    done = _compiled.sweep(
+        matrix.data_ptr(),
+        shape,
+        matrix.stride(),
+        dtype is torch.bfloat16,
+        *from_rows,
+        *from_columns,
+        to_rows,
+        to_columns,
+        _GOMP_PARALLEL,
+        threads,
+    )
+    return Sweep(rows, columns) if done else None
+
+
+def _empty_sums(batch: tuple[int, ...], length: int, count: int) -> torch.Tensor:
+    """Memory for (length, count) or (b, length, count) sums, each vector of `length` contiguous."""
+    if batch:
+        size, stride = (batch[0], length, count), (length * count, 1, length)
+        return torch.empty_strided(size, stride, dtype=torch.float32)
+    return torch.empty_strided((length, count), (1, length), dtype=torch.float32)
 
 
 def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -70,3 +130,20 @@ def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         sums = torch.mm(weights.mT, matrix.view(-1, num_columns).mT)
         return sums.view(-1, num_matrices, num_rows).permute(1, 2, 0).float()
     return torch.bmm(weights.mT.expand(matrix.shape[0], -1, -1), matrix.mT).mT.float()
+
+
+def _gomp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP library that torch computes with, 0 without one.
+
+    So the threads are torch's: a second pool would fight with it for the cores.
+    """
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    try:
+        # A look-up in a loaded library goes on in those that it was linked with.
+        function = ctypes.CDLL(str(libraries[0])).GOMP_parallel
+    except (IndexError, OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+_GOMP_PARALLEL = _gomp_parallel() if _compiled is not None else 0

@@ -1,0 +1,488 @@
+/* The compiled form of sweep.py: weighted sums of a matrix's rows and columns in one pass over its memory.
+ *
+ * Knows addresses, sizes and strides only: neither torch's headers nor an OpenMP library are needed to build it, and one
+ * build serves every Python from 3.11 on. Threads are torch's own: sweep.py passes the address of GOMP_parallel in the
+ * library that torch loaded.
+ *
+ * The matrix is cut into units by its shape alone: chunks of rows by groups of columns, for every matrix of a batch.
+ * Units are independent; whoever finishes the last unit of a chunk (or group) adds up its partial sums in their order.
+ * So the bits of the result depend on shape, strides and instruction set, not on the number of threads.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__GNUC__)
+#error "vector extensions of GCC and Clang are used; without them the package falls back to torch"
+#endif
+
+enum {
+    ROWS = 4,           /* of a group; every weight loaded serves them all */
+    TILE = 1024,        /* columns whose weights and sums stay in the first-level cache */
+    PANEL = 128,        /* rows after which sums of columns are added to their totals */
+    MAX_COLUMNS = 8,    /* weight vectors a side */
+    MAX_WIDE = 4,       /* of them in one pass over a group in the cache */
+    MAX_WHOLE = 4096,   /* columns that make one group; wider matrices are cut */
+    GROUP_WIDTH = 2048, /* columns of a group of a wide matrix */
+    ENOUGH_UNITS = 64,  /* a matrix is cut into no more than about so many */
+    SMALL = 1 << 16,    /* elements up to which threads and releasing the GIL cost more than they bring */
+    MAX_KEPT = 1 << 24, /* bytes of scratch memory that are kept for the next call */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4")
+#define GROUP_ARGUMENTS                                                                                                \
+    const void *const *rows, const void *const *later, ptrdiff_t width, const float *right, const float *left,        \
+        float *row_sums, float *column_sums
+typedef void group_function(GROUP_ARGUMENTS);
+
+#define LANES 4
+#define TARGET
+#define NAME(x) x##_plain
+#include "_sweep_lanes.h"
+#undef LANES
+#undef TARGET
+#undef NAME
+
+#if defined(__x86_64__)
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma")))
+#define NAME(x) x##_avx2
+#include "_sweep_lanes.h"
+#undef LANES
+#undef TARGET
+#undef NAME
+
+#define LANES 16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define NAME(x) x##_avx512
+#include "_sweep_lanes.h"
+#undef LANES
+#undef TARGET
+#undef NAME
+#endif
+
+typedef group_function *const group_table[MAX_WIDE + 1][MAX_WIDE + 1];
+
+static const struct {
+    const char *name;
+    group_table *tables;
+    int lanes;
+} INSTRUCTION_SETS[] = {
+    {"plain", groups_plain, 4},
+#if defined(__x86_64__)
+    {"avx2", groups_avx2, 8},
+    {"avx512", groups_avx512, 16},
+#endif
+};
+static int instruction_set;
+
+/* Number of the best instruction set that this processor and its operating system have. */
+static int best_instruction_set(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+/* Weights of one side: any strides, in elements. */
+typedef struct {
+    const float *data;
+    ptrdiff_t batch, element, vector;
+    int count;
+} weights;
+
+/* Sums of one side: `count` contiguous vectors of `length` for every matrix. `parts` such blocks stand in scratch memory
+ * until they are added up; one part is written in place. */
+typedef struct {
+    float *out, *scratch;
+    ptrdiff_t length, parts;
+    int count;
+    int *open; /* for every matrix and piece of `length`: parts that are not there yet */
+} sums;
+
+typedef struct {
+    const char *data;
+    ptrdiff_t batches, num_rows, num_columns, batch_bytes, row_bytes;
+    int size; /* bytes of an element: 4 for float32, 2 for bfloat16 */
+    weights right, left;
+    sums rows, columns;
+    ptrdiff_t chunk, chunks, width, groups;
+    ptrdiff_t next_unit;
+    group_table *table;
+    int lanes;
+} job;
+
+static const float NOTHING[TILE];
+
+static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+
+/* Where part `part` of the sums of matrix `batch` stands. */
+static float *place(const sums *side, ptrdiff_t batch, ptrdiff_t part)
+{
+    ptrdiff_t block = side->length * side->count;
+    return side->parts == 1 ? side->out + batch * block : side->scratch + (batch * side->parts + part) * block;
+}
+
+/* Adds up all parts of elements [begin, end) in their order, if this was the last part. */
+static void finish(const sums *side, ptrdiff_t batch, ptrdiff_t piece, ptrdiff_t pieces, ptrdiff_t begin, ptrdiff_t end)
+{
+    if (side->count == 0 || side->parts == 1 ||
+        __atomic_sub_fetch(&side->open[batch * pieces + piece], 1, __ATOMIC_ACQ_REL) > 0)
+        return;
+    for (int c = 0; c < side->count; c++) {
+        float *out = side->out + (batch * side->count + c) * side->length;
+        const float *part = place(side, batch, 0) + c * side->length;
+        memcpy(out + begin, part + begin, (end - begin) * sizeof *out);
+        for (ptrdiff_t number = 1; number < side->parts; number++) {
+            part += side->length * side->count;
+            for (ptrdiff_t i = begin; i < end; i++)
+                out[i] += part[i];
+        }
+    }
+}
+
+/* A tile of weights as the groups read them: contiguous, filled up with zeros to whole vectors. */
+static void pack(float *packed, const weights *from, ptrdiff_t batch, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t padded)
+{
+    for (int c = 0; c < from->count; c++) {
+        const float *source = from->data + batch * from->batch + begin * from->element + c * from->vector;
+        float *target = packed + c * TILE;
+        if (from->element == 1)
+            memcpy(target, source, count * sizeof *target);
+        else
+            for (ptrdiff_t i = 0; i < count; i++)
+                target[i] = source[i * from->element];
+        for (ptrdiff_t i = count; i < padded; i++)
+            target[i] = 0.0f;
+    }
+}
+
+/* One group by all weight vectors, a few at a time. */
+static void sweep_group(const job *work, const void *const *rows, const void *const *later, ptrdiff_t width,
+                        const float *right, const float *left, float *row_sums, float *column_sums)
+{
+    int r = 0, l = 0;
+    while (r < work->right.count || l < work->left.count) {
+        int rights = work->right.count - r, lefts = work->left.count - l;
+        int most = rights > 0 && lefts > 0 ? MAX_WIDE / 2 : MAX_WIDE;
+        rights = rights < most ? rights : most;
+        lefts = lefts < most ? lefts : most;
+        (*work->table)[rights][lefts](rows, later, width, right + r * TILE, left + l, row_sums + r, column_sums + l * TILE);
+        r += rights;
+        l += lefts;
+    }
+}
+
+/* Rows [begin, end), at most PANEL of them, by columns [from, from + width), at most TILE. */
+static void sweep_panel(const job *work, ptrdiff_t batch, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t from,
+                        ptrdiff_t width, const float *right, float *row_sums, int first, float *column_sums)
+{
+    ptrdiff_t whole = width / work->lanes * work->lanes, rest = (width - whole) * work->size;
+    char edge[ROWS][64] __attribute__((aligned(64)));
+    for (ptrdiff_t at = begin; at < end; at += ROWS) {
+        const void *rows[ROWS], *later[ROWS], *edges[ROWS];
+        float left[ROWS][MAX_COLUMNS] = {{0}}, found[ROWS][MAX_COLUMNS] = {{0}};
+        for (int i = 0; i < ROWS; i++) {
+            ptrdiff_t row = at + i;
+            edges[i] = edge[i];
+            if (row >= end) { /* zeros for rows that are not there */
+                rows[i] = later[i] = NOTHING;
+                if (rest)
+                    memset(edge[i], 0, 64);
+                continue;
+            }
+            const char *start = work->data + batch * work->batch_bytes + row * work->row_bytes + from * work->size;
+            rows[i] = start;
+            later[i] = row + ROWS < end ? start + ROWS * work->row_bytes : start;
+            for (int c = 0; c < work->left.count; c++)
+                left[i][c] = work->left.data[batch * work->left.batch + row * work->left.element + c * work->left.vector];
+            if (rest) {
+                memset(edge[i], 0, 64);
+                memcpy(edge[i], start + whole * work->size, rest);
+            }
+        }
+        if (whole)
+            sweep_group(work, rows, later, whole, right, left[0], found[0], column_sums);
+        if (rest)
+            sweep_group(work, edges, edges, work->lanes, right + whole, left[0], found[0], column_sums + whole);
+        for (int c = 0; c < work->right.count; c++)
+            for (int i = 0; i < ROWS && at + i < end; i++) {
+                float *sum = row_sums + c * work->rows.length + at + i;
+                *sum = first ? found[i][c] : *sum + found[i][c];
+            }
+    }
+}
+
+/* One chunk of rows by one group of columns. */
+static void sweep_unit(const job *work, ptrdiff_t batch, ptrdiff_t chunk, ptrdiff_t group)
+{
+    float right[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
+    float panel_sums[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
+    ptrdiff_t row_end = least((chunk + 1) * work->chunk, work->num_rows);
+    ptrdiff_t group_begin = group * work->width, group_end = least(group_begin + work->width, work->num_columns);
+    float *row_sums = work->right.count ? place(&work->rows, batch, group) : NULL;
+    float *column_sums = work->left.count ? place(&work->columns, batch, chunk) : NULL;
+    for (ptrdiff_t from = group_begin; from < group_end; from += TILE) {
+        ptrdiff_t width = least(TILE, group_end - from), padded = ceiling(width, work->lanes) * work->lanes;
+        pack(right, &work->right, batch, from, width, padded);
+        for (ptrdiff_t begin = chunk * work->chunk; begin < row_end; begin += PANEL) {
+            int first = begin == chunk * work->chunk;
+            for (int c = 0; c < work->left.count; c++)
+                memset(panel_sums + c * TILE, 0, padded * sizeof *panel_sums);
+            sweep_panel(work, batch, begin, least(begin + PANEL, row_end), from, width, right, row_sums,
+                        from == group_begin, panel_sums);
+            for (int c = 0; c < work->left.count; c++) {
+                float *totals = column_sums + c * work->columns.length + from;
+                const float *added = panel_sums + c * TILE;
+                if (first)
+                    memcpy(totals, added, width * sizeof *totals);
+                else
+                    for (ptrdiff_t i = 0; i < width; i++)
+                        totals[i] += added[i];
+            }
+        }
+    }
+    finish(&work->rows, batch, chunk, work->chunks, chunk * work->chunk, row_end);
+    finish(&work->columns, batch, group, work->groups, group_begin, group_end);
+}
+
+/* What every thread runs: units, until none is left. */
+static void run(void *data)
+{
+    job *work = data;
+    ptrdiff_t units = work->batches * work->chunks * work->groups;
+    for (;;) {
+        ptrdiff_t unit = __atomic_fetch_add(&work->next_unit, 1, __ATOMIC_RELAXED);
+        if (unit >= units)
+            return;
+        sweep_unit(work, unit / work->groups / work->chunks, unit / work->groups % work->chunks, unit % work->groups);
+    }
+}
+
+/* Cuts the matrix into units, by its shape alone. */
+static void plan(job *work)
+{
+    work->width = work->num_columns <= MAX_WHOLE ? work->num_columns : GROUP_WIDTH;
+    work->groups = ceiling(work->num_columns, work->width);
+    ptrdiff_t wanted = ceiling(ENOUGH_UNITS, work->groups * work->batches);
+    work->chunk = ceiling(ceiling(work->num_rows, wanted), PANEL) * PANEL;
+    work->chunks = ceiling(work->num_rows, work->chunk);
+    work->rows.length = work->num_rows;
+    work->rows.parts = work->groups;
+    work->rows.count = work->right.count;
+    work->columns.length = work->num_columns;
+    work->columns.parts = work->chunks;
+    work->columns.count = work->left.count;
+}
+
+/* Scratch memory stays for the next call: fresh pages would cost more than the sums in them. Guarded by the GIL. */
+static void *kept_memory;
+static size_t kept_size;
+
+static void *take_scratch(size_t *size)
+{
+    if (kept_memory == NULL || kept_size < *size)
+        return malloc(*size);
+    void *memory = kept_memory;
+    *size = kept_size;
+    kept_memory = NULL;
+    return memory;
+}
+
+static void give_back_scratch(void *memory, size_t size)
+{
+    if (size > MAX_KEPT || (kept_memory != NULL && kept_size >= size)) {
+        free(memory);
+        return;
+    }
+    free(kept_memory);
+    kept_memory = memory;
+    kept_size = size;
+}
+
+static size_t scratch_size(const sums *side, ptrdiff_t batches)
+{
+    return side->parts > 1 ? (size_t)(batches * side->parts * side->count * side->length) * sizeof(float) : 0;
+}
+
+static void set_counters(int *counters, ptrdiff_t count, ptrdiff_t value)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        counters[i] = (int)value;
+}
+
+typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
+
+/* Runs the job; called with the GIL held. Returns -1 where memory is short. */
+static int execute(job *work, parallel_function *parallel, unsigned threads)
+{
+    size_t row_bytes = scratch_size(&work->rows, work->batches);
+    size_t column_bytes = scratch_size(&work->columns, work->batches);
+    ptrdiff_t row_counters = work->batches * work->chunks, column_counters = work->batches * work->groups;
+    size_t size = row_bytes + column_bytes + (size_t)(row_counters + column_counters) * sizeof(int);
+    char *memory = take_scratch(&size);
+    if (memory == NULL)
+        return -1;
+    work->rows.scratch = (float *)memory;
+    work->columns.scratch = (float *)(memory + row_bytes);
+    work->rows.open = (int *)(memory + row_bytes + column_bytes);
+    work->columns.open = work->rows.open + row_counters;
+    set_counters(work->rows.open, row_counters, work->groups);
+    set_counters(work->columns.open, column_counters, work->chunks);
+    if (work->batches * work->num_rows * work->num_columns <= SMALL) {
+        run(work);
+    } else {
+        Py_BEGIN_ALLOW_THREADS;
+        if (parallel != NULL && threads > 1)
+            parallel(run, work, threads, 0);
+        else
+            run(work);
+        Py_END_ALLOW_THREADS;
+    }
+    give_back_scratch(memory, size);
+    return 0;
+}
+
+/* Reads a tuple of `count` integers; 0 if it is not one. */
+static int read_tuple(PyObject *tuple, Py_ssize_t count, ptrdiff_t *values)
+{
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != count)
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        values[i] = (ptrdiff_t)PyLong_AsSsize_t(PyTuple_GetItem(tuple, i));
+    return !PyErr_Occurred();
+}
+
+static void *read_address(PyObject *number) { return (void *)(uintptr_t)PyLong_AsSize_t(number); }
+
+/* Weights from (address, shape, strides), for matrices with `length` of the elements; 0 if they do not fit. Address 0
+ * stands for none. */
+static int read_weights(PyObject *const *arguments, ptrdiff_t batches, Py_ssize_t dimensions, ptrdiff_t length,
+                        weights *found)
+{
+    ptrdiff_t shape[3] = {batches}, strides[3] = {0};
+    *found = (weights){.data = read_address(arguments[0])};
+    if (found->data == NULL)
+        return !PyErr_Occurred();
+    Py_ssize_t own = PyTuple_Check(arguments[1]) ? PyTuple_Size(arguments[1]) : 0;
+    if ((own != 2 && own != dimensions) || !read_tuple(arguments[1], own, shape + 3 - own) ||
+        !read_tuple(arguments[2], own, strides + 3 - own))
+        return 0;
+    if (shape[0] != batches || shape[1] != length || shape[2] < 1 || shape[2] > MAX_COLUMNS)
+        return 0;
+    found->batch = strides[0];
+    found->element = strides[1];
+    found->vector = strides[2];
+    found->count = (int)shape[2];
+    return 1;
+}
+
+PyDoc_STRVAR(sweep_doc,
+             "sweep(matrix, shape, strides, is_bfloat16, right, shape, strides, left, shape, strides, rows, columns,\n"
+             "      GOMP_parallel, threads) -> bool\n\n"
+             "Addresses as integers, 0 for none; strides in elements. Writes (b, c, m) sums of rows and (b, c', n) sums\n"
+             "of columns, contiguous float32. False, and nothing is done, for what it does not know.");
+
+static PyObject *sweep(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 14)
+        return PyErr_Format(PyExc_TypeError, "sweep takes 14 arguments, %zd were given", count);
+    ptrdiff_t shape[3] = {1, 0, 0}, strides[3] = {0, 0, 0};
+    Py_ssize_t dimensions = PyTuple_Check(arguments[1]) ? PyTuple_Size(arguments[1]) : 0;
+    job work = {.data = read_address(arguments[0]), .size = PyObject_IsTrue(arguments[3]) ? 2 : 4};
+    if ((dimensions != 2 && dimensions != 3) || !read_tuple(arguments[1], dimensions, shape + 3 - dimensions) ||
+        !read_tuple(arguments[2], dimensions, strides + 3 - dimensions) ||
+        !read_weights(arguments + 4, shape[0], dimensions, shape[2], &work.right) ||
+        !read_weights(arguments + 7, shape[0], dimensions, shape[1], &work.left))
+        goto refuse;
+    work.rows.out = read_address(arguments[10]);
+    work.columns.out = read_address(arguments[11]);
+    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(arguments[12]);
+    unsigned threads = (unsigned)PyLong_AsUnsignedLong(arguments[13]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (work.data == NULL || shape[0] < 1 || shape[1] < 1 || shape[2] < 1 || (!work.right.count && !work.left.count) ||
+        (work.right.count && work.rows.out == NULL) || (work.left.count && work.columns.out == NULL))
+        goto refuse;
+    int by_rows = strides[2] == 1 || shape[2] == 1, by_columns = strides[1] == 1 || shape[1] == 1;
+    if (!by_rows && !by_columns)
+        goto refuse;
+    if (by_columns && (!by_rows || shape[1] > shape[2])) { /* the transposed matrix lies by rows */
+        ptrdiff_t length = shape[1], stride = strides[1];
+        shape[1] = shape[2], shape[2] = length;
+        strides[1] = strides[2], strides[2] = stride;
+        weights side = work.right;
+        work.right = work.left, work.left = side;
+        float *out = work.rows.out;
+        work.rows.out = work.columns.out, work.columns.out = out;
+    }
+    work.batches = shape[0];
+    work.num_rows = shape[1];
+    work.num_columns = shape[2];
+    work.batch_bytes = strides[0] * work.size;
+    work.row_bytes = strides[1] * work.size;
+    work.table = &INSTRUCTION_SETS[instruction_set].tables[work.size == 2];
+    work.lanes = INSTRUCTION_SETS[instruction_set].lanes;
+    plan(&work);
+    if (execute(&work, parallel, threads) < 0)
+        return PyErr_NoMemory();
+    return PyBool_FromLong(1);
+refuse:
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(0);
+}
+
+PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
+
+static PyObject *use(PyObject *module, PyObject *name)
+{
+    (void)module;
+    for (int number = 0; number <= best_instruction_set(); number++)
+        if (PyUnicode_CompareWithASCIIString(name, INSTRUCTION_SETS[number].name) == 0) {
+            instruction_set = number;
+            return PyBool_FromLong(1);
+        }
+    return PyBool_FromLong(0);
+}
+
+PyDoc_STRVAR(instructions_doc, "instructions() -> str\n\nName of the instruction set in use.");
+
+static PyObject *instructions(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyUnicode_FromString(INSTRUCTION_SETS[instruction_set].name);
+}
+
+static PyMethodDef METHODS[] = {
+    {"sweep", (PyCFunction)(void (*)(void))sweep, METH_FASTCALL, sweep_doc},
+    {"use", use, METH_O, use_doc},
+    {"instructions", instructions, METH_NOARGS, instructions_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "resilience.kernels._sweep",
+    .m_doc = "Weighted sums of matrices in memory; see sweep.py.",
+    .m_size = -1,
+    .m_methods = METHODS,
+};
+
+PyMODINIT_FUNC PyInit__sweep(void)
+{
+    instruction_set = best_instruction_set();
+    return PyModule_Create(&MODULE);
+}
