@@ -29,6 +29,7 @@ __all__ = [
     "assign",
     "compare",
     "describe",
+    "is_loaded",
     "parse",
     "serialise",
     "visible",
@@ -37,8 +38,9 @@ __all__ = [
 SCHEMA_VERSION = 1
 ALGORITHM = "sha256"
 
-# DeepSpeed finds its files by pattern, so that a stray one among them would be loaded.
-_LOADED_SUFFIX = ".pt"
+# DeepSpeed finds its files in the tag's directory by pattern, so that a stray one among them would be loaded. Other
+# `.pt` files are the script's own, and what lies in a folder of their names belongs to another tag.
+_LOADED_SUFFIXES = ("model_states.pt", "optim_states.pt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,12 @@ class Problem:
     @property
     def fatal(self) -> bool:
         """Whether the checkpoint must not be loaded. A stray file counts only if DeepSpeed might load it."""
-        return self.kind is not ProblemKind.EXTRA or self.path.endswith(_LOADED_SUFFIX)
+        return self.kind is not ProblemKind.EXTRA or is_loaded(self.path)
+
+
+def is_loaded(path: str) -> bool:
+    """Whether DeepSpeed would load a file of this name from the tag's directory, wherever it came from."""
+    return "/" not in path and path.endswith(_LOADED_SUFFIXES)
 
 
 def serialise(manifest: Manifest) -> str:

@@ -5,13 +5,23 @@ Reads files as bytes only. Nothing here unpickles, and nothing writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from resilience.checkpoint.manifest import FileEntry, Manifest, Problem, ProblemKind, assign, compare, visible
+from resilience.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    Problem,
+    ProblemKind,
+    assign,
+    compare,
+    is_loaded,
+    visible,
+)
 from resilience.checkpoint.publish import FOLDER, MANIFEST, MARKER, hash_file, read_latest, read_manifest, read_marker
 from resilience.errors import CheckpointError
 
@@ -27,11 +37,13 @@ __all__ = [
     "is_tag_dir",
     "list_files",
     "locate",
+    "member_files",
     "verify",
 ]
 
 _OWN = {MANIFEST, MARKER}
 _TEMPORARY = f"{FOLDER}/.resilience-"
+_OFFLOADED = "offloaded_tensors"  # where DeepSpeed copies what it keeps on NVMe
 
 
 class State(enum.StrEnum):
@@ -94,8 +106,16 @@ def list_files(tag_dir: Path) -> dict[str, int]:
         relative = path.relative_to(tag_dir).as_posix()
         if relative in _OWN or relative.startswith(_TEMPORARY) or not path.is_file():
             continue
-        found[relative] = path.stat().st_size
+        with contextlib.suppress(FileNotFoundError):  # a script may be writing files of its own
+            found[relative] = path.stat().st_size
     return found
+
+
+def member_files(tag_dir: Path) -> dict[str, int]:
+    """Those of `list_files` that DeepSpeed or this package loads. The others are the script's own, or of a tag below
+    this one: that they change says nothing about the checkpoint."""
+    kept = (f"{FOLDER}/", f"{_OFFLOADED}/")
+    return {path: size for path, size in list_files(tag_dir).items() if is_loaded(path) or path.startswith(kept)}
 
 
 def verify(

@@ -20,7 +20,7 @@ from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import agree, attempt, broadcast, gather
 from resilience.checkpoint.manifest import FileEntry, Manifest, assign
 from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish
-from resilience.checkpoint.verify import list_files
+from resilience.checkpoint.verify import member_files
 from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
 from resilience.events import CheckpointKind
 
@@ -102,7 +102,7 @@ class Saver:
         (DeepSpeed's use_node_local_storage), the node's list among its ranks.
         """
         share, device = self._setting.share, self._setting.device
-        sizes = attempt(what, lambda: list_files(tag_dir) if share.leads or share.node is not None else {}, device)
+        sizes = attempt(what, lambda: member_files(tag_dir) if share.leads or share.node is not None else {}, device)
         if share.node is None:
             sizes = broadcast(sizes, device)
         mine = assign(sizes, share.index, share.count)

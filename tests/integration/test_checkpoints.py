@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilience.checkpoint.verify import inspect
 from tests.integration.harness import free_port, wait_for
 
 pytestmark = pytest.mark.integration
@@ -281,6 +282,21 @@ def test_each_node_s_own_storage_is_hashed_there(run: Ranks, tmp_path: Path) -> 
     assert all(entry["node"] for entry in manifest["files"].values())
     results = run(**common, loads=[{"dir": common["save_dir"]}])
     assert results[0]["loads"][0]["step"] == 1
+
+
+def test_a_script_s_own_files_beside_ours_may_change(run: Ranks, tmp_path: Path, two_saved: Path) -> None:
+    tag_dir = tmp_path / "ck" / "global_step2"
+    shutil.copytree(two_saved / "global_step2", tag_dir)
+    own = [tag_dir / name for name in ("trainer.pt", "notes.txt", f"global_step2/{MODEL}")]
+    own[-1].parent.mkdir()
+    for path in own:
+        path.write_text("first")
+    run(save_dir=str(tmp_path / "ck"), steps=2, saves=[2])  # the same tag again
+    assert MODEL in json.loads((tag_dir / "resilience" / "manifest.json").read_text())["files"]
+    for path in own:
+        path.write_text("second, longer")
+    (inspection,) = inspect(tag_dir, read_files=True)
+    assert inspection.good
 
 
 def test_shadow_mode_says_what_it_would_refuse_and_loads_it(run: Ranks, tmp_path: Path, two_saved: Path) -> None:

@@ -78,15 +78,19 @@ def test_every_difference_is_found_and_named() -> None:
         "resilience/random-rank-00000.json": FileEntry(size=3, digest="zz"),
         "mp_rank_01_model_states.pt": FileEntry(size=1, digest=""),
         "notes.txt": FileEntry(size=1, digest=""),
+        "other_tag/mp_rank_00_model_states.pt": FileEntry(size=1, digest=""),
+        "scripts_own.pt": FileEntry(size=1, digest=""),
     }
     problems = compare(MANIFEST, found)
     assert [(p.kind, p.path, p.fatal) for p in problems] == [
         (ProblemKind.MISSING, "mp_rank_00_model_states.pt", True),
         (ProblemKind.EXTRA, "mp_rank_01_model_states.pt", True),
         (ProblemKind.EXTRA, "notes.txt", False),
+        (ProblemKind.EXTRA, "other_tag/mp_rank_00_model_states.pt", False),
         (ProblemKind.CHECKSUM, "resilience/random-rank-00000.json", True),
+        (ProblemKind.EXTRA, "scripts_own.pt", False),
     ]
-    assert describe(problems) == "mp_rank_00_model_states.pt is missing (and 3 more)"
+    assert describe(problems) == "mp_rank_00_model_states.pt is missing (and 5 more)"
 
 
 def test_a_size_is_compared_before_a_checksum() -> None:
