@@ -27,13 +27,15 @@ import dataclasses
 import enum
 import itertools
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from resilience.abft.gemm import Gemm
+from resilience.events import Check
 
-__all__ = ["PROJECTIONS", "Label", "Labels"]
+__all__ = ["PROJECTIONS", "Label", "Labels", "Observer"]
 
 PROJECTIONS = {
     "attention.q": (
@@ -61,6 +63,12 @@ _PROJECTION_SITES = {name: site for site, names in PROJECTIONS.items() for name 
 _ATTENTION_WORDS = ("attention", "attn")
 _LINEAR_CLASSES = ("Linear", "Conv1D")
 _MAX_NODES = 1 << 16
+_MAX_CALLS = 1 << 12
+_COMPILED_NODE = "CompiledFunction"
+
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query (…, tq, d), key (…, tk, d) and value (…, tk, dv) of an attention."""
 
 
 class Label(NamedTuple):
@@ -68,6 +76,12 @@ class Label(NamedTuple):
 
     site: str
     layer: int
+
+
+Observer = Callable[[Label, int, Check], None]
+"""Told the label, the number of multiplications and the check of every matrix product, also of those that fused
+attention is made of.
+"""
 
 
 class _Phase(enum.Enum):
@@ -95,8 +109,11 @@ class _Forward:
     left_site: str
     right_site: str
     layer: int
-    m: int
-    n: int
+    m: int = 0
+    k: int = 0
+    n: int = 0
+    weight: int = 0
+    """Address of the weight, where that was what gave the operation its site."""
 
 
 class Labels:
@@ -105,15 +122,24 @@ class Labels:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._stack: list[_Frame] = []
-        self._nodes: dict[int, _Forward] = {}
+        self._linears: list[tuple[torch.nn.Module, str]] = []
+        self._weights: dict[int, str] | None = None
+        self._nodes: defaultdict[int, list[_Forward]] = defaultdict(list)
+        self._compiled_given: set[tuple[int, str, int]] = set()
         self._counters: Counter[str] = Counter()
         self._given: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
         self._recomputed: Counter[tuple[str, int]] = Counter()
         self._last_node: tuple[int, int] = (-1, 0)
+        self.observer: Observer | None = None
+        self.sequence = -1
+        """Number of the autograd node that the last product belongs to, in forward and in backward."""
+        self.is_left: bool | None = None
+        """Whether the last product is the gradient of its forward's left operand; None in forward."""
 
     def attach(self, model: torch.nn.Module) -> None:
         """Put hooks on the attentions and the linear modules of `model`."""
         self.detach()
+        self._hook_root(model)
         attentions = [name for name, module in model.named_modules() if _is_attention(module)]
         for name, module in model.named_modules():
             if _is_attention(module):
@@ -121,6 +147,7 @@ class Labels:
             elif type(module).__name__.endswith(_LINEAR_CLASSES):
                 inside = any(name.startswith(f"{attention}." if attention else "") for attention in attentions)
                 site = _PROJECTION_SITES.get(name.rpartition(".")[2].lower()) if inside else None
+                self._linears.append((module, site or "linear.out"))
                 self._hook(module, site or "linear.out")
 
     def detach(self) -> None:
@@ -128,14 +155,18 @@ class Labels:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._linears.clear()
         self._stack.clear()
+        self._weights = None
 
     def begin_micro_step(self) -> None:
         """Count layers from 0 again. Backward of earlier micro-steps keeps its labels."""
         self._counters.clear()
         self._given.clear()
         self._recomputed.clear()
+        self._compiled_given.clear()
         self._stack.clear()
+        self._weights = None
         for sequence in list(itertools.islice(self._nodes, max(0, len(self._nodes) - _MAX_NODES))):
             del self._nodes[sequence]
 
@@ -143,10 +174,17 @@ class Labels:
 
     def gemm(self, gemm: Gemm) -> Label:
         """The label of a product that is about to run."""
+        label = self._gemm(gemm)
+        if self.observer is not None:
+            self.observer(label, gemm.left.numel() * gemm.n, Check.CHECKSUM)
+        return label
+
+    def _gemm(self, gemm: Gemm) -> Label:
         node = self._backward_node()
         if node is not None:
             return self._backward_gemm(gemm, node)
-        site, linear = self._forward_site(gemm)
+        self.is_left = None
+        site, linear, weight = self._forward_site(gemm)
         layer = self._next(site)
         left, right, backward_layer = "matmul", "matmul", layer
         if linear:
@@ -155,7 +193,7 @@ class Labels:
             left, right = "attention.dq", "attention.dk"
         elif site == "attention.context":
             left, right = "attention.dp", "attention.dv"
-        self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.n))
+        self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.k, gemm.n, weight))
         return Label(site, layer)
 
     def softmax(self) -> Label | None:
@@ -164,44 +202,103 @@ class Labels:
         if frame is None or frame.site is not None:
             return None
         frame.phase = _Phase.NORMALISED
-        return Label("attention.probs", self._next("attention.probs"))
+        layer = self._next("attention.probs")
+        self._remember(_Forward("attention.ds", "attention.ds", layer))
+        return Label("attention.probs", layer)
 
-    def fused_attention(self) -> Label:
-        """The label of a fused attention that is about to run."""
+    def softmax_backward(self) -> Label | None:
+        """The label of a softmax's backward that is about to run; None where its forward had none."""
+        node = torch._C._current_autograd_node()
+        forwards = None if node is None else self._nodes.get(node._sequence_nr())
+        if not forwards or forwards[0].left_site != "attention.ds":
+            return None
+        return Label("attention.ds", forwards[0].layer)
+
+    def fused_attention(self, operands: Operands | None = None) -> Label:
+        """The label of a fused attention that is about to run; `operands` are there to be counted."""
         if self._stack and self._stack[-1].site is None:
             self._stack[-1].phase = _Phase.DONE
         layer = self._next("attention.context")
-        self._remember(_Forward("attention.dq", "attention.dk", layer, 0, 0))
+        self._remember(_Forward("attention.dq", "attention.dk", layer))
+        self._observe_fused(("attention.scores",), ("attention.context",), layer, operands)
         return Label("attention.context", layer)
 
-    def fused_attention_backward(self) -> int:
+    def fused_attention_backward(self, operands: Operands | None = None) -> int:
         """The layer of a fused attention's backward; −1 if its forward was not seen."""
-        node = torch._C._current_autograd_node()
-        forward = None if node is None else self._nodes.get(node._sequence_nr())
-        return -1 if forward is None else forward.layer
+        layer = self._fused_layer(torch._C._current_autograd_node())
+        # The scores are computed once more.
+        self._observe_fused(
+            ("attention.scores", "attention.dq", "attention.dk"), ("attention.dp", "attention.dv"), layer, operands
+        )
+        return layer
+
+    def _fused_layer(self, node: Any | None) -> int:
+        forwards = self._nodes.get(node._sequence_nr(), []) if node is not None else []
+        if node is None or not forwards:
+            return -1
+        if not node.name().startswith(_COMPILED_NODE):
+            return forwards[0].layer
+        sequence = node._sequence_nr()
+        for index, forward in reversed(list(enumerate(forwards))):
+            if forward.left_site == "attention.dq" and (sequence, "fused", index) not in self._compiled_given:
+                self._compiled_given.add((sequence, "fused", index))
+                return forward.layer
+        return -1
+
+    def _observe_fused(
+        self, over_keys: tuple[str, ...], over_values: tuple[str, ...], layer: int, operands: Operands | None
+    ) -> None:
+        if self.observer is None or operands is None:
+            return
+        query, key, value = operands
+        for sites, width in ((over_keys, query.shape[-1]), (over_values, value.shape[-1])):
+            for site in sites:
+                multiplications = query.shape[:-1].numel() * key.shape[-2] * width
+                self.observer(Label(site, layer), multiplications, Check.INVARIANT)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def _forward_site(self, gemm: Gemm) -> tuple[str, bool]:
-        """(site, whether it is a linear operation) by the innermost module."""
+    def _forward_site(self, gemm: Gemm) -> tuple[str, bool, int]:
+        """(site, whether it is a linear operation, address of its weight if it took that) by the innermost module."""
         frame = self._stack[-1] if self._stack else None
         if frame is None:
-            linear = gemm.left.dim() == 2 and _is_parameter(gemm.right)
-            return ("linear.out" if linear else "matmul"), linear
+            return self._site_without_module(gemm)
         if frame.site is not None:
-            return frame.site, True
+            return frame.site, True, 0
         if gemm.left.dim() == 2:
             if frame.phase in (_Phase.NORMALISED, _Phase.DONE):
-                return "attention.out", True
+                return "attention.out", True, 0
             frame.num_projections += 1
-            return ("attention.q", "attention.k", "attention.v")[min(frame.num_projections, 3) - 1], True
+            return ("attention.q", "attention.k", "attention.v")[min(frame.num_projections, 3) - 1], True, 0
         if frame.phase is _Phase.NORMALISED:
             frame.phase = _Phase.DONE
-            return "attention.context", False
+            return "attention.context", False, 0
         if frame.phase is _Phase.DONE:
-            return "matmul", False
+            return "matmul", False, 0
         frame.phase = _Phase.SCORED
-        return "attention.scores", False
+        return "attention.scores", False, 0
+
+    def _site_without_module(self, gemm: Gemm) -> tuple[str, bool, int]:
+        """Compiled code runs no modules; its operands are views that autograd does not know, but of known memory."""
+        if gemm.left.dim() != 2:
+            return "matmul", False, 0
+        address = gemm.right.data_ptr()
+        site = self._weight_sites().get(address)
+        if site is not None:
+            return site, True, address
+        linear = _is_parameter(gemm.right)
+        return ("linear.out" if linear else "matmul"), linear, address if linear else 0
+
+    def _weight_sites(self) -> dict[int, str]:
+        if self._weights is None:
+            # Parameters may move between micro-steps (ZeRO-3); a partitioned one has no elements.
+            weights = ((getattr(module, "weight", None), site) for module, site in self._linears)
+            self._weights = {
+                weight.data_ptr(): site
+                for weight, site in weights
+                if isinstance(weight, torch.Tensor) and weight.numel() > 0
+            }
+        return self._weights
 
     def _next(self, site: str) -> int:
         """The number of this call of `site`; the number of the first forward if it is a recomputation."""
@@ -218,8 +315,11 @@ class Labels:
 
     def _remember(self, forward: _Forward) -> None:
         # Autograd has made the operation's node before it calls the kernel. The first operation under a number keeps
-        # it: operations without a node (no_grad) come later under the same number.
-        self._nodes.setdefault(torch._C._autograd._get_sequence_nr() - 1, forward)
+        # it: operations without a node (no_grad) come later under the same number. A compiled graph is one node.
+        self.sequence = torch._C._autograd._get_sequence_nr() - 1
+        forwards = self._nodes[self.sequence]
+        if len(forwards) < _MAX_CALLS:
+            forwards.append(forward)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -233,11 +333,31 @@ class Labels:
         sequence = node._sequence_nr()
         num_calls = self._last_node[1] + 1 if self._last_node[0] == sequence else 0
         self._last_node = (sequence, num_calls)
-        forward = self._nodes.get(sequence)
-        if forward is None:
+        forwards = self._nodes.get(sequence)
+        self.sequence, self.is_left = sequence, False
+        if not forwards:
             return Label("matmul", -1)
-        is_left = self._is_left_gradient(gemm, forward, node, num_calls)
+        if node.name().startswith(_COMPILED_NODE):
+            return self._compiled_backward_gemm(gemm, sequence, forwards)
+        forward = forwards[0]
+        self.is_left = is_left = self._is_left_gradient(gemm, forward, node, num_calls)
         return Label(forward.left_site if is_left else forward.right_site, forward.layer)
+
+    def _compiled_backward_gemm(self, gemm: Gemm, sequence: int, forwards: list[_Forward]) -> Label:
+        """One node is the whole graph: dA multiplies by a known weight, dB has the shape of one."""
+        operands = gemm.left.data_ptr(), gemm.right.data_ptr()
+        for index, forward in reversed(list(enumerate(forwards))):
+            if not forward.weight:
+                continue
+            is_left = forward.weight in operands
+            if not is_left and (gemm.k != forward.m or {gemm.m, gemm.n} != {forward.k, forward.n}):
+                continue
+            site = forward.left_site if is_left else forward.right_site
+            if (sequence, site, index) not in self._compiled_given:
+                self._compiled_given.add((sequence, site, index))
+                self.is_left = is_left
+                return Label(site, forward.layer)
+        return Label("matmul", -1)
 
     @staticmethod
     def _is_left_gradient(gemm: Gemm, forward: _Forward, node: Any, num_calls: int) -> bool:
@@ -251,6 +371,26 @@ class Labels:
         return (num_calls % 2 == 1) if right_first else (num_calls % 2 == 0)
 
     # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def _hook_root(self, model: torch.nn.Module) -> None:
+        """A forward that raises, or that keeps nothing for a backward, takes no numbers from the one that counts."""
+        before: list[Counter[str]] = []
+
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            if not torch.compiler.is_compiling():
+                before.append(self._counters.copy())
+
+        def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling() or not before:
+                return
+            counters = before.pop()
+            if output is None or not torch.is_grad_enabled():
+                self._counters = counters
+                for (site, _), given in self._given.items():
+                    given[:] = [layer for layer in given if layer < counters[site]]
+
+        self._handles.append(model.register_forward_pre_hook(enter))
+        self._handles.append(model.register_forward_hook(leave, always_call=True))
 
     def _hook(self, module: torch.nn.Module, site: str | None) -> None:
         def enter(module: torch.nn.Module, args: Any) -> None:

@@ -2,8 +2,8 @@
 
 Only kernels that do the arithmetic themselves are listed. An operator that calls a protected one inside (`addbmm`,
 `_grouped_mm` on a CPU, `linear`, `matmul`, `_scaled_dot_product_attention_math`) must not be: its inner products arrive
-at the seam by themselves, but not from within a handler. Meta tensors hold no numbers; tensors in mkldnn's own layout and operators of other
-libraries (`mkldnn::`, `quantized::`, custom ones) do not arrive here: `coverage.py` reports what it sees of them.
+at the seam by themselves, but not from within a handler. Meta tensors hold no numbers. Tensors in mkldnn's own layout
+and operators of other libraries (`mkldnn::`, `quantized::`, custom ones) do not arrive here; `coverage.py` says so.
 """
 
 from __future__ import annotations
