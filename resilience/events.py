@@ -59,6 +59,8 @@ class Check(enum.StrEnum):
     SCREEN = "screen"
     NORM = "norm"
     PROCESS = "process"
+    AT_REST = "at_rest"
+    REPLICA = "replica"
 
 
 class CheckpointKind(enum.StrEnum):

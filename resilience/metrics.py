@@ -59,7 +59,12 @@ METRICS: tuple[Metric, ...] = (
     _histogram("step_seconds", "Duration of an optimizer step, of all ranks", "seconds", _STEP_SECONDS),
     _counter("detections_total", "Root causes detected", "detections", "site", "kind", "verdict"),
     _histogram("detection_latency_seconds", "From the end of a faulty operation to its alarm", "seconds", _SECONDS),
-    _counter("corrections_total", "Alarms of arithmetic checks, by whether they were mended in place", "", "outcome"),
+    _counter(
+        "corrections_total",
+        "Alarms of checks of arithmetic and of state at rest, by whether they were mended in place",
+        "",
+        "outcome",
+    ),
     _counter("replays_total", "Iterations that were run again", "", "outcome"),
     _counter("restores_total", "Checkpoints loaded or refused", "", "tier", "outcome"),
     _counter("decisions_total", "Decisions, by the rung they chose", "decisions", "action"),

@@ -24,7 +24,7 @@ __all__ = ["MetricsServer", "families", "samples"]
 Samples = Mapping[tuple[str, ...], float]
 
 _SCRAPE_TIMEOUT_S = 5.0
-_MENDING = frozenset({Check.CHECKSUM, Check.INVARIANT})
+_MENDING = frozenset({Check.CHECKSUM, Check.INVARIANT, Check.AT_REST, Check.REPLICA})
 
 
 def samples(machine: Machine, now: float) -> dict[str, Samples]:

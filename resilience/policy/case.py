@@ -14,6 +14,11 @@ __all__ = ["ARITHMETIC", "FORWARD_SITES", "NON_FINITE", "Case", "describe"]
 ARITHMETIC = frozenset({Check.CHECKSUM, Check.INVARIANT})
 """Checks of arithmetic: they know what the result of finite inputs must be, so they blame the device."""
 
+OF_STATE = frozenset({Check.AT_REST, Check.REPLICA})
+"""Checks of what is kept between the steps: is it still what was written?"""
+
+STATE_SITES = frozenset({"weight", "optimizer"})
+
 NON_FINITE = frozenset({DetectionKind.INF, DetectionKind.NAN, DetectionKind.NEAR_INF})
 
 FORWARD_SITES = frozenset(
@@ -56,11 +61,17 @@ class Case:
 
     @property
     def may_replay(self) -> bool:
-        return self.evidence.replay_available and self.evidence.attempt < self.limits.max_replays_per_step
+        left = self.evidence.attempt < self.limits.max_replays_per_step
+        return self.evidence.replay_available and left and not self.state_is_damaged
 
     @property
     def may_restart(self) -> bool:
         return self.restarts_left > 0
+
+    @cached_property
+    def state_is_damaged(self) -> bool:
+        """Whether weights or optimizer state are wrong and could not be rebuilt: a replay would start from them."""
+        return any(d.check in OF_STATE and d.site in STATE_SITES for d in self.alarms)
 
     @cached_property
     def all_non_finite(self) -> bool:
@@ -82,7 +93,7 @@ class Case:
     @cached_property
     def only_screens(self) -> bool:
         """Whether nothing but screens of values alarmed: they cannot tell broken hardware from bad data."""
-        return bool(self.alarms) and not any(d.check in ARITHMETIC for d in self.alarms)
+        return bool(self.alarms) and not any(d.check in ARITHMETIC for d in self.alarms) and not self.state_is_damaged
 
     @cached_property
     def same_address(self) -> bool:
@@ -125,7 +136,8 @@ def describe(detections: tuple[Detection, ...]) -> str:
     assert detections, "nothing to describe"
     first = detections[0]
     layer = f", layer {first.layer}" if first.layer >= 0 else ""
-    param = f", parameter {first.param}" if first.param else ""
+    # Optimizer state is named in full: "master of …".
+    param = f", {'' if first.site == 'optimizer' else 'parameter '}{first.param}" if first.param else ""
     others = f", and {len(detections) - 1} more" if len(detections) > 1 else ""
     return (
         f"{first.check} alarm ({first.kind}) in {first.site}{layer}{param}, micro-step {first.micro_step},"

@@ -127,7 +127,9 @@ def _considered(case: Case, rule: Rule) -> tuple[str, ...]:
         return ()
     order = list(Action)
     reasons = {
-        Action.CORRECTED: "correct in place: the operation could not be mended, or has no inputs left to run again",
+        Action.CORRECTED: "correct in place: no undamaged copy is left"
+        if case.state_is_damaged
+        else "correct in place: the operation could not be mended, or has no inputs left to run again",
         Action.REPLAY: _why_no_replay(case),
         Action.REWIND: "rewind: no memory snapshots are kept in this version",
         Action.RESTART: f"restart: the budget of {case.limits.max_restarts} restarts is used up"
@@ -140,6 +142,8 @@ def _considered(case: Case, rule: Rule) -> tuple[str, ...]:
 
 
 def _why_no_replay(case: Case) -> str:
+    if case.state_is_damaged:
+        return "replay: it would start from the same damaged state"
     if not case.evidence.replay_available:
         return f"replay: off, {case.evidence.replay_reason or 'no reason given'}"
     return f"replay: {case.evidence.attempt} of at most {case.limits.max_replays_per_step} were tried"

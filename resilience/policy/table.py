@@ -58,6 +58,8 @@ def _replays(case: Case) -> str:
 
 
 def _unavailable(case: Case) -> str:
+    if case.state_is_damaged:
+        return "a replay would start from the same damaged state"
     if not case.evidence.replay_available:
         return f"replay is off ({case.evidence.replay_reason or 'no reason given'})"
     return f"{_replays(case)} of {_step(case)} did not help"
@@ -87,6 +89,19 @@ RULES: tuple[Rule, ...] = (
         verdict=Verdict.TRANSIENT,
         settles=Settles.PREVIOUS,
         reason=lambda c: f"{_replays(c)} of {_step(c)} cleared the alarm: the fault was transient",
+    ),
+    Rule(
+        name="state-damaged",
+        text=(
+            "weights or optimizer state changed while nobody wrote them, and cannot be rebuilt: no replay can help;"
+            " new generation from the last verified checkpoint"
+        ),
+        when=lambda c: c.state_is_damaged and c.may_restart,
+        action=Action.RESTART,
+        reason=lambda c: (
+            f"{describe(c.alarms)}: it changed while nobody wrote it, nothing is left to rebuild it from, and"
+            f" {_unavailable(c)}: restart from the last verified checkpoint"
+        ),
     ),
     Rule(
         name="scale-search",

@@ -27,6 +27,8 @@ class Check(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECK_SCREEN: _ClassVar[Check]
     CHECK_NORM: _ClassVar[Check]
     CHECK_PROCESS: _ClassVar[Check]
+    CHECK_AT_REST: _ClassVar[Check]
+    CHECK_REPLICA: _ClassVar[Check]
 
 class DetectionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -78,6 +80,8 @@ CHECK_INVARIANT: Check
 CHECK_SCREEN: Check
 CHECK_NORM: Check
 CHECK_PROCESS: Check
+CHECK_AT_REST: Check
+CHECK_REPLICA: Check
 DETECTION_KIND_UNSPECIFIED: DetectionKind
 DETECTION_KIND_INF: DetectionKind
 DETECTION_KIND_NAN: DetectionKind

@@ -25,6 +25,7 @@ NAN_ELSEWHERE = dataclasses.replace(NAN_AGAIN, param="v")
 SPIKE = dataclasses.replace(NAN, check=Check.NORM, kind=DetectionKind.NORM_SPIKE)
 SPIKE_AGAIN = dataclasses.replace(SPIKE, detection_id="g1-r0-2", attempt=1)
 OVERFLOW = dataclasses.replace(NAN, kind=DetectionKind.INF)
+REST = dataclasses.replace(ABFT, site="optimizer", layer=-1, check=Check.AT_REST, param="master of w")
 FORWARD_INF = dataclasses.replace(OVERFLOW, site="attention.scores", layer=1)
 
 
@@ -69,6 +70,13 @@ CASES = [
     ("restart", Action.RESTART, None, ask(ABFT, replay_available=False, replay_reason="pipeline")),
     ("restart", Action.RESTART, None, ask(NAN_ELSEWHERE, attempt=2, previous=[NAN])),
     ("nothing-left", Action.STOP, 75, ask(ABFT, replay_available=False, left=0)),
+    ("mended", Action.CORRECTED, None, ask(dataclasses.replace(REST, site="weight", mended=True))),
+    ("state-damaged", Action.RESTART, None, ask(REST)),
+    ("state-damaged", Action.RESTART, None, ask(NAN, REST, deterministic=True)),
+    ("state-damaged", Action.RESTART, None, ask(REST, attempt=1, previous=[REST], deterministic=True)),
+    ("nothing-left", Action.STOP, 75, ask(REST, left=0)),
+    # What was computed from a weight that has been rebuilt since is run again.
+    ("replay", Action.REPLAY, None, ask(dataclasses.replace(REST, site="gradient"))),
 ]
 
 
@@ -202,3 +210,10 @@ def test_whatever_the_evidence(case: Any) -> None:
         assert decision.action not in (Action.CONTINUE, Action.CORRECTED), (
             "a failed check of arithmetic is never waved through"
         )
+
+
+def test_damaged_state_is_named_and_no_replay_is_considered() -> None:
+    ruling = ask(REST)
+    assert "master of w" in ruling.decision.reason
+    assert "restart from the last verified checkpoint" in ruling.decision.reason
+    assert any("same damaged state" in text for text in ruling.considered)
