@@ -36,7 +36,7 @@ class Gate:
 
     CPU backward runs in the thread that called it. CUDA backward runs on autograd's own threads, one a device: those
     count as open while any thread has the gate open and they execute a backward graph. A backward pass that was
-    admitted by its number is let through in whatever thread.
+    admitted by its number is let through in whatever thread, until it ends.
     """
 
     def __init__(self) -> None:
@@ -51,11 +51,23 @@ class Gate:
         if self._thread.busy or not (self._admitted != -1 or (key == "CUDA" and self._num_open)):
             return False
         task = torch._C._current_graph_task_id()
-        return task != -1 and (task == self._admitted or (key == "CUDA" and self._num_open > 0))
+        if task == -1:
+            return False
+        # Passes have rising numbers: one above that of a pass that has not ended was begun within it.
+        return task == self._admitted or task > self._admitted > -1 or (key == "CUDA" and self._num_open > 0)
 
     def admit(self, graph_task: int) -> None:
-        """Let this backward pass through, instead of one admitted before. Its number is never used again."""
+        """Let this backward pass through, and those nested in it (reentrant checkpointing), instead of one before.
+
+        Called inside the pass; it is let through until it ends.
+        """
         self._admitted = graph_task
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._dismiss(graph_task))
+
+    def _dismiss(self, graph_task: int) -> None:
+        if self._admitted == graph_task:
+            self._admitted = -1
 
     @contextmanager
     def opened(self) -> Iterator[None]:
