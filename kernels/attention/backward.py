@@ -1,0 +1,368 @@
+"""Flash attention's backward with its checks: one Triton kernel for dQ, one for dK and dV. Derivations in README.md.
+
+Shapes as in forward.py; delta (b·h, max_q) float32 is D_i = dO_i·O_i. P is recomputed from the stored log-sum-exp. dQ
+blocks are tiles of queries of a head, dK/dV blocks tiles of keys of a key head, summed over its query heads in one
+program: no atomics, hence the same bits every time.
+"""
+
+# Triton has no types, and reads arguments of kernels by its own rules.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import reference_column, settle, strike, weigh
+
+__all__ = ["attention_dkdv_kernel", "attention_dq_kernel"]
+
+_SCORES = tl.constexpr(1)
+_PROBS = tl.constexpr(2)
+_DP = tl.constexpr(5)
+_DS = tl.constexpr(6)
+_DQ = tl.constexpr(7)
+_DK = tl.constexpr(8)
+_DV = tl.constexpr(9)
+
+# Tolerances, each from a measurement and a bound: README.md.
+_TOLERANCE_SCORES = tl.constexpr(5e-7)
+_TOLERANCE_MASS = tl.constexpr(5e-5)
+_TOLERANCE_EXPONENT = tl.constexpr(5e-7)
+_TOLERANCE_DS = tl.constexpr(2.5e-3)
+_TOLERANCE_DQ = tl.constexpr(2e-6)
+_TOLERANCE_DV = tl.constexpr(3e-5)
+_TOLERANCE_DK = tl.constexpr(2e-6)
+_FLOOR_HALF = tl.constexpr(1.2e-7)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _visit_keys(
+    dq, checked, mass, k_norm_max, v_norm_max, k_norm, q, d_o, lse2, delta,
+    k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
+    first, last, rows, length_k, scale_log2, strikes, block, attempt,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr,
+):  # fmt: skip
+    """Keys `first` … `last` − 1, in tiles, for one tile of queries."""
+    depth = tl.arange(0, D_PAD)
+    for start in range(first, last, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        there = (keys < length_k)[:, None] & (depth < D)[None, :]
+        k_tile = tl.load(k + keys[:, None].to(tl.int64) * stride_kt + depth[None, :], mask=there, other=0.0)
+        v_tile = tl.load(v + keys[:, None].to(tl.int64) * stride_vt + depth[None, :], mask=there, other=0.0)
+        scores = tl.dot(q, tl.trans(k_tile))
+        if INJECT == _SCORES:
+            scores = strike(scores, strikes, block, start // BLOCK_N, attempt)
+        probs = tl.exp2(scores * scale_log2 - lse2[:, None])
+        if INJECT == _PROBS:
+            probs = strike(probs, strikes, block, start // BLOCK_N, attempt)
+        if MASKED:
+            visible = (keys < length_k)[None, :]
+            if CAUSAL:
+                visible = visible & (keys[None, :] <= rows[:, None])
+            probs = tl.where(visible, probs, 0.0)
+        d_probs = tl.dot(d_o, tl.trans(v_tile))
+        if INJECT == _DP:
+            d_probs = strike(d_probs, strikes, block, start // BLOCK_N, attempt)
+        d_scores = probs * (d_probs - delta[:, None])
+        if INJECT == _DS:
+            d_scores = strike(d_scores, strikes, block, start // BLOCK_N, attempt)
+        rounded = d_scores.to(k_tile.dtype)
+        dq = tl.dot(rounded, k_tile, dq)
+        if INJECT == _DQ:
+            dq = strike(dq, strikes, block, start // BLOCK_N, attempt)
+        if CHECKED:
+            index = tl.arange(0, NUM_COLUMNS)
+            columns = tl.load(k_columns + keys[:, None] * NUM_COLUMNS + index[None, :])
+            checked = tl.dot(rounded, columns, checked)
+            mass += tl.sum(probs, 1)
+            tile = start // BLOCK_N
+            k_norm += tl.load(k_norms + tile * 2) + tl.load(v_norms + tile * 2)
+            k_norm_max = tl.maximum(k_norm_max, tl.load(k_norms + tile * 2 + 1))
+            v_norm_max = tl.maximum(v_norm_max, tl.load(v_norms + tile * 2 + 1))
+    return dq, checked, mass, k_norm_max, v_norm_max, k_norm
+
+
+@triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
+def attention_dq_kernel(
+    q, k, v, d_o, lse, delta, dq, cu_q, cu_k,
+    k_columns, k_norms, v_norms, status, ring, cursor, strikes,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_db, stride_dh, stride_dt, stride_gb, stride_gh, stride_gt,
+    heads, group, length_q, length_k, tiles_k, max_q, scale, tolerance_scale,
+    capacity, attempt, last_attempt, sequence, layer,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr, SM_KNOWN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of queries, batch·heads)."""
+    tile = tl.program_id(0)
+    pair = tl.program_id(1)
+    block = pair * tl.num_programs(0) + tile
+    if CHECKED:  # noqa: SIM102  # the outer condition is the compiler's
+        if tl.load(status + block * 4, mask=attempt > 0, other=1) == 0:
+            return
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    key_head = head // group
+    q += batch * stride_qb + head * stride_qh
+    d_o += batch * stride_db + head * stride_dh
+    dq += batch * stride_gb + head * stride_gh
+    k += batch * stride_kb + key_head * stride_kh
+    v += batch * stride_vb + key_head * stride_vh
+    if VARLEN:
+        start_q = tl.load(cu_q + batch).to(tl.int64)
+        start_k = tl.load(cu_k + batch).to(tl.int64)
+        length_q = (tl.load(cu_q + batch + 1) - start_q).to(tl.int32)
+        length_k = (tl.load(cu_k + batch + 1) - start_k).to(tl.int32)
+        q += start_q * stride_qt
+        d_o += start_q * stride_dt
+        dq += start_q * stride_gt
+        k += start_k * stride_kt
+        v += start_k * stride_vt
+    if CHECKED:
+        first_row = (batch * (heads // group) + key_head) * tiles_k
+        k_columns += first_row * (BLOCK_N * NUM_COLUMNS)
+        k_norms += first_row * 2
+        v_norms += first_row * 2
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    depth = tl.arange(0, D_PAD)
+    valid = rows < length_q
+    there = valid[:, None] & (depth < D)[None, :]
+    wide_rows = rows[:, None].to(tl.int64)
+    q_tile = tl.load(q + wide_rows * stride_qt + depth[None, :], mask=there, other=0.0)
+    do_tile = tl.load(d_o + wide_rows * stride_dt + depth[None, :], mask=there, other=0.0)
+    lse_rows = tl.load(lse + pair.to(tl.int64) * max_q + rows, mask=valid, other=float("inf"))
+    delta_rows = tl.load(delta + pair.to(tl.int64) * max_q + rows, mask=valid, other=0.0)
+    empty = lse_rows == float("-inf")
+    lse2 = tl.where(empty, float("inf"), lse_rows * _LOG2_E)
+    scale_log2 = scale * _LOG2_E
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    checked = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    k_norm = 0.0
+    k_norm_max = 0.0
+    v_norm_max = 0.0
+    end = tl.where(tile * BLOCK_M < length_q, length_k, 0)
+    whole = end // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(end, (tile + 1) * BLOCK_M)
+        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
+    acc, checked, mass, k_norm_max, v_norm_max, k_norm = _visit_keys(
+        acc, checked, mass, k_norm_max, v_norm_max, k_norm, q_tile, do_tile, lse2, delta_rows,
+        k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
+        0, whole, rows, length_k, scale_log2, strikes, block, attempt,
+        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, False, CHECKED, INJECT)  # fmt: skip
+    acc, checked, mass, k_norm_max, v_norm_max, k_norm = _visit_keys(
+        acc, checked, mass, k_norm_max, v_norm_max, k_norm, q_tile, do_tile, lse2, delta_rows,
+        k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
+        whole, end, rows, length_k, scale_log2, strikes, block, attempt,
+        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, True, CHECKED, INJECT)  # fmt: skip
+    tl.store(dq + wide_rows * stride_gt + depth[None, :], (acc * scale).to(dq.dtype.element_ty), mask=there)
+
+    if CHECKED:
+        q_wide = q_tile.to(tl.float32)
+        do_wide = do_tile.to(tl.float32)
+        q_norm = tl.sqrt(tl.sum(q_wide * q_wide, 1))
+        do_norm = tl.sqrt(tl.sum(do_wide * do_wide, 1))
+        exponent = scale_log2 * q_norm * k_norm_max
+        mass_ratio = weigh(mass - tl.where(empty, 0.0, 1.0),
+                           (_TOLERANCE_MASS + _TOLERANCE_EXPONENT * exponent) * tolerance_scale,
+                           valid & ~empty)  # fmt: skip
+        size = do_norm * v_norm_max
+        ds_ratio = weigh(reference_column(checked, 4), size * (_TOLERANCE_DS * tolerance_scale), valid)
+        floor: tl.constexpr = 0.0 if dq.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
+        dq_ratio = weigh(tl.sum(acc, 1) / D_PAD - reference_column(checked, 0),
+                         size * (k_norm_max * _TOLERANCE_DQ / D_PAD + 2.0 * floor) * tolerance_scale,
+                         valid)  # fmt: skip
+        checks = tl.where(mass_ratio <= 1.0, 0, 8)
+        checks += tl.where(ds_ratio <= 1.0, 0, 16)
+        checks += tl.where(dq_ratio <= 1.0, 0, 32)
+        ratio = tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio)
+        inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm < float("inf")), 1, 0), 0)
+        settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
+               batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip
+
+
+@triton.jit
+def _visit_queries(
+    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max, k, v,
+    q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms, stride_qt, stride_dt,
+    first, last, keys, length_q, scale_log2, strikes, block, first_tile, attempt,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+):  # fmt: skip
+    """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
+    depth = tl.arange(0, D_PAD)
+    for start in range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        tile = start // BLOCK_M
+        valid = rows < length_q
+        there = valid[:, None] & (depth < D)[None, :]
+        q_tile = tl.load(q + rows[:, None].to(tl.int64) * stride_qt + depth[None, :], mask=there, other=0.0)
+        do_tile = tl.load(d_o + rows[:, None].to(tl.int64) * stride_dt + depth[None, :], mask=there, other=0.0)
+        lse_rows = tl.load(lse + rows, mask=valid, other=float("inf"))
+        # Queries that see no key, and those behind the end, get P = 0.
+        lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * _LOG2_E)
+        delta_rows = tl.load(delta + rows, mask=valid, other=0.0)
+        scores = tl.dot(k, tl.trans(q_tile))
+        if INJECT == _SCORES:
+            scores = strike(scores, strikes, block, first_tile + tile, attempt)
+        probs = tl.exp2(scores * scale_log2 - lse2[None, :])
+        if INJECT == _PROBS:
+            probs = strike(probs, strikes, block, first_tile + tile, attempt)
+        if MASKED:
+            probs = tl.where(keys[:, None] <= rows[None, :], probs, 0.0)
+        rounded_probs = probs.to(do_tile.dtype)
+        dv = tl.dot(rounded_probs, do_tile, dv)
+        if INJECT == _DV:
+            dv = strike(dv, strikes, block, first_tile + tile, attempt)
+        d_probs = tl.dot(v, tl.trans(do_tile))
+        if INJECT == _DP:
+            d_probs = strike(d_probs, strikes, block, first_tile + tile, attempt)
+        d_scores = probs * (d_probs - delta_rows[None, :])
+        if INJECT == _DS:
+            d_scores = strike(d_scores, strikes, block, first_tile + tile, attempt)
+        rounded_scores = d_scores.to(q_tile.dtype)
+        dk = tl.dot(rounded_scores, q_tile, dk)
+        if INJECT == _DK:
+            dk = strike(dk, strikes, block, first_tile + tile, attempt)
+        if CHECKED:
+            index = rows[:, None] * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)[None, :]
+            dv_checked = tl.dot(rounded_probs, tl.load(do_columns + index), dv_checked)
+            dk_checked = tl.dot(rounded_scores, tl.load(q_columns + index), dk_checked)
+            q_norm += tl.load(q_norms + tile * 2)
+            do_norm += tl.load(do_norms + tile * 2)
+            q_norm_max = tl.maximum(q_norm_max, tl.load(q_norms + tile * 2 + 1))
+            if LINEAR:
+                score_sums += tl.sum(scores, 1)
+                dp_sums += tl.sum(d_probs, 1)
+                q_sum += tl.load(q_sums + tile * D_PAD + depth)
+                do_sum += tl.load(do_sums + tile * D_PAD + depth)
+    return dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max
+
+
+@triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
+def attention_dkdv_kernel(
+    q, k, v, d_o, lse, delta, dk, dv, cu_q, cu_k,
+    q_columns, do_columns, q_sums, do_sums, q_norms, do_norms, v_norm_max, status, ring, cursor, strikes,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_dt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
+    heads, group, length_q, length_k, tiles_q, max_q, scale, tolerance_scale,
+    capacity, attempt, last_attempt, sequence, layer,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    SM_KNOWN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of keys, batch·key heads). Strides x are those of dk, y of dv. v_norm_max: (batch·key heads,)."""
+    tile = tl.program_id(0)
+    pair = tl.program_id(1)
+    block = pair * tl.num_programs(0) + tile
+    if CHECKED:  # noqa: SIM102  # the outer condition is the compiler's
+        if tl.load(status + block * 4, mask=attempt > 0, other=1) == 0:
+            return
+    key_heads = heads // group
+    batch = (pair // key_heads).to(tl.int64)
+    key_head = (pair % key_heads).to(tl.int64)
+    q += batch * stride_qb
+    d_o += batch * stride_db
+    k += batch * stride_kb + key_head * stride_kh
+    v += batch * stride_vb + key_head * stride_vh
+    dk += batch * stride_xb + key_head * stride_xh
+    dv += batch * stride_yb + key_head * stride_yh
+    if VARLEN:
+        start_q = tl.load(cu_q + batch).to(tl.int64)
+        start_k = tl.load(cu_k + batch).to(tl.int64)
+        length_q = (tl.load(cu_q + batch + 1) - start_q).to(tl.int32)
+        length_k = (tl.load(cu_k + batch + 1) - start_k).to(tl.int32)
+        q += start_q * stride_qt
+        d_o += start_q * stride_dt
+        k += start_k * stride_kt
+        v += start_k * stride_vt
+        dk += start_k * stride_xt
+        dv += start_k * stride_yt
+
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, D_PAD)
+    valid = keys < length_k
+    there = valid[:, None] & (depth < D)[None, :]
+    wide_keys = keys[:, None].to(tl.int64)
+    k_tile = tl.load(k + wide_keys * stride_kt + depth[None, :], mask=there, other=0.0)
+    v_tile = tl.load(v + wide_keys * stride_vt + depth[None, :], mask=there, other=0.0)
+    scale_log2 = scale * _LOG2_E
+    dk_acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    dk_checked = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
+    dv_checked = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
+    score_sums = tl.zeros([BLOCK_N], tl.float32)
+    dp_sums = tl.zeros([BLOCK_N], tl.float32)
+    q_sum = tl.zeros([D_PAD], tl.float32)
+    do_sum = tl.zeros([D_PAD], tl.float32)
+    q_norm = 0.0
+    do_norm = 0.0
+    q_norm_max = 0.0
+    end = tl.where(tile * BLOCK_N < length_k, length_q, 0)
+    first = 0
+    whole = 0
+    if CAUSAL:
+        # Tiles of queries before `first` see none of these keys, those from `whole` on see all of them.
+        first = tl.minimum(tile * BLOCK_N // BLOCK_M * BLOCK_M, end)
+        whole = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, end)
+    for member in range(group):
+        head = key_head * group + member
+        row = batch * heads + head
+        lse_head = lse + row * max_q
+        delta_head = delta + row * max_q
+        q_head = q + head * stride_qh
+        do_head = d_o + head * stride_dh
+        columns = row * tiles_q * (BLOCK_M * NUM_COLUMNS)
+        sums = row * tiles_q * D_PAD
+        norms = row * tiles_q * 2
+        if CAUSAL:
+            (dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums,
+             q_sum, do_sum, q_norm, do_norm, q_norm_max) = _visit_queries(
+                dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm,
+                q_norm_max, k_tile, v_tile, q_head, do_head, lse_head, delta_head, q_columns + columns,
+                do_columns + columns, q_sums + sums, do_sums + sums, q_norms + norms, do_norms + norms,
+                stride_qt, stride_dt, first, whole, keys, length_q, scale_log2, strikes, block, member * tiles_q,
+                attempt, D, D_PAD, BLOCK_M, NUM_COLUMNS, True, CHECKED, LINEAR, INJECT)  # fmt: skip
+        (dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums,
+         q_sum, do_sum, q_norm, do_norm, q_norm_max) = _visit_queries(
+            dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm,
+            q_norm_max, k_tile, v_tile, q_head, do_head, lse_head, delta_head, q_columns + columns,
+            do_columns + columns, q_sums + sums, do_sums + sums, q_norms + norms, do_norms + norms,
+            stride_qt, stride_dt, whole, end, keys, length_q, scale_log2, strikes, block, member * tiles_q,
+            attempt, D, D_PAD, BLOCK_M, NUM_COLUMNS, False, CHECKED, LINEAR, INJECT)  # fmt: skip
+    tl.store(dk + wide_keys * stride_xt + depth[None, :], (dk_acc * scale).to(dk.dtype.element_ty), mask=there)
+    tl.store(dv + wide_keys * stride_yt + depth[None, :], dv_acc.to(dv.dtype.element_ty), mask=there)
+
+    if CHECKED:
+        k_wide = k_tile.to(tl.float32)
+        v_wide = v_tile.to(tl.float32)
+        k_norm = tl.sqrt(tl.sum(k_wide * k_wide, 1))
+        v_norm = tl.sqrt(tl.sum(v_wide * v_wide, 1))
+        floor: tl.constexpr = 0.0 if dk.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
+        mass = reference_column(dv_checked, 3)
+        weight = reference_column(dv_checked, 4)
+        dv_ratio = weigh(tl.sum(dv_acc, 1) / D_PAD - reference_column(dv_checked, 0),
+                         (_TOLERANCE_DV * mass + floor * weight) * tolerance_scale, valid)  # fmt: skip
+        size = 2.0 * tl.load(v_norm_max + pair) * (mass * D_PAD + floor * weight)
+        dk_ratio = weigh(tl.sum(dk_acc, 1) / D_PAD - reference_column(dk_checked, 0),
+                         size * (q_norm_max * _TOLERANCE_DK / D_PAD + floor) * tolerance_scale,
+                         valid)  # fmt: skip
+        checks = tl.where(dv_ratio <= 1.0, 0, 64)
+        checks += tl.where(dk_ratio <= 1.0, 0, 128)
+        ratio = tl.maximum(dv_ratio, dk_ratio)
+        if LINEAR:
+            score_ratio = weigh(score_sums - tl.sum(k_wide * q_sum[None, :], 1),
+                                k_norm * q_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+            dp_ratio = weigh(dp_sums - tl.sum(v_wide * do_sum[None, :], 1),
+                             v_norm * do_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+            checks += tl.where(score_ratio <= 1.0, 0, 256)
+            checks += tl.where(dp_ratio <= 1.0, 0, 512)
+            ratio = tl.maximum(ratio, tl.maximum(score_ratio, dp_ratio))
+        inputs = tl.max(tl.where(valid & ~(k_norm + v_norm + q_norm + do_norm < float("inf")), 1, 0), 0)
+        settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
+               batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

@@ -1,0 +1,96 @@
+"""Device functions that the kernels share: striking a fault, weighing a residual, settling a block. No kernels here."""
+
+# Triton has no types, and reads arguments of kernels by its own rules.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["reference_column", "settle", "strike", "weigh"]
+
+_COLUMN_NORM = tl.constexpr(3)
+_COLUMN_ONE = tl.constexpr(4)
+_REPAIRED = tl.constexpr(1)
+_UNREPAIRED = tl.constexpr(2)
+_INPUTS = tl.constexpr(3)
+
+
+@triton.jit
+def strike(values, strikes, block, tile, attempt):
+    """Corrupt one element of a 2-D tile, if the test's order names this block, tile and attempt.
+
+    `strikes`: int32 words block, tile, row, column, kind (0 set, 1 xor, 2 multiply), bits, number of attempts struck.
+    """
+    rows = tl.arange(0, values.shape[0])[:, None]
+    columns = tl.arange(0, values.shape[1])[None, :]
+    bits = tl.load(strikes + 5)
+    kind = tl.load(strikes + 4)
+    value = bits.to(tl.float32, bitcast=True)
+    flipped = (values.to(tl.int32, bitcast=True) ^ bits).to(tl.float32, bitcast=True)
+    struck = tl.where(kind == 0, value, tl.where(kind == 1, flipped, values * value))
+    due = (block == tl.load(strikes)) & (tile == tl.load(strikes + 1)) & (attempt < tl.load(strikes + 6))
+    return tl.where(due & (rows == tl.load(strikes + 2)) & (columns == tl.load(strikes + 3)), struck, values)
+
+
+@triton.jit
+def reference_column(columns, COLUMN: tl.constexpr):
+    """One column of a checksum accumulator (rows, c), as a vector."""
+    index = tl.arange(0, columns.shape[1])[None, :]
+    if COLUMN == 0:
+        return tl.sum(tl.where(index < 3, columns, 0.0), 1)
+    return tl.sum(tl.where(index == COLUMN, columns, 0.0), 1)
+
+
+@triton.jit
+def weigh(residual, tolerance, valid):
+    """Worst |residual| ÷ tolerance over the valid rows; infinite where either is not a finite number."""
+    ratio = tl.abs(residual) / (tolerance + 1e-30)
+    usable = (ratio == ratio) & (tolerance < float("inf"))
+    return tl.max(tl.where(valid, tl.where(usable, ratio, float("inf")), 0.0), 0)
+
+
+@triton.jit
+def _sm(SM_KNOWN: tl.constexpr):
+    if SM_KNOWN:
+        return tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return -1
+
+
+@triton.jit
+def settle(
+    status, ring, cursor, capacity, block, checks, ratio, inputs_bad,
+    attempt, last_attempt, sequence, layer, batch, head, tile, SM_KNOWN: tl.constexpr,
+):  # fmt: skip
+    """Write the status of a block, and a record as soon as its fate is known.
+
+    A block with failing checks and good inputs keeps its flag for the next launch, up to `last_attempt`.
+    """
+    words = status + block * 4
+    bad = checks != 0
+    sm = _sm(SM_KNOWN)
+    if attempt == 0:
+        tl.store(words + 1, ratio.to(tl.int32, bitcast=True))
+        tl.store(words + 2, sm)
+        tl.store(words + 3, checks)
+    again = bad & (inputs_bad == 0)
+    tl.store(words, tl.where(again, checks, 0))
+    if (bad & ((inputs_bad != 0) | (attempt == last_attempt))) | ((checks == 0) & (attempt > 0)):
+        slot = tl.atomic_add(cursor, 1)
+        if slot < capacity:
+            repeated = attempt > 0
+            fields = ring + slot * 10
+            tl.store(fields, sequence)
+            tl.store(fields + 1, tl.load(words + 3, mask=repeated, other=0) | tl.where(repeated, 0, checks))
+            tl.store(fields + 2, layer)
+            tl.store(fields + 3, batch)
+            tl.store(fields + 4, head)
+            tl.store(fields + 5, tile)
+            first_sm = tl.load(words + 2, mask=repeated, other=0)
+            tl.store(fields + 6, tl.where(repeated, first_sm, sm))
+            first_ratio = tl.load(words + 1, mask=repeated, other=0)
+            tl.store(fields + 7, tl.where(repeated, first_ratio, ratio.to(tl.int32, bitcast=True)))
+            tl.store(fields + 8, tl.where(bad, tl.where(inputs_bad != 0, _INPUTS, _UNREPAIRED), _REPAIRED))
+            tl.store(fields + 9, attempt + 1)

@@ -1,0 +1,113 @@
+"""What the checks need to know of the operands, in one pass over each: row sums, tile sums, norms; and D = dO·O.
+
+Shapes, per (batch, head) pair: columns (tiles·BLOCK, c) in the operand's dtype, [hi, mid, lo of x·1 ÷ D_PAD, ‖x‖ ÷
+D_PAD, 1, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile. The
+three parts of x·1 carry it to about 2⁻²⁴ through a matrix unit that takes 8 (or 11) bits. Division by D_PAD, a power
+of two, keeps float16 from overflowing. Rows behind the end count as zero.
+"""
+
+# Triton has no types, and reads arguments of kernels by its own rules.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["summarise_keys", "summarise_queries"]
+
+
+@triton.jit
+def _load_tile(x, rows, num_rows, stride_t, D: tl.constexpr, D_PAD: tl.constexpr):
+    depth = tl.arange(0, D_PAD)
+    mask = (rows[:, None] < num_rows) & (depth[None, :] < D)
+    return tl.load(x + rows[:, None].to(tl.int64) * stride_t + depth[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _summarise(
+    x, rows, num_rows, stride_t, columns, sums, norms, tile,
+    D: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Columns, sums and norms of one tile; the pointers are those of its (batch, head) pair."""
+    stored = _load_tile(x, rows, num_rows, stride_t, D, D_PAD)
+    values = stored.to(tl.float32)
+    depth = tl.arange(0, D_PAD)
+    norm = tl.sqrt(tl.sum(values * values, 1))
+    total = tl.sum(values, 1) / D_PAD
+    hi = total.to(stored.dtype).to(tl.float32)
+    mid = (total - hi).to(stored.dtype).to(tl.float32)
+    lo = total - hi - mid
+    index = tl.arange(0, NUM_COLUMNS)[None, :]
+    block = tl.where(index == 1, mid[:, None], tl.where(index == 0, hi[:, None], 0.0))
+    block = tl.where(index == 2, lo[:, None], tl.where(index == 3, norm[:, None] / D_PAD, block))
+    block = tl.where(index == 4, 1.0, block)
+    tl.store(columns + rows[:, None] * NUM_COLUMNS + index, block.to(stored.dtype))
+    tl.store(sums + tile * D_PAD + depth, tl.sum(values, 0))
+    tl.store(norms + tile * 2, tl.sum(norm, 0))
+    tl.store(norms + tile * 2 + 1, tl.max(norm, 0))
+
+
+@triton.jit
+def summarise_keys(
+    k, v, cu_k,
+    k_columns, v_columns, k_sums, v_sums, k_norms, v_norms,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    heads, length_k, tiles,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, NUM_COLUMNS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, batch·key heads)."""
+    tile = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    k += batch * stride_kb + head * stride_kh
+    v += batch * stride_vb + head * stride_vh
+    if VARLEN:
+        start = tl.load(cu_k + batch).to(tl.int64)
+        length_k = (tl.load(cu_k + batch + 1) - start).to(tl.int32)
+        k += start * stride_kt
+        v += start * stride_vt
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    first_row = pair.to(tl.int64) * tiles
+    columns = first_row * (BLOCK * NUM_COLUMNS)
+    _summarise(k, rows, length_k, stride_kt, k_columns + columns, k_sums + first_row * D_PAD, k_norms + first_row * 2,
+               tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+    _summarise(v, rows, length_k, stride_vt, v_columns + columns, v_sums + first_row * D_PAD, v_norms + first_row * 2,
+               tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def summarise_queries(
+    q, o, d_o, cu_q, delta,
+    q_columns, do_columns, q_sums, do_sums, q_norms, do_norms,
+    stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
+    heads, length_q, tiles, max_q,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, NUM_COLUMNS: tl.constexpr, VARLEN: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, batch·heads). `delta`: (batch·heads, max_q) float32, D_i = dO_i·O_i; the only output unchecked."""
+    tile = tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = (pair // heads).to(tl.int64)
+    head = (pair % heads).to(tl.int64)
+    q += batch * stride_qb + head * stride_qh
+    o += batch * stride_ob + head * stride_oh
+    d_o += batch * stride_db + head * stride_dh
+    if VARLEN:
+        start = tl.load(cu_q + batch).to(tl.int64)
+        length_q = (tl.load(cu_q + batch + 1) - start).to(tl.int32)
+        q += start * stride_qt
+        o += start * stride_ot
+        d_o += start * stride_dt
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    out = _load_tile(o, rows, length_q, stride_ot, D, D_PAD).to(tl.float32)
+    d_out = _load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
+    tl.store(delta + pair.to(tl.int64) * max_q + rows, tl.sum(out * d_out, 1), mask=rows < max_q)
+    if CHECKED:
+        first_row = pair.to(tl.int64) * tiles
+        columns = first_row * (BLOCK * NUM_COLUMNS)
+        _summarise(q, rows, length_q, stride_qt, q_columns + columns, q_sums + first_row * D_PAD,
+                   q_norms + first_row * 2, tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        _summarise(d_o, rows, length_q, stride_dt, do_columns + columns, do_sums + first_row * D_PAD,
+                   do_norms + first_row * 2, tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
