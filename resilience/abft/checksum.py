@@ -1,7 +1,7 @@
 """Checksums of one GEMM in torch: the screen of every call, and the confirmation of suspect rows.
 
-The arithmetic that `thresholds.py` describes. No state but the checksum vectors, no sites, no decisions about mending.
-Shapes: m×k by k×n, or b of them; c checksum columns.
+The arithmetic that `thresholds.py` describes. No state, no sites, no decisions about mending. Shapes: m×k by k×n, or b
+of them; c checksum columns.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import torch
 from resilience.abft.gemm import Gemm
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
-from resilience.kernels import weighted_row_sums
 
 __all__ = [
     "MAX_ROWS",
     "Confirmation",
-    "WeightSums",
     "confirm",
     "deferred_result",
     "operand_roundoff",
@@ -33,129 +31,37 @@ MAX_ROWS = 64
 _TINY = 1e-36
 """Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
 
-_GOLDEN = (5.0**0.5 - 1.0) / 2.0
-"""Multiples of it, modulo 1, are spread evenly and never repeat."""
-
-
-# --- checksum vectors -------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=256)
-def _vectors(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """V, (n, c): plain and position-weighted sums, each with fixed pseudo-random signs.
-
-    float32 and float64 have one column of each. bfloat16 has two of each, every one over half of the elements,
-    dealt out differently for the plain and for the weighted ones: shorter sums lose less to the rounding of their own
-    result, and a library GEMM with 8 columns costs what one with 1 costs. Entries for bfloat16 have 8 bits, so their
-    products are exact in float32. Two elements that swap places differ in sign, in column or in weight in at least one
-    of the sums.
-    """
-    position = torch.arange(n, dtype=torch.int64)
-    mixed = (position * 0x9E3779B1) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
-    signs, other_signs = (((mixed >> bit) & 1) * 2.0 - 1.0 for bit in (13, 19))
-    if dtype == torch.bfloat16:
-        weights = 1.0 + ((position // 4) * _GOLDEN % 1.0 * 128.0).floor() / 128.0
-        columns = torch.zeros(n, 4, dtype=torch.float64)
-        columns[position, position % 2] = signs.double()
-        columns[position, 2 + (position // 2) % 2] = other_signs * weights.double()
-    else:
-        # Transposed in memory, as `weighted_row_sums` likes it for float32.
-        columns = torch.stack([signs.double(), other_signs * (1.0 + position.double() * _GOLDEN % 1.0)]).mT
-    return columns.to(device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _ones(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.ones(n, dtype=dtype, device=device)
-
-
-class WeightSums:
-    """B·V and D·V for operands that are module parameters, taken once per optimizer step.
-
-    The key is the parameter's identity, memory and version counter, never a reference to it: a gathered ZeRO-3
-    parameter is not kept alive. A stale entry cannot hide a fault: it makes the screen raise a false alarm, which the
-    confirmation (it reads the parameter itself) dismisses, and the entry is dropped.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[object, ...], torch.Tensor] = {}
-
-    def clear(self) -> None:
-        self._sums.clear()
-
-    def discard(self, operand: torch.Tensor) -> None:
-        """Forget the sums of `operand`."""
-        self._sums.pop(self._key("right", operand), None)
-        self._sums.pop(self._key("addend", operand), None)
-
-    def get(self, right: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """Sums of `right`, ready to be multiplied from the left; see `_right_sums`."""
-        if not _is_parameter(right):
-            return _right_sums(right, exact=exact)
-        key = self._key("right", right)
-        sums = self._sums.get(key)
-        if sums is None:
-            sums = self._sums[key] = _right_sums(right, exact=exact)
-        return sums
-
-    def of_addend(self, addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Sums of `addend`, expanded to the width of `out`; see `_addend_sums`."""
-        if not _is_parameter(addend) or addend.shape[-1:] != out.shape[-1:]:
-            return _addend_sums(addend, out)
-        key = self._key("addend", addend)
-        sums = self._sums.get(key)
-        if sums is None:
-            sums = self._sums[key] = _addend_sums(addend, out)
-        return sums
-
-    @staticmethod
-    def _key(role: str, operand: torch.Tensor) -> tuple[object, ...]:
-        # ZeRO-3 gathers one parameter after the other into the same memory, so the address alone tells too little.
-        parameter = operand if operand._base is None else operand._base
-        version = None if operand.is_inference() else operand._version
-        place = operand.data_ptr(), operand.shape, operand.stride(), operand.dtype, operand.device
-        return role, id(parameter), version, *place
-
-
-def _is_parameter(operand: torch.Tensor) -> bool:
-    base = operand._base
-    return isinstance(operand if base is None else base, torch.nn.Parameter)
-
-
-def _right_sums(right: torch.Tensor, *, exact: bool) -> torch.Tensor:
-    """B·V. For bfloat16 and `exact`, its high and low parts side by side, 2·c columns that together hold 16 bits."""
-    vectors = _vectors(right.shape[-1], right.dtype, right.device)
-    if right.dtype == torch.float16:
-        return weighted_row_sums(right.float(), vectors)
-    if right.dtype != torch.bfloat16 or not exact:
-        return weighted_row_sums(right, vectors)
-    # In the layout that the product in float32 is several times faster with.
-    sums = weighted_row_sums(right.float(), vectors.mT.float().contiguous().mT)
-    # They lie transposed, and are joined so: side by side in memory would be an order of magnitude slower.
-    sums = sums.mT
-    high = sums.bfloat16()
-    return torch.cat([high, (sums - high).bfloat16()], dim=-2).mT
-
 
 # --- first stage ------------------------------------------------------------------------------------------------------
 
 
 def screen(
-    gemm: Gemm, out: torch.Tensor, sums: WeightSums, *, factor_scale: float = 1.0, finite_rows: bool = False
+    gemm: Gemm,
+    expected: torch.Tensor,
+    observed: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    factor_scale: float = 1.0,
+    finite_rows: bool = False,
 ) -> torch.Tensor:
-    """Residual ÷ tolerance of every row of `out`, (m,) or (b, m), on its device; NaN where a sum is not finite.
+    """Residual ÷ tolerance of every row of C, (m,) or (b, m), on its device; NaN where a sum is not finite.
 
-    `not (ratio <= 1)` is an alarm. Reads A, C and, unless cached, B once. One row that is not finite makes all ratios
-    NaN, since the mean is in every tolerance; with `finite_rows` (it waits for the device) the others have their own.
+    Args:
+        gemm: the product, for its lengths.
+        expected: E, (m, c) or (b, m, c), what the inputs say.
+        observed: O, of the same shape, what C has.
+        dtype: of C as it is stored.
+        factor_scale: on the tolerance.
+        finite_rows: one row that is not finite makes all ratios NaN, since the mean is in every tolerance; so asked
+            (it waits for the device), the others have their own.
+
+    `not (ratio <= 1)` is an alarm.
     """
-    expected = _expected_sums(gemm, out, sums)
-    factor = factor_scale * _screen_factor(out.dtype, _matmul_precision(out.dtype), gemm.k, gemm.n, expected.shape[-1])
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
     scale = _energy(expected)
     usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
     tolerance = scale.add_(usual).mul_(factor * factor).add_(_TINY)
-    # The observed sums of bfloat16 are widened on the way.
-    return _energy(expected.sub_(_observed_sums(out))).div_(tolerance).sqrt_()
+    return _energy(expected - observed).div_(tolerance).sqrt_()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -164,45 +70,12 @@ def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, co
 
 
 def _energy(sums: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of every row of (…, c). A reduction over few columns is slow unless they lie transposed."""
-    squares = sums * sums
-    if squares.dim() == 2:
-        return torch.mv(squares, _ones(squares.shape[1], squares.dtype, squares.device))
-    if squares.stride(-1) != 1:
-        return squares.mT.sum(-2)
-    return squares @ _ones(squares.shape[-1], squares.dtype, squares.device)
-
-
-def _expected_sums(gemm: Gemm, out: torch.Tensor, sums: WeightSums) -> torch.Tensor:
-    """E = alpha·A·(B·V) + beta·D·V, (m, c) or (b, m, c) in float32 (float64 for float64); the caller's to change."""
-    right = sums.get(gemm.right, exact=gemm.cancels)
-    left = gemm.left.float() if gemm.left.dtype == torch.float16 else gemm.left
-    expected = weighted_row_sums(left, right)
-    if expected.dtype == torch.bfloat16:
-        expected = expected.float()
-        if expected.shape[-1] == 8:
-            expected = expected[..., :4] + expected[..., 4:]
-    if gemm.alpha != 1.0:
-        expected.mul_(gemm.alpha)
-    if gemm.addend is not None:
-        expected.add_(sums.of_addend(gemm.addend, out), alpha=gemm.beta)
-    return expected
-
-
-def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """D·V with D expanded to C's shape, in float32 (float64 for float64)."""
-    wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-    vectors = _vectors(out.shape[-1], out.dtype, out.device).to(wide)
-    addend = addend.to(wide)
-    if addend.dim() == 0 or addend.shape[-1] != out.shape[-1]:
-        addend = addend.expand(*addend.shape[:-1], out.shape[-1])
-    return addend @ vectors
-
-
-def _observed_sums(out: torch.Tensor) -> torch.Tensor:
-    """O = C·V, in float32 for float16, else in the dtype of C."""
-    vectors = _vectors(out.shape[-1], out.dtype, out.device)
-    return weighted_row_sums(out.float() if out.dtype == torch.float16 else out, vectors)
+    """Sum of squares of every row of (…, c): c is small, and each column lies contiguous."""
+    first, *others = sums.unbind(-1)
+    energy = first * first
+    for column in others:
+        energy.addcmul_(column, column)
+    return energy
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:
@@ -211,12 +84,11 @@ def _matmul_precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
-    stored = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     return Precision(
-        stored=stored,
+        stored=torch.finfo(dtype).eps / 2,
         accumulated=wide,
-        checked=stored if dtype == torch.bfloat16 else wide,
+        checked=wide,
         operand=operand_roundoff(matmul_precision),
     )
 
@@ -239,10 +111,9 @@ class Confirmation:
     """Whether the operands of these rows hold values that are not finite."""
 
 
-def deferred_result(gemm: Gemm, ratio: torch.Tensor) -> torch.Tensor:
-    """(worst ratio, whether an operand has values that are not finite), shape (2,), without waiting for the device."""
-    finite = gemm.left.isfinite().all() & gemm.right.isfinite().all()
-    return torch.stack([ratio.max().float(), (~finite).float()])
+def deferred_result(expected: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """(worst ratio, whether the inputs' own sums are not finite), shape (2,), without waiting for the device."""
+    return torch.stack([ratio.max().float(), (~expected.isfinite().all()).float()])
 
 
 def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_scale: float = 1.0) -> Confirmation:
@@ -250,9 +121,13 @@ def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_sca
 
     Elements whose reference is not finite, because an operand is not or because the products exceed the range of the
     arithmetic, are no evidence about this operation.
+
+    Args:
+        gemm: the product.
+        out: C.
+        ratio: of `screen`, with finite rows apart from those that are not.
+        tolerance_scale: on every bound.
     """
-    if bool(ratio.isnan().any()):
-        ratio = screen(gemm, out, WeightSums(), factor_scale=tolerance_scale, finite_rows=True)
     addend = None if gemm.addend is None else gemm.addend.expand(out.shape)
     worst: DetectionKind | None = None
     inputs_bad = False

@@ -55,7 +55,7 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
 
     def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = bind(operator, args, kwargs)
-        label = context.labels.fused_attention()
+        label = context.labels.fused_attention((bound["query"], bound["key"], bound["value"]))
 
         def run() -> Any:
             results = original(*args, **kwargs)
@@ -83,7 +83,7 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
     def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = bind(backward, args, kwargs)
         d_out = bound["grad_out"] if "grad_out" in bound else bound["grad_out_"]
-        layer = context.labels.fused_attention_backward()
+        layer = context.labels.fused_attention_backward((bound["query"], bound["key"], bound["value"]))
 
         def run() -> Any:
             results = original(*args, **kwargs)
@@ -134,7 +134,7 @@ def _guarded(
     record, scale = context.record, context.config.threshold_scale
     if results[0] is None or results[0].numel() == 0 or not record.due(label.site):
         return results
-    with record.timed() as started:
+    with record.timed(label.site) as started:
         found = ratios(results) / scale
         if found.device.type != "cpu":
             finite = torch.stack([operand.isfinite().all() for operand in inputs]).all()
@@ -143,7 +143,7 @@ def _guarded(
             return results
         values = found.tolist()
         if all(value <= 1.0 for value in values):
-            record.clean(max(values))
+            record.clean(label.site, max(values))
             return results
         index = next(number for number, value in enumerate(values) if not value <= 1.0)
         blamed = Label(sites[index], label.layer)

@@ -43,9 +43,6 @@ class Gemm:
     """
     repeatable: bool = True
     """Whether the same call can be made again: what it reads can be had as it was."""
-    cancels: bool = False
-    """Whether large parts of the products are known to cancel, as Σ_j dS_ij = 0 does against what all keys share in
-    dQ = dS·K. The check then carries B·V in twice the precision."""
 
     @property
     def m(self) -> int:

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import torch
 
 from resilience.abft import checksum
+from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
 from resilience.abft.mend import repeat_until_clean, restore_overwritten
 from resilience.abft.probabilities import confirm_softmax, screen_softmax
 from resilience.abft.record import Record
 from resilience.abft.seam import Handler, Original
+from resilience.abft.sums import WeightSums
 from resilience.abft.thresholds import UNCONFIRMED, classify
 from resilience.config import DetectionConfig
 from resilience.events import Check, DetectionKind
@@ -65,75 +67,107 @@ class GemmHandlers:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._scale = context.config.threshold_scale
-        self.sums = checksum.WeightSums()
+        self._sums = WeightSums()
+        self._expectations = Expectations(self._sums)
+
+    def clear(self) -> None:
+        """Forget the sums of weights, and those that wait for their backward: a step or a replay begins."""
+        self._sums.clear()
+        self._expectations.clear()
 
     def handler(self, operator: str) -> Handler:
         """The handler of one of `gemm.GEMM_OPERATORS`."""
         context = self._context
+        labels, record = context.labels, context.record
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             gemm = parse_gemm(operator, args, kwargs)
             if gemm is None:
-                context.record.count_unprotected(unchecked_reason(operator, args))
+                record.count_unprotected(unchecked_reason(operator, args))
                 return original(*args, **kwargs)
-            label = context.labels.gemm(gemm)
-            if label.site == "attention.dq":
-                gemm = dataclasses.replace(gemm, cancels=True)
+            label = labels.gemm(gemm)
+            node, in_forward = labels.sequence, labels.is_left is None
 
             def run() -> torch.Tensor:
                 out: torch.Tensor = original(*args, **kwargs)
                 context.strike(label.site, label.layer, out)
                 return out
 
-            out = run()
-            if not context.record.due(label.site):
+            out = record.operation(label.site, run)
+            if not record.due(label.site):
                 return out
-            with context.record.timed() as started:
-                return self._check(label, gemm, out, run, started)
+            with record.timed(label.site) as started:
+                expect = self._expectations.forward if in_forward else self._expectations.backward
+                expectation = expect(gemm, out, node)
+                return self._check(_Call(label, gemm, node, expectation, run, started), out)
 
         return handle
 
-    def _check(
-        self, label: Label, gemm: Gemm, out: torch.Tensor, run: Callable[[], torch.Tensor], started: float
-    ) -> torch.Tensor:
+    def _check(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         record = self._context.record
         if out.device.type != "cpu":
-            ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale * UNCONFIRMED)
-            record.defer(label, Check.CHECKSUM, checksum.deferred_result(gemm, ratio))
+            ratio = self._ratio(call, out, factor_scale=UNCONFIRMED)
+            record.defer(call.label, Check.CHECKSUM, checksum.deferred_result(call.expectation.sums, ratio))
             return out
-        ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale)
-        worst = float(ratio.max())
+        worst = float(self._ratio(call, out).max())
         if worst <= 1.0:
-            record.clean(worst)
+            record.clean(call.label.site, worst)
             return out
-        # A parameter that changed without a new version would make its cached sums stale.
-        for operand in (gemm.right, gemm.addend):
-            if operand is not None:
-                self.sums.discard(operand)
-        confirmation = checksum.confirm(gemm, out, ratio, tolerance_scale=self._scale)
+        # What was kept of the operands is stale where a parameter changed without a new version.
+        self._expectations.discard(call.gemm, call.node)
+        call.expectation = self._expectations.alone(call.gemm, out)
+        confirmation = self._confirm(call, out)
         if confirmation.kind is not None:
-            mended = self._mend(gemm, run)
-            record.alarm(label, Check.CHECKSUM, confirmation.kind, worst, started, mended=mended is not None)
+            mended = self._mend(call)
+            record.alarm(call.label, Check.CHECKSUM, confirmation.kind, worst, call.started, mended=mended is not None)
             return out if mended is None else mended
         if confirmation.inputs_bad:
-            self._context.inputs_alarm(label, Check.CHECKSUM, out, worst, started)
+            self._context.inputs_alarm(call.label, Check.CHECKSUM, out, worst, call.started)
         return out
 
-    def _mend(self, gemm: Gemm, run: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    def _ratio(
+        self, call: _Call, out: torch.Tensor, *, factor_scale: float = 1.0, finite_rows: bool = False
+    ) -> torch.Tensor:
+        expectation = call.expectation
+        return checksum.screen(
+            expectation.gemm,
+            expectation.sums,
+            expectation.observed(out),
+            out.dtype,
+            factor_scale=self._scale * factor_scale,
+            finite_rows=finite_rows,
+        )
+
+    def _confirm(self, call: _Call, out: torch.Tensor) -> checksum.Confirmation:
+        expectation = call.expectation
+        ratio = self._ratio(call, out, finite_rows=True)
+        return checksum.confirm(expectation.gemm, expectation.oriented(out), ratio, tolerance_scale=self._scale)
+
+    def _mend(self, call: _Call) -> torch.Tensor | None:
         """The result of the same call again, verified; None if it cannot be repeated or stays faulty."""
 
         def again() -> torch.Tensor:
-            restore_overwritten(gemm)
-            return run()
+            restore_overwritten(call.gemm)
+            return call.run()
 
         def clean(out: torch.Tensor) -> bool:
-            ratio = checksum.screen(gemm, out, self.sums, factor_scale=self._scale)
-            if float(ratio.max()) <= 1.0:
-                return True
-            return checksum.confirm(gemm, out, ratio, tolerance_scale=self._scale).kind is None
+            return float(self._ratio(call, out).max()) <= 1.0 or self._confirm(call, out).kind is None
 
-        max_mends = self._context.config.max_mends if gemm.repeatable else 0
+        max_mends = self._context.config.max_mends if call.gemm.repeatable else 0
         return repeat_until_clean(again, clean, max_mends=max_mends)
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """One product that is being checked."""
+
+    label: Label
+    gemm: Gemm
+    node: int
+    expectation: Expectation
+    run: Callable[[], torch.Tensor]
+    """Makes the same call again, through the fault plan too."""
+    started: float
 
 
 def softmax_handler(context: Context) -> Handler:
@@ -150,14 +184,14 @@ def softmax_handler(context: Context) -> Handler:
         return worst, confirmation.kind, confirmation.inputs_bad
 
     def check(label: Label, scores: torch.Tensor, out: torch.Tensor, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with context.record.timed() as started:
+        with context.record.timed(label.site) as started:
             if out.device.type != "cpu":
                 ratio = screen_softmax(out) / (scale * UNCONFIRMED)
                 context.record.defer(label, Check.CHECKSUM, torch.stack([ratio.max(), scores.isnan().any().float()]))
                 return out
             worst, kind, inputs_bad = suspicion(scores, out)
             if worst <= 1.0:
-                context.record.clean(worst)
+                context.record.clean(label.site, worst)
             elif kind is not None:
                 mended = repeat_until_clean(
                     run, lambda result: suspicion(scores, result)[1] is None, max_mends=context.config.max_mends
@@ -180,7 +214,7 @@ def softmax_handler(context: Context) -> Handler:
             context.strike(label.site, label.layer, out)
             return out
 
-        out = run()
+        out = context.record.operation(label.site, run)
         return check(label, scores, out, run) if context.record.due(label.site) else out
 
     return handle

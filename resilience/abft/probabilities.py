@@ -12,8 +12,8 @@ import functools
 import torch
 
 from resilience.abft.checksum import MAX_ROWS, Confirmation, worst_kind
+from resilience.abft.sums import sums_of
 from resilience.abft.thresholds import probability_factor, row_mass_tolerance
-from resilience.kernels import weighted_row_sums
 
 __all__ = ["confirm_softmax", "screen_softmax"]
 
@@ -21,13 +21,11 @@ __all__ = ["confirm_softmax", "screen_softmax"]
 def screen_softmax(probabilities: torch.Tensor) -> torch.Tensor:
     """|Σ_j P_ij − 1| ÷ tolerance of every row, (rows,); NaN where a sum is not finite."""
     rows = probabilities.reshape(-1, probabilities.shape[-1])
-    if rows.dtype == torch.float16:
-        rows = rows.float()
-    sums = weighted_row_sums(rows, _ones(rows.shape[-1], rows.dtype, rows.device))[:, 0]
-    if sums.dtype == torch.bfloat16:
-        sums = sums.float()
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    sums = sums_of(rows, right=_ones(rows.shape[-1], wide, rows.device)).rows
+    assert sums is not None
     tolerance = row_mass_tolerance(**_precision(probabilities.dtype), n=rows.shape[-1])
-    return sums.sub(1.0).abs_().div_(tolerance)
+    return sums[:, 0].sub(1.0).abs_().div_(tolerance)
 
 
 def confirm_softmax(
@@ -52,8 +50,7 @@ def confirm_softmax(
 
 @functools.lru_cache(maxsize=64)
 def _ones(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # A library GEMM of bfloat16 takes half as long with four columns as with one; of float32 it takes longer.
-    return torch.ones(n, 4 if dtype == torch.bfloat16 else 1, dtype=dtype, device=device)
+    return torch.ones(n, 1, dtype=dtype, device=device)
 
 
 def _precision(dtype: torch.dtype) -> dict[str, float]:

@@ -15,7 +15,7 @@ from resilience.abft.finding import Finding
 from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
 from resilience.abft.gemm import GEMM_OPERATORS
 from resilience.abft.handlers import Context, GemmHandlers, Injector, softmax_handler
-from resilience.abft.labels import Labels
+from resilience.abft.labels import Labels, Observer
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
 from resilience.abft.unprotected import add_counters
@@ -78,13 +78,13 @@ class Protection:
     def detach(self) -> None:
         """Remove the hooks and the cached sums."""
         self._labels.detach()
-        self._gemms.sums.clear()
+        self._gemms.clear()
 
     def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None:
         """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay."""
         self._labels.begin_micro_step()
         if step != self._step or attempt > 0:
-            self._gemms.sums.clear()
+            self._gemms.clear()
         self._step = step
 
     @contextmanager
@@ -96,8 +96,7 @@ class Protection:
     def admit_backward(self, graph_task: int) -> None:
         """Protect this backward pass of autograd, wherever it was begun: a script may call `loss.backward()` itself.
 
-        Nested passes of reentrant activation checkpointing have numbers of their own, and are protected only within
-        `active()`.
+        Called inside the pass. The nested passes of reentrant activation checkpointing are protected with it.
         """
         self._gate.admit(graph_task)
 
@@ -115,6 +114,10 @@ class Protection:
     def unprotected(self) -> dict[str, int]:
         """How many operations that multiply matrices ran unchecked, by reason, since the process began."""
         return dict(self._record.unprotected)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell `observer` of every product that reaches a check; None ends it."""
+        self._labels.observer = observer
 
     def residual_sample(self) -> list[float]:
         """Residual ÷ threshold of up to 64 clean operations since the last call, drawn uniformly."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -20,8 +21,13 @@ from resilience.events import Check, DetectionKind
 
 __all__ = ["Record"]
 
+Result = TypeVar("Result")
+
 _MAX_FINDINGS = 4096
 """Findings kept between two drains; a tensor of NaN would otherwise fill memory with its consequences."""
+
+_ROUNDOFF = 1e-9
+"""Of adding up shares."""
 
 _SAMPLE_SIZE = 64
 """Clean residual ratios kept between two readings."""
@@ -31,16 +37,17 @@ class Record:
     """Written by the checks, read by the guard.
 
     Args:
-        share: share of the calls of each site that are to be checked.
-        clock: wall time of findings, monotonic time of checks.
+        share: share of the calls of each site that are to be checked, until `set_shares` says otherwise.
+        clock: wall time of findings, monotonic time of checks and operations.
     """
 
     def __init__(self, *, share: float, clock: Clock) -> None:
         self._share = share
+        self._shares: Mapping[str, float] = {}
+        self._credit: dict[str, float] = {}
         self._clock = clock
         self._findings: list[Finding] = []
         self._deferred: list[tuple[Label, Check, float, torch.Tensor]] = []
-        self._shares: Counter[str] = Counter()
         self._sample: list[float] = []
         self._num_clean = 0
         self._random = random.Random(0)
@@ -48,15 +55,30 @@ class Record:
         """Operations checked, by site."""
         self.unprotected: Counter[str] = Counter()
         """Operations that multiply matrices and ran unchecked, by reason; calls beyond `share` are not among them."""
-        self.check_seconds = 0.0
+        self.operation_seconds: Counter[str] = Counter()
+        """Time that the operations themselves took, by site."""
+        self.seconds: Counter[str] = Counter()
+        """Time spent in checks and repairs, by site."""
+        self.on_ratio: Callable[[str, float], None] | None = None
+        """Told the site and the residual ÷ threshold of every check that raised no alarm."""
+
+    @property
+    def check_seconds(self) -> float:
         """Time spent in checks and repairs."""
+        return math.fsum(self.seconds.values())
+
+    def set_shares(self, shares: Mapping[str, float]) -> None:
+        """From now on check these shares of the calls of these sites."""
+        self._shares = dict(shares)
 
     def due(self, site: str) -> bool:
         """Whether this call is among the share that is checked; counts it if so. Spread evenly, the first included."""
-        if self._share < 1.0:
-            calls = self._shares[site]
-            self._shares[site] += 1
-            if math.ceil(calls * self._share) == math.ceil((calls + 1) * self._share):
+        share = self._shares.get(site, self._share)
+        if share < 1.0:
+            credit = self._credit.get(site, 1.0 - share) + share
+            is_due = credit >= 1.0 - _ROUNDOFF
+            self._credit[site] = credit - 1.0 if is_due else credit
+            if not is_due:
                 return False
         self.checks[site] += 1
         return True
@@ -66,16 +88,25 @@ class Record:
         self.unprotected[reason] += 1
 
     @contextmanager
-    def timed(self) -> Iterator[float]:
-        """Add the time within to `check_seconds`; gives the monotonic time of its beginning."""
+    def timed(self, site: str) -> Iterator[float]:
+        """Add the time within to that of the site's checks; gives the monotonic time of its beginning."""
         started = self._clock.monotonic()
         try:
             yield started
         finally:
-            self.check_seconds += self._clock.monotonic() - started
+            self.seconds[site] += self._clock.monotonic() - started
 
-    def clean(self, ratio: float) -> None:
+    def operation(self, site: str, run: Callable[[], Result]) -> Result:
+        """Run an operation, and add its time to that of the site's operations."""
+        started = self._clock.monotonic()
+        result = run()
+        self.operation_seconds[site] += self._clock.monotonic() - started
+        return result
+
+    def clean(self, site: str, ratio: float) -> None:
         """Note a residual ÷ threshold that raised no alarm (reservoir sampling)."""
+        if self.on_ratio is not None:
+            self.on_ratio(site, ratio)
         self._num_clean += 1
         if len(self._sample) < _SAMPLE_SIZE:
             self._sample.append(ratio)
@@ -124,7 +155,7 @@ class Record:
             results = torch.stack([result for *_, result in deferred]).tolist()
             for (label, check, started, _), (ratio, inputs_bad) in zip(deferred, results, strict=True):
                 if ratio <= 1.0:
-                    self.clean(ratio)
+                    self.clean(label.site, ratio)
                 else:
                     kind = DetectionKind.MISMATCH if math.isfinite(ratio) else DetectionKind.NAN
                     self.alarm(label, check, kind, ratio, started, inputs_bad=bool(inputs_bad))

@@ -25,10 +25,13 @@ import math
 from resilience.events import DetectionKind
 
 __all__ = [
+    "CARRIED_SIGMAS",
     "NEAR_INF_SHARE",
     "UNCONFIRMED",
+    "CarriedVarianceFactors",
     "ElementFactors",
     "Precision",
+    "carried_variance_factors",
     "classify",
     "element_factors",
     "invariant_factor",
@@ -45,6 +48,11 @@ NEAR_INF_SHARE = 0.25
 
 _SIGMAS = 7.0
 """Standard deviations of round-off that the screen lets pass."""
+
+
+CARRIED_SIGMAS = 12.0
+"""Standard deviations of round-off that a line's carried checksum lets pass. The energy in them is an estimate from 16
+signs: a normal deviate exceeds 12 of what a chi-squared estimate makes of its deviation with probability 1e-8."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +72,15 @@ class Precision:
 def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> float:
     """Tolerance of ‖E_i − O_i‖₂ as a multiple of scale_i, for a clean GEMM (see the head of this file).
 
-    With ρ the root-mean-square of a row of C, one column of V that sums g elements gives sums of size ρ·√g. Each stored
-    element errs with standard deviation `stored`·ρ ÷ √3, hence √g times that over the sum; E and O are each rounded by
-    `checked` when they are stored; accumulation over k products is a random walk, about accumulated·√k·ρ an element,
-    and so are the sums over n. Together: deviation·ρ·√g a column, √columns of that over the row. scale_i is about
-    2·√columns·ρ·√g, and the norm of c normal deviates exceeds √c·(1 + 7 ÷ √c) with a probability below 1e-11.
+    With ρ the root-mean-square of a row of C, one column of V gives sums of size ρ·√n. Each stored element errs with
+    standard deviation `stored`·ρ ÷ √3, hence √n times that over the sum; E and O are each rounded by `checked` when
+    they are stored; accumulation over k products is a random walk, about accumulated·√k·ρ an element, and so are the
+    sums over n. Together: deviation·ρ·√n a column, √columns of that over the row. scale_i is about 2·√columns·ρ·√n, and
+    the norm of c normal deviates exceeds √c·(1 + 7 ÷ √c) with a probability below 1e-11. What limits the screen is
+    that scale_i is an estimate from few sums: where one row outweighs all others it may be a fraction of what it
+    estimates. Accumulation has reserves for that in its own term, rounding gets a factor of 2.
     """
-    rounding = precision.stored / math.sqrt(3.0)
+    rounding = 2.0 * precision.stored / math.sqrt(3.0)
     checking = 2.0 * precision.checked / math.sqrt(3.0)
     accumulation = precision.accumulated * (math.sqrt(k) + math.sqrt(n) + 4.0)
     deviation = rounding + checking + accumulation + 2.0 * precision.operand
@@ -142,3 +152,30 @@ def probability_factor(*, stored: float, accumulated: float, n: int) -> float:
     last place.
     """
     return 1.01 * stored + (4.0 * math.sqrt(n) + 240.0) * accumulated
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CarriedVarianceFactors:
+    """Variance that one product adds to carried − observed plain sum of a line of n elements, each over k products:
+
+    stored · energy + accumulated · ‖a‖²·‖B‖_F² + summed · (squares of the sums involved).
+    """
+
+    stored: float
+    accumulated: float
+    summed: float
+
+
+def carried_variance_factors(precision: Precision, *, k: int, n: int, num_roundings: int = 1) -> CarriedVarianceFactors:
+    """Round-off of one product under sums that are carried through it (no second stage confirms them).
+
+    Storing errs with variance u_C² ÷ 3 of each element's square, `num_roundings` times where an addend follows. The
+    partial sums of k products of one sign grow linearly, and their roundings add up to u·√k ÷ 3 of ‖a‖·‖b‖; of mixed
+    signs to less. The sums themselves are taken over k, and over n, in `checked`.
+    """
+    accumulated = precision.accumulated * (0.5 * math.sqrt(k) + 2.0)
+    return CarriedVarianceFactors(
+        stored=num_roundings * precision.stored**2 / 3.0,
+        accumulated=accumulated**2 + 2.0 * precision.operand**2,
+        summed=(precision.checked * (math.sqrt(k) + math.sqrt(n) + 8.0)) ** 2,
+    )
