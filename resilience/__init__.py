@@ -8,13 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Config", "__version__", "load_config", "protect"]
+__all__ = ["Config", "__version__", "coverage", "load_config", "protect"]
 
 if TYPE_CHECKING:
+    from resilience.abft.coverage import coverage
     from resilience.config import Config, load_config
     from resilience.guard import protect
 
-_HOMES = {"Config": "resilience.config", "load_config": "resilience.config", "protect": "resilience.guard"}
+_HOMES = {
+    "Config": "resilience.config",
+    "coverage": "resilience.abft.coverage",
+    "load_config": "resilience.config",
+    "protect": "resilience.guard",
+}
 
 
 def __getattr__(name: str) -> Any:
