@@ -17,29 +17,71 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(__GNUC__)
-#error "vector extensions of GCC and Clang are used; without them the package falls back to torch"
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
 #endif
 
 enum {
-    ROWS = 4,           /* of a group; every weight loaded serves them all */
-    TILE = 1024,        /* columns whose weights and sums stay in the first-level cache */
-    PANEL = 128,        /* rows after which sums of columns are added to their totals */
-    MAX_COLUMNS = 8,    /* weight vectors a side */
-    MAX_WIDE = 4,       /* of them in one pass over a group in the cache */
-    MAX_WHOLE = 4096,   /* columns that make one group; wider matrices are cut */
-    GROUP_WIDTH = 2048, /* columns of a group of a wide matrix */
-    ENOUGH_UNITS = 64,  /* a matrix is cut into no more than about so many */
-    SMALL = 1 << 16,    /* elements up to which threads and releasing the GIL cost more than they bring */
-    MAX_KEPT = 1 << 24, /* bytes of scratch memory that are kept for the next call */
+    ROWS = 4,            /* read together; every weight loaded serves them all */
+    TILE = 1024,         /* columns whose weights and sums stay in the first-level cache */
+    PANEL = 128,         /* rows after which sums of columns are added to their totals */
+    BLOCK_BYTES = 16384, /* of the matrix that are read again from the cache for more weights */
+    MAX_COLUMNS = 8,     /* weight vectors a side */
+    MAX_WIDE = 4,        /* of them in one pass over a block */
+    MAX_WHOLE = 4096,    /* columns that make one group; wider matrices are cut */
+    GROUP_WIDTH = 2048,  /* columns of a group of a wide matrix */
+    ENOUGH_UNITS = 64,   /* a matrix is cut into no more than about so many */
+    SMALL = 1 << 16,     /* elements up to which threads and releasing the GIL cost more than they bring */
+    MAX_KEPT = 1 << 24,  /* bytes of scratch memory that are kept for the next call */
+    MAX_VECTOR = 64,     /* bytes of the widest vector */
 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 4")
-#define GROUP_ARGUMENTS                                                                                                \
-    const void *const *rows, const void *const *later, ptrdiff_t width, const float *right, const float *left,        \
-        float *row_sums, float *column_sums
-typedef void group_function(GROUP_ARGUMENTS);
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAVE_SHUFFLES 1
+#define SHUFFLE __builtin_shufflevector
+#endif
+#endif
+
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* groups·ROWS rows by `width` columns, a multiple of the step, and where their sums go. */
+typedef struct {
+    const char *start;
+    ptrdiff_t row_bytes, groups, width;
+    const float *right; /* packed, TILE apart */
+    const float *left;
+    ptrdiff_t left_element, left_vector;
+    float *row_sums; /* `row_vector` apart */
+    ptrdiff_t row_vector;
+    int first;          /* row sums are set, not added to */
+    float *column_sums; /* added to; packed, TILE apart */
+} block;
+
+typedef void pass_function(const block *);
+
+/* What an instruction set has: passes by dtype (float32, bfloat16), weight vectors on the right, and on the left. */
+typedef struct {
+    int lanes;
+    void (*pack)(float *, const float *, ptrdiff_t, ptrdiff_t, int);
+    void (*unpack)(float *, const float *, ptrdiff_t, int, int);
+    pass_function *passes[2][MAX_WIDE + 1][MAX_WIDE + 1];
+} instructions;
+
+/* The sum of each quad: a transposition and three additions. */
+INLINE quad totals(quad a, quad b, quad c, quad d)
+{
+#if HAVE_SHUFFLES
+    quad ab = SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7);
+    quad cd = SHUFFLE(c, d, 0, 4, 1, 5) + SHUFFLE(c, d, 2, 6, 3, 7);
+    return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
+#else
+    return (quad){(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
+                  (d[0] + d[2]) + (d[1] + d[3])};
+#endif
+}
 
 #define LANES 4
 #define TARGET
@@ -67,17 +109,14 @@ typedef void group_function(GROUP_ARGUMENTS);
 #undef NAME
 #endif
 
-typedef group_function *const group_table[MAX_WIDE + 1][MAX_WIDE + 1];
-
 static const struct {
     const char *name;
-    group_table *tables;
-    int lanes;
+    const instructions *what;
 } INSTRUCTION_SETS[] = {
-    {"plain", groups_plain, 4},
+    {"plain", &instructions_plain},
 #if defined(__x86_64__)
-    {"avx2", groups_avx2, 8},
-    {"avx512", groups_avx512, 16},
+    {"avx2", &instructions_avx2},
+    {"avx512", &instructions_avx512},
 #endif
 };
 static int instruction_set;
@@ -120,11 +159,8 @@ typedef struct {
     sums rows, columns;
     ptrdiff_t chunk, chunks, width, groups;
     ptrdiff_t next_unit;
-    group_table *table;
-    int lanes;
+    const instructions *by;
 } job;
-
-static const float NOTHING[TILE];
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
@@ -154,75 +190,86 @@ static void finish(const sums *side, ptrdiff_t batch, ptrdiff_t piece, ptrdiff_t
     }
 }
 
-/* A tile of weights as the groups read them: contiguous, filled up with zeros to whole vectors. */
-static void pack(float *packed, const weights *from, ptrdiff_t batch, ptrdiff_t begin, ptrdiff_t count, ptrdiff_t padded)
+/* One block by all weight vectors, a few at a time. */
+static void sweep_block(const job *work, block part)
 {
-    for (int c = 0; c < from->count; c++) {
-        const float *source = from->data + batch * from->batch + begin * from->element + c * from->vector;
-        float *target = packed + c * TILE;
-        if (from->element == 1)
-            memcpy(target, source, count * sizeof *target);
-        else
-            for (ptrdiff_t i = 0; i < count; i++)
-                target[i] = source[i * from->element];
-        for (ptrdiff_t i = count; i < padded; i++)
-            target[i] = 0.0f;
-    }
-}
-
-/* One group by all weight vectors, a few at a time. */
-static void sweep_group(const job *work, const void *const *rows, const void *const *later, ptrdiff_t width,
-                        const float *right, const float *left, float *row_sums, float *column_sums)
-{
-    int r = 0, l = 0;
-    while (r < work->right.count || l < work->left.count) {
-        int rights = work->right.count - r, lefts = work->left.count - l;
+    int rights = work->right.count, lefts = work->left.count;
+    while (rights > 0 || lefts > 0) {
         int most = rights > 0 && lefts > 0 ? MAX_WIDE / 2 : MAX_WIDE;
-        rights = rights < most ? rights : most;
-        lefts = lefts < most ? lefts : most;
-        (*work->table)[rights][lefts](rows, later, width, right + r * TILE, left + l, row_sums + r, column_sums + l * TILE);
-        r += rights;
-        l += lefts;
+        int r = rights < most ? rights : most, l = lefts < most ? lefts : most;
+        work->by->passes[work->size == 2][r][l](&part);
+        rights -= r;
+        lefts -= l;
+        part.right += r * TILE;
+        part.row_sums += r * part.row_vector;
+        part.left += l * part.left_vector;
+        part.column_sums += l * TILE;
     }
 }
 
-/* Rows [begin, end), at most PANEL of them, by columns [from, from + width), at most TILE. */
-static void sweep_panel(const job *work, ptrdiff_t batch, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t from,
-                        ptrdiff_t width, const float *right, float *row_sums, int first, float *column_sums)
+/* Rows that are no whole group, or columns that are no whole step: a copy with zeros around it. `part` is as for
+ * sweep_block, with row sums as they were before; at most PANEL rows by one step, or ROWS rows by TILE columns. */
+static void sweep_edge(const job *work, block part, ptrdiff_t num_rows, ptrdiff_t num_columns)
 {
-    ptrdiff_t whole = width / work->lanes * work->lanes, rest = (width - whole) * work->size;
-    char edge[ROWS][64] __attribute__((aligned(64)));
-    for (ptrdiff_t at = begin; at < end; at += ROWS) {
-        const void *rows[ROWS], *later[ROWS], *edges[ROWS];
-        float left[ROWS][MAX_COLUMNS] = {{0}}, found[ROWS][MAX_COLUMNS] = {{0}};
-        for (int i = 0; i < ROWS; i++) {
-            ptrdiff_t row = at + i;
-            edges[i] = edge[i];
-            if (row >= end) { /* zeros for rows that are not there */
-                rows[i] = later[i] = NOTHING;
-                if (rest)
-                    memset(edge[i], 0, 64);
-                continue;
-            }
-            const char *start = work->data + batch * work->batch_bytes + row * work->row_bytes + from * work->size;
-            rows[i] = start;
-            later[i] = row + ROWS < end ? start + ROWS * work->row_bytes : start;
-            for (int c = 0; c < work->left.count; c++)
-                left[i][c] = work->left.data[batch * work->left.batch + row * work->left.element + c * work->left.vector];
-            if (rest) {
-                memset(edge[i], 0, 64);
-                memcpy(edge[i], start + whole * work->size, rest);
-            }
+    char copy[BLOCK_BYTES] __attribute__((aligned(64)));
+    float left[PANEL][MAX_COLUMNS], found[MAX_COLUMNS][PANEL];
+    ptrdiff_t step_bytes = work->by->lanes * 4, bytes = num_columns * work->size;
+    ptrdiff_t padded_bytes = ceiling(bytes, step_bytes) * step_bytes, padded_rows = ceiling(num_rows, ROWS) * ROWS;
+    for (ptrdiff_t i = 0; i < padded_rows; i++) {
+        ptrdiff_t here = i < num_rows ? bytes : 0;
+        memcpy(copy + i * padded_bytes, part.start + i * part.row_bytes, here);
+        memset(copy + i * padded_bytes + here, 0, padded_bytes - here);
+        for (int c = 0; c < work->left.count; c++)
+            left[i][c] = i < num_rows ? part.left[i * part.left_element + c * part.left_vector] : 0.0f;
+    }
+    block padded = part;
+    padded.start = copy;
+    padded.row_bytes = padded_bytes;
+    padded.groups = padded_rows / ROWS;
+    padded.width = padded_bytes / work->size;
+    padded.left = left[0];
+    padded.left_element = MAX_COLUMNS;
+    padded.left_vector = 1;
+    padded.row_sums = found[0];
+    padded.row_vector = PANEL;
+    padded.first = 1;
+    sweep_block(work, padded);
+    for (int c = 0; c < work->right.count; c++)
+        for (ptrdiff_t i = 0; i < num_rows; i++) {
+            float *sum = part.row_sums + c * part.row_vector + i;
+            *sum = part.first ? found[c][i] : *sum + found[c][i];
         }
-        if (whole)
-            sweep_group(work, rows, later, whole, right, left[0], found[0], column_sums);
-        if (rest)
-            sweep_group(work, edges, edges, work->lanes, right + whole, left[0], found[0], column_sums + whole);
-        for (int c = 0; c < work->right.count; c++)
-            for (int i = 0; i < ROWS && at + i < end; i++) {
-                float *sum = row_sums + c * work->rows.length + at + i;
-                *sum = first ? found[i][c] : *sum + found[i][c];
-            }
+}
+
+/* At most PANEL rows by at most TILE columns; of `part`, groups and width are found here. */
+static void sweep_panel(const job *work, block part, ptrdiff_t num_rows, ptrdiff_t num_columns)
+{
+    ptrdiff_t step = work->by->lanes * 4 / work->size;
+    ptrdiff_t width = num_columns / step * step, whole_rows = num_rows / ROWS * ROWS;
+    ptrdiff_t most = width ? BLOCK_BYTES / (width * work->size) / ROWS * ROWS : PANEL;
+    most = most < ROWS ? ROWS : most;
+    for (ptrdiff_t row = 0, rows; row < num_rows; row += rows) {
+        block here = part;
+        rows = row < whole_rows ? least(most, whole_rows - row) : num_rows - row;
+        here.start += row * part.row_bytes;
+        here.left += row * part.left_element;
+        here.row_sums += row;
+        if (row >= whole_rows) {
+            sweep_edge(work, here, rows, num_columns);
+            continue;
+        }
+        if (width) {
+            here.groups = rows / ROWS;
+            here.width = width;
+            sweep_block(work, here);
+        }
+        if (width < num_columns) {
+            here.start += width * work->size;
+            here.right += width;
+            here.column_sums += width;
+            here.first = part.first && width == 0;
+            sweep_edge(work, here, rows, num_columns - width);
+        }
     }
 }
 
@@ -231,31 +278,39 @@ static void sweep_unit(const job *work, ptrdiff_t batch, ptrdiff_t chunk, ptrdif
 {
     float right[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
     float panel_sums[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
-    ptrdiff_t row_end = least((chunk + 1) * work->chunk, work->num_rows);
+    const int is_bfloat16 = work->size == 2;
+    ptrdiff_t row_begin = chunk * work->chunk, row_end = least(row_begin + work->chunk, work->num_rows);
     ptrdiff_t group_begin = group * work->width, group_end = least(group_begin + work->width, work->num_columns);
-    float *row_sums = work->right.count ? place(&work->rows, batch, group) : NULL;
-    float *column_sums = work->left.count ? place(&work->columns, batch, chunk) : NULL;
+    float *row_sums = work->right.count ? place(&work->rows, batch, group) : panel_sums;
+    float *column_sums = work->left.count ? place(&work->columns, batch, chunk) : panel_sums;
+    const float *left = work->left.count ? work->left.data + batch * work->left.batch : panel_sums;
     for (ptrdiff_t from = group_begin; from < group_end; from += TILE) {
-        ptrdiff_t width = least(TILE, group_end - from), padded = ceiling(width, work->lanes) * work->lanes;
-        pack(right, &work->right, batch, from, width, padded);
-        for (ptrdiff_t begin = chunk * work->chunk; begin < row_end; begin += PANEL) {
-            int first = begin == chunk * work->chunk;
+        ptrdiff_t width = least(TILE, group_end - from);
+        for (int c = 0; c < work->right.count; c++)
+            work->by->pack(right + c * TILE,
+                           work->right.data + batch * work->right.batch + from * work->right.element + c * work->right.vector,
+                           work->right.element, width, is_bfloat16);
+        for (ptrdiff_t row = row_begin; row < row_end; row += PANEL) {
+            memset(panel_sums, 0, work->left.count * sizeof *panel_sums * TILE);
+            block part = {
+                .start = work->data + batch * work->batch_bytes + row * work->row_bytes + from * work->size,
+                .row_bytes = work->row_bytes,
+                .right = right,
+                .left = left + row * work->left.element,
+                .left_element = work->left.element,
+                .left_vector = work->left.vector,
+                .row_sums = row_sums + row,
+                .row_vector = work->rows.length,
+                .first = from == group_begin,
+                .column_sums = panel_sums,
+            };
+            sweep_panel(work, part, least(PANEL, row_end - row), width);
             for (int c = 0; c < work->left.count; c++)
-                memset(panel_sums + c * TILE, 0, padded * sizeof *panel_sums);
-            sweep_panel(work, batch, begin, least(begin + PANEL, row_end), from, width, right, row_sums,
-                        from == group_begin, panel_sums);
-            for (int c = 0; c < work->left.count; c++) {
-                float *totals = column_sums + c * work->columns.length + from;
-                const float *added = panel_sums + c * TILE;
-                if (first)
-                    memcpy(totals, added, width * sizeof *totals);
-                else
-                    for (ptrdiff_t i = 0; i < width; i++)
-                        totals[i] += added[i];
-            }
+                work->by->unpack(column_sums + c * work->columns.length + from, panel_sums + c * TILE, width,
+                                 is_bfloat16, row == row_begin);
         }
     }
-    finish(&work->rows, batch, chunk, work->chunks, chunk * work->chunk, row_end);
+    finish(&work->rows, batch, chunk, work->chunks, row_begin, row_end);
     finish(&work->columns, batch, group, work->groups, group_begin, group_end);
 }
 
@@ -435,8 +490,7 @@ static PyObject *sweep(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     work.num_columns = shape[2];
     work.batch_bytes = strides[0] * work.size;
     work.row_bytes = strides[1] * work.size;
-    work.table = &INSTRUCTION_SETS[instruction_set].tables[work.size == 2];
-    work.lanes = INSTRUCTION_SETS[instruction_set].lanes;
+    work.by = INSTRUCTION_SETS[instruction_set].what;
     plan(&work);
     if (execute(&work, parallel, threads) < 0)
         return PyErr_NoMemory();
@@ -460,7 +514,7 @@ static PyObject *use(PyObject *module, PyObject *name)
 
 PyDoc_STRVAR(instructions_doc, "instructions() -> str\n\nName of the instruction set in use.");
 
-static PyObject *instructions(PyObject *module, PyObject *unused)
+static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
     return PyUnicode_FromString(INSTRUCTION_SETS[instruction_set].name);
@@ -469,7 +523,7 @@ static PyObject *instructions(PyObject *module, PyObject *unused)
 static PyMethodDef METHODS[] = {
     {"sweep", (PyCFunction)(void (*)(void))sweep, METH_FASTCALL, sweep_doc},
     {"use", use, METH_O, use_doc},
-    {"instructions", instructions, METH_NOARGS, instructions_doc},
+    {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},
     {NULL, NULL, 0, NULL},
 };
 
