@@ -311,7 +311,8 @@ def attention_backward(
         attention_dq_kernel[grid](
             q, k, v, d_out, lse, delta, dq, cu_q, cu_k, *of_keys, *in_dq.buffers,
             *geometry.strides(q, k, v, d_out, dq), *common, keys.tiles if keys else 0, *tail,
-            in_dq.tolerance_scale, in_dq.capacity, attempt, in_dq.attempts[-1], *order, CAUSAL=causal, **geometry.constants(launch_q), **in_dq.constants,
+            in_dq.tolerance_scale, in_dq.capacity, attempt, in_dq.attempts[-1], *order, CAUSAL=causal,
+            **geometry.constants(launch_q), **in_dq.constants,
         )  # fmt: skip
 
     grid = (triton.cdiv(geometry.max_k, launch_k.block_n), geometry.batch * geometry.key_heads)

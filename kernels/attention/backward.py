@@ -163,8 +163,9 @@ def attention_dq_kernel(
     tl.store(dq + wide_rows * stride_gt + depth[None, :], (acc * scale).to(dq.dtype.element_ty), mask=there)
 
     if CHECKED:
-        q_wide = q_tile.to(tl.float32)
-        do_wide = do_tile.to(tl.float32)
+        # Read again: registers that hold the tiles through the loop would be spilled.
+        q_wide = tl.load(q + wide_rows * stride_qt + depth[None, :], mask=there, other=0.0).to(tl.float32)
+        do_wide = tl.load(d_o + wide_rows * stride_dt + depth[None, :], mask=there, other=0.0).to(tl.float32)
         q_norm = tl.sqrt(tl.sum(q_wide * q_wide, 1))
         do_norm = tl.sqrt(tl.sum(do_wide * do_wide, 1))
         exponent = scale_log2 * q_norm * k_norm_max
@@ -339,8 +340,9 @@ def attention_dkdv_kernel(
     tl.store(dv + wide_keys * stride_yt + depth[None, :], dv_acc.to(dv.dtype.element_ty), mask=there)
 
     if CHECKED:
-        k_wide = k_tile.to(tl.float32)
-        v_wide = v_tile.to(tl.float32)
+        # Read again: registers that hold the tiles through the loop would be spilled.
+        k_wide = tl.load(k + wide_keys * stride_kt + depth[None, :], mask=there, other=0.0).to(tl.float32)
+        v_wide = tl.load(v + wide_keys * stride_vt + depth[None, :], mask=there, other=0.0).to(tl.float32)
         k_norm = tl.sqrt(tl.sum(k_wide * k_wide, 1))
         v_norm = tl.sqrt(tl.sum(v_wide * v_wide, 1))
         floor: tl.constexpr = 0.0 if dk.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF

@@ -160,7 +160,9 @@ def attention_forward_kernel(
 
     if CHECKED:
         valid = rows < length_q
-        q_wide = q_tile.to(tl.float32)
+        # Read again: registers that hold the tile through the loop would be spilled.
+        q_wide = tl.load(q + rows[:, None].to(tl.int64) * stride_qt + depth[None, :], mask=there, other=0.0)
+        q_wide = q_wide.to(tl.float32)
         score_scale = tl.sqrt(tl.sum(q_wide * q_wide, 1)) * k_norm
         score_ratio = weigh(score_sums - tl.sum(q_wide * k_sum[None, :], 1),
                             score_scale * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
