@@ -1,4 +1,4 @@
-"""An exact 64-bit hash of a tensor's bits, in torch: integer arithmetic only, the same on every device.
+"""An exact 64-bit hash of a tensor's bits: integer arithmetic only, the same on every device and in every form.
 
 The definition and what it is certain to see are in `kernels/hash/README.md`. No policy: who is hashed, how often and
 what a difference means is decided elsewhere.
@@ -7,6 +7,8 @@ what a difference means is decided elsewhere.
 from __future__ import annotations
 
 import torch
+
+from resilience.kernels import triton_kernels
 
 __all__ = ["WORD_BYTES", "bit_hash", "num_words"]
 
@@ -19,6 +21,9 @@ _FIRST, _SECOND, _THIRD, _FOURTH = 0x45D9F3B1, 0x2C1B3C6D, 0x297A2D39, 0x1B56C4E
 
 _CHUNK_WORDS = 1 << 16
 """Words hashed at once: temporaries of a few times 256 KiB stay in a core's cache."""
+
+_CHUNK_WORDS_CUDA = 1 << 24
+"""On a GPU: 64 MiB at most are copied at a time, of tensors whose elements do not lie in order."""
 
 
 def num_words(tensor: torch.Tensor) -> int:
@@ -51,11 +56,11 @@ def bit_hash(tensor: torch.Tensor, *, offset: int = 0) -> torch.Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     tensor = tensor.resolve_neg()
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    step = _CHUNK_WORDS * WORD_BYTES // tensor.element_size()
+    step = (_CHUNK_WORDS_CUDA if tensor.is_cuda else _CHUNK_WORDS) * WORD_BYTES // tensor.element_size()
     for start in range(0, tensor.numel(), step):
-        words = _words(_elements(tensor, start, min(start + step, tensor.numel())))
-        total += (words * _weights(offset, words.numel(), tensor.device)).sum()
-        offset += words.numel()
+        for words in _words(_elements(tensor, start, min(start + step, tensor.numel()))):
+            total += _hash_words(words, offset)
+            offset += words.numel()
     return total
 
 
@@ -74,15 +79,29 @@ def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return torch.cat([head, middle, _elements(tensor[last], 0, stop - last * width)])
 
 
-def _words(elements: torch.Tensor) -> torch.Tensor:
-    """Words of contiguous elements, (number of words,), int64 of 0 … 2^32 − 1."""
-    size = elements.element_size()
-    missing = -elements.numel() * size % WORD_BYTES
-    if missing:
-        elements = torch.cat([elements.view(torch.uint8), elements.new_zeros(missing, dtype=torch.uint8)])
-    elif elements.storage_offset() * size % WORD_BYTES:
-        elements = elements.clone()
-    return elements.view(torch.int32).long().bitwise_and_(0xFFFFFFFF)
+def _words(elements: torch.Tensor) -> list[torch.Tensor]:
+    """Words of contiguous elements, int32; if the last one has to be filled up, it comes by itself."""
+    memory = elements.view(torch.uint8)
+    num_whole = memory.numel() // WORD_BYTES * WORD_BYTES
+    whole, rest = memory[:num_whole], memory[num_whole:]
+    if whole.storage_offset() % WORD_BYTES:
+        whole = whole.clone()
+    words = [whole.view(torch.int32)] if num_whole else []
+    if rest.numel():
+        last = torch.zeros(WORD_BYTES, dtype=torch.uint8, device=elements.device)
+        last[: rest.numel()] = rest
+        words.append(last.view(torch.int32))
+    return words
+
+
+def _hash_words(words: torch.Tensor, offset: int) -> torch.Tensor:
+    """Hash of int32 words, as an int64 scalar."""
+    kernel = triton_kernels("hash.kernel", words)
+    if kernel is not None:
+        hashed: torch.Tensor = kernel.hash_words(words, offset)
+        return hashed
+    values = words.long().bitwise_and_(0xFFFFFFFF)
+    return values.mul_(_weights(offset, words.numel(), words.device)).sum()
 
 
 def _weights(start: int, count: int, device: torch.device) -> torch.Tensor:

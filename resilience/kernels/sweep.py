@@ -1,8 +1,8 @@
 """One pass over a matrix that gives all its weighted row and column sums in float32.
 
-The checks are bound by memory, so each tensor is read once. On a CPU a compiled kernel does it (`_sweep.c`); where that
-was not built, for other devices and for strides that it does not know, products of torch do, with the same results
-within round-off. No thresholds, no knowledge of sites or steps, no gradients.
+The checks are bound by memory, so each tensor is read once. On a CPU a compiled kernel does it (`_sweep.c`), on a CUDA
+device one in Triton (`checksum/`); where that was not built or installed, and for strides that it does not know,
+products of torch do, with the same results within round-off. No thresholds, no sites, no steps, no gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from resilience.kernels import triton_kernels
 
 try:
     from resilience.kernels import _sweep as _compiled
@@ -60,6 +62,10 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
         swept = _swept(matrix, right, left)
         if swept is not None:
             return swept
+    kernels = triton_kernels("checksum.sweep", matrix)
+    if kernels is not None:
+        sums = kernels.sweep(matrix.resolve_neg(), right, left)
+        return Sweep(sums.rows, sums.columns)
     assert matrix.dtype in _DTYPES, matrix.dtype
     assert matrix.dim() in (2, 3), matrix.shape
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Kernels run compiled where there is a CUDA device, else in Triton's interpreter on the CPU; memory starts poisoned."""
+"""Kernels run compiled on a CUDA device, else in Triton's interpreter on the CPU; memory starts poisoned."""
 
 from __future__ import annotations
 
