@@ -110,33 +110,39 @@ def attend(
         ValueError: heads that do not divide, or a dtype that is not checked.
     """
     num_kv_heads = num_kv_heads or num_heads
+    _refuse(x, weights, num_heads, num_kv_heads)
+    run = _Run(sums, tolerance_scale, strike or (lambda site, tensor: None))
+    source = x if source is None else source
+    repeats = num_heads // num_kv_heads
+    with torch.no_grad():
+        q = run.projected("attention.q", x, weights.q, weights.q_bias, num_heads, rows=False)
+        k = run.projected("attention.k", source, weights.k, weights.k_bias, num_kv_heads, rows=False)
+        raw = run.end(Section.SCORES, "attention.scores", q, run.shared(k, repeats).mT).value
+        scores = raw * (1.0 / math.sqrt(q.value.shape[-1]) if scale is None else scale)
+        probabilities = _probabilities(scores, mask, is_causal).to(x.dtype)
+        if dropout_p > 0.0:
+            keep = torch.rand(probabilities.shape, generator=generator, device=x.device) >= dropout_p
+            probabilities = probabilities * keep / (1.0 - dropout_p)
+        v = run.projected("attention.v", source, weights.v, weights.v_bias, num_kv_heads, rows=True)
+        encoded = run.encode(probabilities, rows=False)
+        context = run.end(Section.CONTEXT, "attention.context", encoded, run.shared(v, repeats))
+        out = run.output(run.merged(context), weights.out, weights.out_bias)
+    return out, run.reports
+
+
+def _refuse(x: torch.Tensor, weights: AttentionWeights, num_heads: int, num_kv_heads: int) -> None:
     if x.dtype not in _DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; one of {sorted(map(str, _DTYPES))} is needed")
     if weights.q.shape[0] % num_heads or num_heads % num_kv_heads or weights.k.shape[0] % num_kv_heads:
         raise ValueError(f"num_heads = {num_heads}, num_kv_heads = {num_kv_heads} do not divide the projections")
-    run = _Run(sums, tolerance_scale, strike or (lambda site, tensor: None))
-    source = x if source is None else source
-    with torch.no_grad():
-        shared = num_heads // num_kv_heads
-        q = run.projected("attention.q", x, weights.q, weights.q_bias, num_heads, rows=False)
-        k = run.shared(
-            run.projected("attention.k", source, weights.k, weights.k_bias, num_kv_heads, rows=False), shared
-        )
-        raw = run.end(Section.SCORES, "attention.scores", q, k.mT).value
-        scores = raw * (1.0 / math.sqrt(q.value.shape[-1]) if scale is None else scale)
-        if is_causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
-        if mask is not None:
-            scores = scores + mask
-        probabilities = scores.softmax(-1).to(x.dtype)
-        if dropout_p > 0.0:
-            keep = torch.rand(probabilities.shape, generator=generator, device=x.device) >= dropout_p
-            probabilities = probabilities * keep / (1.0 - dropout_p)
-        v = run.shared(run.projected("attention.v", source, weights.v, weights.v_bias, num_kv_heads, rows=True), shared)
-        context = run.end(Section.CONTEXT, "attention.context", run.encode(probabilities, rows=False), v)
-        merged = run.merged(context)
-        out = run.output(merged, weights.out, weights.out_bias)
-    return out, run.reports
+
+
+def _probabilities(scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1)
 
 
 class _Run:
