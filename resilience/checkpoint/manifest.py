@@ -29,6 +29,7 @@ __all__ = [
     "assign",
     "compare",
     "describe",
+    "fingerprint",
     "is_loaded",
     "parse",
     "serialise",
@@ -169,6 +170,11 @@ def visible(manifest: Manifest, node: str | None) -> dict[str, FileEntry]:
         elif entry.node == node:
             entries[key.removeprefix(f"{node}:")] = entry
     return entries
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """What the manifests that one save wrote on several nodes have in common, and those of two saves have not."""
+    return _checksum({key: [entry.size, entry.digest, entry.node] for key, entry in manifest.files.items()})
 
 
 def assign(sizes: Mapping[str, int], index: int, count: int) -> tuple[str, ...]:

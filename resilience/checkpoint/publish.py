@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from resilience.checkpoint.manifest import FileEntry, Manifest, parse, serialise
 from resilience.errors import CheckpointError, FencedError
@@ -130,7 +130,8 @@ def publish(save_dir: Path, manifest: Manifest) -> None:
         _refuse_older(save_dir, manifest.tag, manifest.run_id, manifest.generation)
         write_atomically(tag_dir / MANIFEST, serialise(manifest).encode())
         (tag_dir / MARKER).unlink(missing_ok=True)
-        for folder in [path for path in tag_dir.rglob("*") if path.is_dir()] + [tag_dir, save_dir]:
+        above = [save_dir / parent for parent in PurePath(manifest.tag).parents]
+        for folder in [*(path for path in tag_dir.rglob("*") if path.is_dir()), tag_dir, *above]:
             sync_folder(folder)
         if manifest.latest:
             write_atomically(save_dir / LATEST, manifest.tag.encode())
@@ -153,7 +154,7 @@ def read_manifest(tag_dir: Path) -> Manifest | None:
     path = tag_dir / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: the manifest cannot be read ({error})") from None
@@ -165,7 +166,7 @@ def read_marker(tag_dir: Path) -> Marker | None:
     try:
         content = json.loads((tag_dir / MARKER).read_text(encoding="utf-8"))
         return Marker(**content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError):
         return Marker(run_id="", generation=0, step=0, started_at=0.0)

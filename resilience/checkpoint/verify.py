@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import os
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from resilience.checkpoint.manifest import (
     FileEntry,
@@ -44,6 +45,7 @@ __all__ = [
 _OWN = {MANIFEST, MARKER}
 _TEMPORARY = f"{FOLDER}/.resilience-"
 _OFFLOADED = "offloaded_tensors"  # where DeepSpeed copies what it keeps on NVMe
+_UNIVERSAL = "zero"  # where a universal checkpoint has its parameters, one folder for each
 
 
 class State(enum.StrEnum):
@@ -196,11 +198,18 @@ def _zip_damage(path: Path) -> str:
     return f"is damaged (record {record} has another CRC)" if record is not None else ""
 
 
-def candidates(save_dir: Path) -> list[Candidate]:
-    """All checkpoints of a save_dir, newest first."""
-    if not save_dir.is_dir():
-        return []
-    found = [_candidate(path) for path in save_dir.iterdir() if path.is_dir()]
+def candidates(save_dir: Path, named: str | None = None) -> list[Candidate]:
+    """All checkpoints of a save_dir, newest first.
+
+    Args:
+        save_dir: where they lie.
+        named: a tag that is looked for. One with slashes lies deeper, and so do its siblings.
+    """
+    found = []
+    for parent in {PurePath(), PurePath(named or "").parent}:
+        folder = save_dir / parent
+        children = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        found += [_candidate(path, (parent / path.name).as_posix()) for path in children]
     return sorted((c for c in found if c is not None), key=lambda c: (c.at, c.step, c.tag), reverse=True)
 
 
@@ -227,15 +236,17 @@ def fallbacks(found: list[Candidate], tag: str) -> list[Candidate]:
     return [named, *(c for c in found if c is not named and c.latest and c.at <= named.at)]
 
 
-def _candidate(tag_dir: Path) -> Candidate | None:
+def _candidate(tag_dir: Path, tag: str) -> Candidate | None:
+    if not os.access(tag_dir, os.R_OK | os.X_OK):
+        return None  # such as the lost+found of a volume; DeepSpeed could not load it either
     try:
         manifest = read_manifest(tag_dir)
     except CheckpointError as error:
         at = (tag_dir / MANIFEST).stat().st_mtime
-        return Candidate(tag=tag_dir.name, state=State.DAMAGED, at=at, reason=str(error))
+        return Candidate(tag=tag, state=State.DAMAGED, at=at, reason=str(error))
     if manifest is not None:
         return Candidate(
-            tag=tag_dir.name,
+            tag=tag,
             state=State.PUBLISHED,
             at=manifest.created_at,
             step=manifest.step,
@@ -246,15 +257,17 @@ def _candidate(tag_dir: Path) -> Candidate | None:
     marker = read_marker(tag_dir)
     if marker is not None:
         return Candidate(
-            tag=tag_dir.name,
+            tag=tag,
             state=State.UNFINISHED,
             at=marker.started_at or (tag_dir / MARKER).stat().st_mtime,
             step=marker.step,
             generation=marker.generation,
             reason=f"its save was never finished (begun by generation {marker.generation} of run {marker.run_id})",
         )
-    states = [path.stat().st_mtime for path in tag_dir.glob("*_states.pt")]
-    return Candidate(tag=tag_dir.name, state=State.PLAIN, at=max(states)) if states else None
+    if (tag_dir / _UNIVERSAL).is_dir():
+        return None  # made by ds_to_universal, for load_universal_checkpoint only
+    states = [path.stat().st_mtime for path in tag_dir.iterdir() if is_loaded(path.name)]
+    return Candidate(tag=tag, state=State.PLAIN, at=max(states)) if states else None
 
 
 def locate(path: Path) -> Path:
@@ -265,7 +278,8 @@ def locate(path: Path) -> Path:
     """
     if is_tag_dir(path):
         return path
-    order = in_loading_order(candidates(path), read_latest(path))
+    latest = read_latest(path)
+    order = in_loading_order(candidates(path, latest), latest)
     usable = [candidate for candidate in order if candidate.state in (State.PUBLISHED, State.PLAIN)]
     if not usable:
         raise CheckpointError(f"{path}: no checkpoint there; give a save_dir of save_checkpoint, or one of its tags")
@@ -274,7 +288,7 @@ def locate(path: Path) -> Path:
 
 def is_tag_dir(path: Path) -> bool:
     """Whether `path` is one checkpoint, rather than a save_dir of several."""
-    return path.is_dir() and _candidate(path) is not None
+    return path.is_dir() and _candidate(path, path.name) is not None
 
 
 def inspect(path: Path, *, read_files: bool, node: str | None = None) -> list[Inspection]:
@@ -287,7 +301,7 @@ def inspect(path: Path, *, read_files: bool, node: str | None = None) -> list[In
     """
     save_dir = path.absolute().parent if is_tag_dir(path) else path
     latest = read_latest(save_dir)
-    found = candidates(save_dir)
+    found = candidates(save_dir, latest)
     chosen = [c for c in found if c.tag == path.absolute().name] if is_tag_dir(path) else found
     return [_inspect(save_dir, candidate, candidate.tag == latest, read_files, node) for candidate in chosen]
 
@@ -297,7 +311,7 @@ def _inspect(save_dir: Path, candidate: Candidate, is_latest: bool, read_files: 
     sizes = list_files(tag_dir)
     problems: tuple[Problem, ...] = ()
     if read_files and candidate.state is State.PLAIN:
-        problems = check_plain(tag_dir, [name for name in sizes if name.endswith(".pt")])
+        problems = check_plain(tag_dir, [name for name in sizes if is_loaded(name)])
     elif read_files and candidate.state is State.PUBLISHED:
         manifest = read_manifest(tag_dir)
         problems = verify(tag_dir, manifest, node=node) if manifest is not None else ()

@@ -6,19 +6,22 @@ older good one is loaded instead. Random states and counters come back with a ch
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
+import deepspeed.runtime.engine
 from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
 from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import attempt, broadcast, gather
-from resilience.checkpoint.manifest import Manifest, assign
+from resilience.checkpoint.manifest import Manifest, assign, fingerprint, is_loaded
 from resilience.checkpoint.publish import hash_file, read_latest, read_manifest
 from resilience.checkpoint.verify import (
     Candidate,
@@ -45,6 +48,8 @@ class Loader:
         self._setting = setting
         self._original = original
         self._signature = inspect.signature(original)
+        # As the last load left it: if it has moved on, training has begun, and a load does not resume it.
+        self._position = _position(setting.engine)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """`DeepSpeedEngine.load_checkpoint` of the newest checkpoint that can be trusted, or of `tag` if that can.
@@ -63,6 +68,7 @@ class Loader:
         started = setting.clock.monotonic()
         load_dir = Path(options["load_dir"])
         full = bool(options["load_optimizer_states"] and not options["load_module_only"])
+        resuming = full and _position(engine) == self._position
         chosen = self._choose(load_dir, options["tag"], full)
         if chosen is None:
             return self._original(*args, **kwargs)
@@ -70,12 +76,14 @@ class Loader:
         if full:
             self._refuse_other_world_size(tag_dir, chosen)
         options["tag"] = chosen.tag
-        result = self._original(*call.args, **call.kwargs)
+        with _weights_of(chosen.tag):
+            result = self._original(*call.args, **call.kwargs)
         if result[0] is None:
             return result
-        if full and chosen.state is State.PUBLISHED:
+        if resuming and chosen.state is State.PUBLISHED:
             what = f"restoring random states from {tag_dir}"
             attempt(what, lambda: self._restore_random_states(tag_dir), setting.device)
+        self._position = _position(engine)
         setting.guard_state.loaded_step = engine.global_steps
         setting.report(
             CheckpointKind.LOADED,
@@ -118,8 +126,11 @@ class Loader:
         def look() -> list[Candidate]:
             if self._setting.rank != 0:
                 return []
-            found = candidates(load_dir)
-            return in_loading_order(found, read_latest(load_dir)) if tag is None else fallbacks(found, str(tag))
+            if tag is not None:
+                wanted = PurePath(str(tag)).as_posix()
+                return fallbacks(candidates(load_dir, wanted), wanted)
+            latest = read_latest(load_dir)
+            return in_loading_order(candidates(load_dir, latest), latest)
 
         order = attempt(f"looking for checkpoints in {load_dir}", look, self._setting.device)
         rows = broadcast([dataclasses.asdict(candidate) for candidate in order], self._setting.device)
@@ -130,31 +141,34 @@ class Loader:
         if candidate.state in (State.UNFINISHED, State.DAMAGED):
             return candidate.reason
         plain = candidate.state is State.PLAIN
-        details = self._check_plain(tag_dir, full) if plain else self._verify(tag_dir)
-        found: list[str] = [detail for each in gather(details, self._setting.device) for detail in each]
+        mine = (self._check_plain(tag_dir, full), "") if plain else self._verify(tag_dir)
+        everyone = gather(mine, self._setting.device)
+        found: list[str] = [detail for details, _ in everyone for detail in details]
+        if not found and len({seen for _, seen in everyone}) > 1:
+            found = ["the nodes' storages hold different saves of it"]
         if found:
             return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
         if plain:
             self._say(f"{tag_dir}: has no manifest; its files are whole, but that they belong together is not verified")
         return None
 
-    def _verify(self, tag_dir: Path) -> list[str]:
-        """What this rank finds wrong with its share of a published checkpoint."""
+    def _verify(self, tag_dir: Path) -> tuple[list[str], str]:
+        """What this rank finds wrong with its share of a published checkpoint, and which save it sees."""
         share = self._setting.share
         try:
             manifest = read_manifest(tag_dir)
             if manifest is None:
-                return [f"rank {self._setting.rank} does not see its manifest"]
+                return [f"rank {self._setting.rank} does not see its manifest"], ""
             problems = verify(tag_dir, manifest, index=share.index, count=share.count, node=share.node)
         except (OSError, CheckpointError) as error:
-            return [str(error)]
-        return [problem.detail for problem in problems if problem.fatal]
+            return [str(error)], ""
+        return [problem.detail for problem in problems if problem.fatal], fingerprint(manifest)
 
     def _check_plain(self, tag_dir: Path, full: bool) -> list[str]:
         """What this rank finds wrong with files that were saved without this package."""
         setting, engine = self._setting, self._setting.engine
         try:
-            sizes = {path.name: path.stat().st_size for path in tag_dir.glob("*.pt")}
+            sizes = {path.name: path.stat().st_size for path in tag_dir.iterdir() if is_loaded(path.name)}
             mine = set(assign(sizes, setting.share.index, setting.share.count))
             mine.add(Path(engine._get_ckpt_name(str(tag_dir.parent), tag_dir.name)).name)
             if full and engine.save_zero_checkpoint and _num_shards(tag_dir) == setting.world_size:
@@ -186,11 +200,13 @@ class Loader:
         attempt(f"loading {tag_dir}", check, device)
 
     def _restore_random_states(self, tag_dir: Path) -> None:
-        """Install this rank's random states and counters, if this run wrote them with as many ranks."""
+        """Install this rank's random states and counters, if an earlier generation of this run wrote them with as many
+        ranks. DeepSpeed keeps none: any other load leaves them alone, as it would without this package."""
         setting, engine = self._setting, self._setting.engine
         manifest = read_manifest(tag_dir)
         assert manifest is not None
-        if manifest.run_id != setting.run_id or manifest.world_size != setting.world_size:
+        begun_anew = manifest.run_id == setting.run_id and manifest.generation < setting.guard_state.generation
+        if not begun_anew or manifest.world_size != setting.world_size:
             return
         content = json.loads(_verified_text(tag_dir, manifest, random_states_file(setting.rank), setting.share.node))
         tracked = randomness.restore(content["random"], source=str(tag_dir))
@@ -215,6 +231,22 @@ class Loader:
     def _say(self, line: str) -> None:
         if self._setting.rank == 0:
             _log.warning("resilience: %s", line)
+
+
+def _position(engine: Any) -> tuple[int, int]:
+    return int(engine.global_steps), int(engine.micro_steps)
+
+
+@contextlib.contextmanager
+def _weights_of(tag: str) -> Iterator[None]:
+    """With ZeRO-3 and load_optimizer_states=False DeepSpeed reads the weights of what `latest` names, whichever tag it
+    was told: have it read those of the checkpoint that was verified."""
+    original = deepspeed.runtime.engine.get_fp32_state_dict_from_zero_checkpoint
+    deepspeed.runtime.engine.get_fp32_state_dict_from_zero_checkpoint = functools.partial(original, tag=tag)
+    try:
+        yield
+    finally:
+        deepspeed.runtime.engine.get_fp32_state_dict_from_zero_checkpoint = original
 
 
 def _num_shards(tag_dir: Path) -> int:

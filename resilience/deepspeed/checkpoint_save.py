@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from resilience.checkpoint.manifest import FileEntry, Manifest, assign
 from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish
 from resilience.checkpoint.verify import member_files
 from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.errors import CheckpointError
 from resilience.events import CheckpointKind
 
 __all__ = ["Saver"]
@@ -63,7 +64,7 @@ class Saver:
             result = self._original(*call.args, **call.kwargs)
             writing.attempt(lambda: self._save_random_states(save_dir / tag))
         agree(what, writing.failure, setting.device)
-        manifest = self._manifest(tag, latest, self._hash(what, save_dir / tag))
+        manifest = self._manifest(tag, latest, self._hash(what, save_dir / tag, writing.paths))
         self._if_leading(what, lambda: publish(save_dir, manifest))
         setting.report(
             CheckpointKind.PUBLISHED,
@@ -95,7 +96,7 @@ class Saver:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
 
-    def _hash(self, what: str, tag_dir: Path) -> dict[str, FileEntry]:
+    def _hash(self, what: str, tag_dir: Path, written: list[Path]) -> dict[str, FileEntry]:
         """Hash and flush this rank's share of the files, and gather all shares.
 
         On shared storage rank 0's list of files is divided among all ranks; where each node has storage of its own
@@ -105,8 +106,12 @@ class Saver:
         sizes = attempt(what, lambda: member_files(tag_dir) if share.leads or share.node is not None else {}, device)
         if share.node is None:
             sizes = broadcast(sizes, device)
-        mine = assign(sizes, share.index, share.count)
-        found = attempt(what, lambda: {path: hash_and_flush(tag_dir / path) for path in mine}, device)
+
+        def hash_mine() -> dict[str, FileEntry]:
+            self._require_listed(written, sizes)
+            return {path: hash_and_flush(tag_dir / path) for path in assign(sizes, share.index, share.count)}
+
+        found = attempt(what, hash_mine, device)
         prefix = "" if share.node is None else f"{share.node}:"
         rows = [(prefix + path, entry.size, entry.digest, share.node) for path, entry in found.items()]
         return {
@@ -114,6 +119,15 @@ class Saver:
             for part in gather(rows, device)
             for key, size, digest, node in part
         }
+
+    def _require_listed(self, written: list[Path], listed: Mapping[str, int]) -> None:
+        """A file that the rank that lists does not see would be missing in the manifest, or on another machine."""
+        unseen = [path for path in written if path.name not in listed and path.exists()]
+        if unseen:
+            raise CheckpointError(
+                f"rank 0 does not see {unseen[0]}, which rank {self._setting.rank} wrote: save to storage that all "
+                "nodes share, or set use_node_local_storage in DeepSpeed's checkpoint block"
+            )
 
     def _manifest(self, tag: str, latest: bool, files: dict[str, FileEntry]) -> Manifest:
         setting = self._setting
@@ -136,6 +150,8 @@ class _Writing:
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
+        self.paths: list[Path] = []
+        """What the checkpoint engine was told to write."""
 
     def attempt(self, write: Callable[[], Any]) -> Any:
         if self.failure is not None:
@@ -150,20 +166,21 @@ class _Writing:
 @contextlib.contextmanager
 def _contained(engine: Any) -> Iterator[_Writing]:
     """Keep failures of DeepSpeed's writes from jumping over its barriers."""
-    writing = _Writing()
-    targets = [
-        (engine.checkpoint_engine, "save"),
-        (engine.checkpoint_engine, "makedirs"),
-        (engine, "_copy_recovery_script"),
-    ]
+    writing, writer = _Writing(), engine.checkpoint_engine
+    save = writer.save
+
+    def save_and_note(state_dict: Any, path: str) -> Any:
+        writing.paths.append(Path(path))
+        return save(state_dict, path)
+
     with contextlib.ExitStack() as undo:
-        for owner, name in targets:
-            undo.callback(_contain(owner, name, writing))
+        undo.callback(_contain(writer, "save", save_and_note, writing))
+        undo.callback(_contain(writer, "makedirs", writer.makedirs, writing))
+        undo.callback(_contain(engine, "_copy_recovery_script", engine._copy_recovery_script, writing))
         yield writing
 
 
-def _contain(owner: Any, name: str, writing: _Writing) -> Callable[[], None]:
-    original = getattr(owner, name)
+def _contain(owner: Any, name: str, write: Callable[..., Any], writing: _Writing) -> Callable[[], None]:
     before = vars(owner).get(name)
-    setattr(owner, name, lambda *args, **kwargs: writing.attempt(lambda: original(*args, **kwargs)))
+    setattr(owner, name, lambda *args, **kwargs: writing.attempt(lambda: write(*args, **kwargs)))
     return lambda: delattr(owner, name) if before is None else setattr(owner, name, before)

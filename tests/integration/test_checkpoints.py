@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from resilience.checkpoint.verify import inspect
+from resilience.context import NODE_VARIABLE
 from tests.integration.harness import free_port, wait_for
 
 pytestmark = pytest.mark.integration
@@ -36,7 +37,7 @@ class Job:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = free_port()
-        defaults = {"stage": 2, "dtype": "bf16", "steps": 0, "result": str(directory / "result-{rank}.json")}
+        defaults = {"stage": 2, "dtype": "bf16", "steps": 0, "result": str(directory / "result-<rank>.json")}
         self.ranks = [self._start(rank, world_size, defaults | settings) for rank in range(world_size)]
 
     def _start(self, rank: int, world_size: int, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
@@ -45,9 +46,10 @@ class Job:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": "1" if settings.get("node_local") else str(world_size),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": "0" if settings.get("node_local") else str(rank),
+            NODE_VARIABLE: f"node-{rank}",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
         }
@@ -123,11 +125,12 @@ def flip(path: Path) -> None:
 def test_a_run_that_loads_goes_on_bit_for_bit(run: Ranks, tmp_path: Path, stage: int, dtype: str) -> None:
     common: dict[str, Any] = {"stage": stage, "dtype": dtype, "save_dir": str(tmp_path / "ck"), "steps": 6}
     straight = run(**common, saves=[4])
-    resumed = run(**common, loads=[{"dir": common["save_dir"]}])
+    resumed = run(**common, loads=[{"dir": common["save_dir"]}], generation=2)
     for before, after in zip(straight, resumed, strict=True):
         assert after["loaded_step"] == 4
         assert after["losses"] == before["losses"][8:]
         assert after["digest"] == before["digest"]
+        assert not after["loads"][0]["random_kept"]
     (fact,) = resumed[0]["facts"]
     assert (fact["kind"], fact["tag"], fact["step"], fact["generation"]) == ("loaded", "global_step4", 4, 1)
 
@@ -190,6 +193,10 @@ def test_a_missing_latest_is_no_obstacle(chosen: Chosen) -> None:
     assert chosen.facts("no_latest") == [("loaded", "global_step4")]
 
 
+def test_a_load_that_follows_no_restart_leaves_the_generators_alone_as_deepspeed_does(chosen: Chosen) -> None:
+    assert all(load["random_kept"] for load in chosen.loads.values())
+
+
 def test_when_none_is_good_each_is_named(chosen: Chosen) -> None:
     error = chosen.loads["all_bad"]["error"]
     assert error.startswith("CheckpointError: ")
@@ -234,7 +241,10 @@ def test_a_rank_killed_in_mid_save_tears_nothing_that_is_loaded(run: Ranks, tmp_
     torn = save_dir / "global_step6" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     assert torn.read_bytes() == b"PK torn"
 
-    resumed = run(**common, steps=6, saves=[6], generation=2)
+    late = {"dir": str(save_dir), "tag": "global_step4"}
+    resumed = run(**common, steps=6, saves=[6], generation=2, late_loads=[late])
+    assert resumed[0]["late_loads"][0]["step"] == 4
+    assert resumed[0]["late_loads"][0]["random_kept"]  # training had begun: such a load does not resume it
     assert [(fact["kind"], fact["tag"]) for fact in resumed[0]["facts"]] == [
         ("refused", "global_step6"),
         ("loaded", "global_step4"),
@@ -276,12 +286,39 @@ def test_another_number_of_ranks_is_one_clear_line(run: Ranks, tmp_path: Path, t
 
 
 def test_each_node_s_own_storage_is_hashed_there(run: Ranks, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"save_dir": str(tmp_path / "ck"), "node_local": True}
-    run(**common, steps=1, saves=[1])
-    manifest = json.loads((tmp_path / "ck" / "global_step1" / "resilience" / "manifest.json").read_text())
-    assert all(entry["node"] for entry in manifest["files"].values())
-    results = run(**common, loads=[{"dir": common["save_dir"]}])
-    assert results[0]["loads"][0]["step"] == 1
+    common: dict[str, Any] = {"save_dir": str(tmp_path / "node-<rank>" / "ck"), "node_local": True}
+    run(**common, steps=2, saves=[1, 2])
+    for node in ("node-0", "node-1"):
+        assert (tmp_path / node / "ck" / "latest").read_text() == "global_step2"
+        manifest = json.loads((tmp_path / node / "ck" / "global_step2" / "resilience" / "manifest.json").read_text())
+        assert {entry["node"] for entry in manifest["files"].values()} == {"node-0", "node-1"}
+        shutil.copytree(tmp_path / node / "ck", tmp_path / node / "mixed")
+    other = tmp_path / "node-1" / "mixed"
+    shutil.rmtree(other / "global_step2")
+    shutil.copytree(other / "global_step1", other / "global_step2")  # good in itself, but of another save
+    mixed = str(tmp_path / "node-<rank>" / "mixed")
+    good, refused = run(**common, loads=[{"dir": common["save_dir"]}, {"dir": mixed}])[0]["loads"]
+    assert good["step"] == 2
+    assert [(fact["kind"], fact["tag"]) for fact in refused["facts"]] == [
+        ("refused", "global_step2"),
+        ("loaded", "global_step1"),
+    ]
+    assert "different saves" in refused["facts"][0]["reason"]
+
+
+def test_storage_that_is_not_shared_is_one_clear_line_on_all_ranks(run: Ranks, tmp_path: Path) -> None:
+    for result in run(save_dir=str(tmp_path / "node-<rank>"), steps=1, saves=[1]):
+        assert "rank 0 does not see" in result["error"]
+        assert "save to storage that all nodes share" in result["error"]
+
+
+def test_the_weights_alone_come_from_the_checkpoint_that_was_verified(run: Ranks, tmp_path: Path) -> None:
+    save_dir = tmp_path / "ck"
+    run(stage=3, save_dir=str(save_dir), steps=2, saves=[1, 2])
+    (save_dir / "global_step2" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    wanted = {"dir": str(save_dir), "options": {"load_optimizer_states": False}}
+    for result in run(stage=3, save_dir=str(save_dir), loads=[wanted]):
+        assert result["loads"][0]["step"] == 1  # `latest` names the other, and there DeepSpeed would look
 
 
 def test_a_script_s_own_files_beside_ours_may_change(run: Ranks, tmp_path: Path, two_saved: Path) -> None:

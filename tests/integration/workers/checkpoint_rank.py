@@ -1,6 +1,7 @@
 """One rank of a small DeepSpeed job with verified checkpoints, for test_checkpoints.py. Never imported.
 
-Started with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and a JSON object of settings as its only argument.
+Started with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and a JSON object of settings as its only argument, in which
+`<rank>` stands for the rank.
 """
 
 from __future__ import annotations
@@ -126,17 +127,22 @@ def save(engine: Any, settings: dict[str, Any]) -> None:
 
 def load(engine: Any, wanted: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
     """What one load_checkpoint did."""
-    num_facts = len(recorder.facts)
+    num_facts, generators = len(recorder.facts), random_states()
     try:
-        path, _ = engine.load_checkpoint(wanted["dir"], wanted.get("tag"))
+        path, _ = engine.load_checkpoint(wanted["dir"], wanted.get("tag"), **wanted.get("options", {}))
         outcome: dict[str, Any] = {"path": path, "step": engine.global_steps}
     except ResilienceError as error:
         outcome = {"error": f"{type(error).__name__}: {error}"}
-    return {**outcome, "facts": recorder.facts[num_facts:]}
+    return {**outcome, "facts": recorder.facts[num_facts:], "random_kept": random_states() == generators}
+
+
+def random_states() -> tuple[Any, ...]:
+    """Of all global generators."""
+    return random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(sys.argv[1].replace("<rank>", os.environ["RANK"]))
     torch.manual_seed(1)
     random.seed(int(os.environ["RANK"]))
     numpy.random.seed(int(os.environ["RANK"]))
@@ -160,8 +166,9 @@ def main() -> None:
         result["digest"] = digest(engine)
     except ResilienceError as error:
         result["error"] = f"{type(error).__name__}: {error}"
-    result["facts"] = recorder.facts
-    Path(settings["result"].format(rank=os.environ["RANK"])).write_text(json.dumps(result))
+    result["facts"] = list(recorder.facts)
+    result["late_loads"] = [load(engine, wanted, recorder) for wanted in settings.get("late_loads", [])]
+    Path(settings["result"]).write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
     leave()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resilience.checkpoint.publish import LATEST, MANIFEST, Marker, begin, read_manifest
+from resilience.checkpoint.publish import LATEST, MANIFEST, Marker, begin, read_latest, read_manifest
 from resilience.checkpoint.verify import (
     State,
     candidates,
@@ -117,6 +117,31 @@ def test_a_tag_falls_back_to_what_is_older_only(save: Save) -> None:
     save("three", step=3)
     assert [c.tag for c in fallbacks(candidates(save_dir), "two")] == ["two", "one"]
     assert fallbacks(candidates(save_dir), "none") == []
+
+
+def test_tags_with_slashes_and_their_siblings_are_found_when_one_is_named(save: Save) -> None:
+    save_dir = save("runs/one", step=1).parent.parent
+    save("runs/two", step=2)
+    assert read_latest(save_dir) == "runs/two"
+    assert candidates(save_dir) == []
+    assert [c.tag for c in in_loading_order(candidates(save_dir, "runs/two"), "runs/two")] == ["runs/two", "runs/one"]
+    assert [c.tag for c in fallbacks(candidates(save_dir, "runs/one"), "runs/one")] == ["runs/one"]
+    elsewhere = (save_dir / "runs" / "two").as_posix()
+    assert fallbacks(candidates(save_dir.parent, elsewhere), elsewhere)[0].tag == elsewhere
+    assert locate(save_dir) == save_dir / "runs" / "two"
+
+
+def test_what_is_no_checkpoint_stands_in_no_one_s_way(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_dir = save("one", step=1).parent
+    (save_dir / "bin").mkdir()
+    (save_dir / "bin" / "resilience").write_text("a command")
+    universal = save_dir / "one_universal"
+    (universal / "zero").mkdir(parents=True)
+    (universal / MODEL).write_bytes(b"for load_universal_checkpoint")
+    (save_dir / "lost+found").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found" and access(path, mode))
+    assert [c.tag for c in candidates(save_dir)] == ["one"]
 
 
 def test_a_directory_that_is_not_there_has_no_candidates(tmp_path: Path) -> None:
