@@ -35,8 +35,9 @@ FUSED_OPERATORS = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 )
-"""Forward operators; each has a `…_backward`."""
+"""Forward operators; each has a `…_backward`. The last one is what back-ends outside of PyTorch fill in."""
 
 _GRADIENT_SITES = ("attention.dq", "attention.dk", "attention.dv")
 
@@ -132,7 +133,8 @@ def _guarded(
 ) -> Any:
     """Hold one call against its identities; `sites` are to blame for their ratios, in order."""
     record, scale = context.record, context.config.threshold_scale
-    if results[0] is None or results[0].numel() == 0 or not record.due(label.site):
+    checked = [result for result in results[: len(_GRADIENT_SITES)] if result is not None]
+    if not checked or checked[0].numel() == 0 or not record.due(label.site):
         return results
     with record.timed(label.site) as started:
         found = ratios(results) / scale
@@ -148,7 +150,7 @@ def _guarded(
         index = next(number for number, value in enumerate(values) if not value <= 1.0)
         blamed = Label(sites[index], label.layer)
         if not all(bool(operand.isfinite().all()) for operand in inputs):
-            context.inputs_alarm(blamed, Check.INVARIANT, results[0], values[index], started)
+            context.inputs_alarm(blamed, Check.INVARIANT, checked[0], values[index], started)
             return results
         mended = repeat_until_clean(
             run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=context.config.max_mends
