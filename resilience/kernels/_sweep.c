@@ -25,6 +25,7 @@ enum {
     ROWS = 4,            /* read together; every weight loaded serves them all */
     TILE = 1024,         /* columns whose weights and sums stay in the first-level cache */
     PANEL = 128,         /* rows after which sums of columns are added to their totals */
+    MAX_CHAIN = 64,      /* vectors that are added up one after the other */
     BLOCK_BYTES = 16384, /* of the matrix that are read again from the cache for more weights */
     MAX_COLUMNS = 8,     /* weight vectors a side */
     MAX_WIDE = 4,        /* of them in one pass over a block */
@@ -69,6 +70,9 @@ typedef struct {
     void (*unpack)(float *, const float *, ptrdiff_t, int, int);
     pass_function *passes[2][MAX_WIDE + 1][MAX_WIDE + 1];
 } instructions;
+
+INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+INLINE ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
 /* The sum of each quad: a transposition and three additions. */
 INLINE quad totals(quad a, quad b, quad c, quad d)
@@ -161,9 +165,6 @@ typedef struct {
     ptrdiff_t next_unit;
     const instructions *by;
 } job;
-
-static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
 /* Where part `part` of the sums of matrix `batch` stands. */
 static float *place(const sums *side, ptrdiff_t batch, ptrdiff_t part)

@@ -3,9 +3,9 @@
  *   TARGET   the attribute that lets the compiler use that instruction set in a function
  *   NAME(x)  the name of x for that instruction set
  *
- * ROWS rows are read together, by one tile of columns. Every sum of a row is kept in LANES separate numbers until the
- * tile ends, and sums of columns are added up by panels: round-off grows with the root of a few hundred additions,
- * however large the matrix is. Plain IEEE arithmetic in a fixed order, nothing that the compiler may reorder: NaN and
+ * ROWS rows are read together, by one tile of columns. Every sum of a row is kept in LANES separate numbers for
+ * MAX_CHAIN steps, and sums of columns are added up by panels: round-off grows with the root of a few hundred
+ * additions, however large the matrix is. Plain IEEE arithmetic in a fixed order, nothing that the compiler may reorder: NaN and
  * INF come through.
  *
  * Two bfloat16 lie in the word of one float32: a shift and a mask widen them. So 2·LANES columns make a step, those at
@@ -54,44 +54,51 @@ INLINE TARGET void NAME(pass)(const block *work, int is_bfloat16, int rights, in
         row[i] = work->start + i * work->row_bytes;
     const ptrdiff_t group_bytes = ROWS * work->row_bytes, bytes = work->width * (is_bfloat16 ? 2 : 4);
     for (ptrdiff_t group = 0; group < work->groups; group++) {
-        NAME(floats) sums[ROWS][MAX_WIDE] = {0}, factor[ROWS][MAX_WIDE];
+        NAME(floats) factor[ROWS][MAX_WIDE];
+        quad found[MAX_WIDE] = {0};
         for (int i = 0; i < ROWS; i++)
             for (int c = 0; c < lefts; c++)
-                factor[i][c] = work->left[(group * ROWS + i) * work->left_element + c * work->left_vector] - (NAME(floats)){0};
+                factor[i][c] =
+                    work->left[(group * ROWS + i) * work->left_element + c * work->left_vector] - (NAME(floats)){0};
         const float *right = work->right;
         float *columns = work->column_sums;
-        for (ptrdiff_t at = 0; at < bytes; at += LANES * 4, right += halves * LANES, columns += halves * LANES) {
-            NAME(words) loaded[ROWS];
-            UNROLL for (int i = 0; i < ROWS; i++)
-            {
-                loaded[i] = *(const NAME(words) *)(row[i] + at);
-                /* The rows that are read next: the processor sees no further than a page. */
-                __builtin_prefetch((const char *)((uintptr_t)row[i] + (uintptr_t)(group_bytes + at)));
-            }
-            UNROLL for (int odd = 0; odd < halves; odd++)
-            {
-                NAME(floats) value[ROWS];
-                UNROLL for (int i = 0; i < ROWS; i++) value[i] = NAME(widen)(loaded[i], is_bfloat16, odd);
-                UNROLL for (int c = 0; c < rights; c++)
+        for (ptrdiff_t at = 0, stop; at < bytes;) {
+            NAME(floats) sums[ROWS][MAX_WIDE] = {0};
+            stop = least(bytes, at + LANES * 4 * MAX_CHAIN);
+            for (; at < stop; at += LANES * 4, right += halves * LANES, columns += halves * LANES) {
+                NAME(words) loaded[ROWS];
+                UNROLL for (int i = 0; i < ROWS; i++)
                 {
-                    NAME(floats) weight = *(const NAME(floats) *)(right + c * TILE + odd * LANES);
-                    UNROLL for (int i = 0; i < ROWS; i++) sums[i][c] += weight * value[i];
+                    loaded[i] = *(const NAME(words) *)(row[i] + at);
+                    /* The rows that are read next: the processor sees no further than a page. */
+                    __builtin_prefetch((const char *)((uintptr_t)row[i] + (uintptr_t)(group_bytes + at)));
                 }
-                UNROLL for (int c = 0; c < lefts; c++)
+                UNROLL for (int odd = 0; odd < halves; odd++)
                 {
-                    NAME(floats) sum = factor[0][c] * value[0];
-                    UNROLL for (int i = 1; i < ROWS; i++) sum += factor[i][c] * value[i];
-                    *(NAME(floats) *)(columns + c * TILE + odd * LANES) += sum;
+                    NAME(floats) value[ROWS];
+                    UNROLL for (int i = 0; i < ROWS; i++) value[i] = NAME(widen)(loaded[i], is_bfloat16, odd);
+                    UNROLL for (int c = 0; c < rights; c++)
+                    {
+                        NAME(floats) weight = *(const NAME(floats) *)(right + c * TILE + odd * LANES);
+                        UNROLL for (int i = 0; i < ROWS; i++) sums[i][c] += weight * value[i];
+                    }
+                    UNROLL for (int c = 0; c < lefts; c++)
+                    {
+                        NAME(floats) sum = factor[0][c] * value[0];
+                        UNROLL for (int i = 1; i < ROWS; i++) sum += factor[i][c] * value[i];
+                        *(NAME(floats) *)(columns + c * TILE + odd * LANES) += sum;
+                    }
                 }
             }
+            UNROLL for (int c = 0; c < rights; c++) found[c] +=
+                totals(NAME(fold)(sums[0][c]), NAME(fold)(sums[1][c]), NAME(fold)(sums[2][c]), NAME(fold)(sums[3][c]));
         }
         UNROLL for (int c = 0; c < rights; c++)
         {
             quad *out = (quad *)(work->row_sums + c * work->row_vector + group * ROWS);
-            quad sum = totals(NAME(fold)(sums[0][c]), NAME(fold)(sums[1][c]), NAME(fold)(sums[2][c]), NAME(fold)(sums[3][c]));
             if (!work->first)
-                sum += *out;
-            *out = sum;
+                found[c] += *out;
+            *out = found[c];
         }
         UNROLL for (int i = 0; i < ROWS; i++) row[i] += group_bytes;
     }

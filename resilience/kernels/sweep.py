@@ -58,7 +58,7 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
         compiled kernel's bits depend on shapes, strides and the processor's instruction set, not on the number of
         threads.
     """
-    if _compiled is not None and matrix.is_cpu and not matrix.is_neg():
+    if _compiled is not None and matrix.is_cpu:
         swept = _swept(matrix, right, left)
         if swept is not None:
             return swept
@@ -79,18 +79,18 @@ def _swept(matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor 
     asks each tensor as little as possible; shapes are compared in C.
     """
     dtype, shape = matrix.dtype, matrix.shape
-    if dtype not in _DTYPES:
+    if dtype not in _DTYPES or len(shape) < 2 or matrix.is_neg():
         return None
     rows = columns = None
     from_rows = from_columns = _NONE
     to_rows = to_columns = 0
     if right is not None:
-        if right.dtype != torch.float32 or not right.is_cpu:
+        if right.dtype is not torch.float32 or not right.is_cpu or right.is_neg():
             return None
         rows = _empty_sums(shape[:-2], shape[-2], right.shape[-1])
         from_rows, to_rows = (right.data_ptr(), right.shape, right.stride()), rows.data_ptr()
     if left is not None:
-        if left.dtype != torch.float32 or not left.is_cpu:
+        if left.dtype is not torch.float32 or not left.is_cpu or left.is_neg():
             return None
         columns = _empty_sums(shape[:-2], shape[-1], left.shape[-1])
         from_columns, to_columns = (left.data_ptr(), left.shape, left.stride()), columns.data_ptr()
@@ -134,7 +134,7 @@ def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if matrix.is_contiguous():
         num_matrices, num_rows, num_columns = matrix.shape
         sums = torch.mm(weights.mT, matrix.view(-1, num_columns).mT)
-        return sums.view(-1, num_matrices, num_rows).permute(1, 2, 0).float()
+        return sums.view(weights.shape[1], num_matrices, num_rows).permute(1, 2, 0).float()
     return torch.bmm(weights.mT.expand(matrix.shape[0], -1, -1), matrix.mT).mT.float()
 
 
