@@ -1,7 +1,7 @@
 """What happens around one protected operation: label, run, strike, check, mend, record.
 
-One class a family of operators. The arithmetic is in `checksum.py`, `probabilities.py` and `invariants.py`; how an
-operation is reached is in `seam.py`. On a CPU the check is read at once, and a faulty operation is run again in place.
+Here for matrix products; for softmax in `softmax.py`, for fused attention in `fused.py`. The arithmetic is in
+`checksum.py`, `probabilities.py` and `invariants.py`; how an operation is reached is in `seam.py`. On a CPU the check is read at once, and a faulty operation is run again in place.
 On any other device nothing is read: the result of the check goes to the record as a tensor, and a fault is repaired by
 a replay of the step.
 """
@@ -19,15 +19,14 @@ from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
 from resilience.abft.mend import repeat_until_clean, restore_overwritten
-from resilience.abft.probabilities import confirm_softmax, screen_softmax
 from resilience.abft.record import Record
 from resilience.abft.seam import Handler, Original
 from resilience.abft.sums import WeightSums
 from resilience.abft.thresholds import UNCONFIRMED, classify
 from resilience.config import DetectionConfig
-from resilience.events import Check, DetectionKind
+from resilience.events import Check
 
-__all__ = ["Context", "GemmHandlers", "Injector", "softmax_handler"]
+__all__ = ["Context", "GemmHandlers", "Injector"]
 
 
 class Injector(Protocol):
@@ -168,53 +167,3 @@ class _Call:
     run: Callable[[], torch.Tensor]
     """Makes the same call again, through the fault plan too."""
     started: float
-
-
-def softmax_handler(context: Context) -> Handler:
-    """Row sums around `aten::_softmax` of eager attention; every other softmax passes by."""
-    scale = context.config.threshold_scale
-
-    def suspicion(scores: torch.Tensor, out: torch.Tensor) -> tuple[float, DetectionKind | None, bool]:
-        """(worst ratio, kind of a confirmed fault, whether the scores were bad)."""
-        ratio = screen_softmax(out) / scale
-        worst = float(ratio.max())
-        if worst <= 1.0:
-            return worst, None, False
-        confirmation = confirm_softmax(scores, out, ratio, tolerance_scale=scale)
-        return worst, confirmation.kind, confirmation.inputs_bad
-
-    def check(label: Label, scores: torch.Tensor, out: torch.Tensor, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with context.record.timed(label.site) as started:
-            if out.device.type != "cpu":
-                ratio = screen_softmax(out) / (scale * UNCONFIRMED)
-                context.record.defer(label, Check.CHECKSUM, torch.stack([ratio.max(), scores.isnan().any().float()]))
-                return out
-            worst, kind, inputs_bad = suspicion(scores, out)
-            if worst <= 1.0:
-                context.record.clean(label.site, worst)
-            elif kind is not None:
-                mended = repeat_until_clean(
-                    run, lambda result: suspicion(scores, result)[1] is None, max_mends=context.config.max_mends
-                )
-                context.record.alarm(label, Check.CHECKSUM, kind, worst, started, mended=mended is not None)
-                return out if mended is None else mended
-            elif inputs_bad:
-                context.inputs_alarm(label, Check.CHECKSUM, out, worst, started)
-            return out
-
-    def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        scores, dimension = args[0], args[1]
-        last = dimension in (-1, scores.dim() - 1)
-        label = context.labels.softmax() if last and scores.dim() >= 3 and scores.numel() > 0 else None
-        if label is None:
-            return original(*args, **kwargs)
-
-        def run() -> torch.Tensor:
-            out: torch.Tensor = original(*args, **kwargs)
-            context.strike(label.site, label.layer, out)
-            return out
-
-        out = context.record.operation(label.site, run)
-        return check(label, scores, out, run) if context.record.due(label.site) else out
-
-    return handle

@@ -1,8 +1,9 @@
-"""Softmax of eager attention: every row of P sums to 1.
+"""Softmax of eager attention: every row of P sums to 1, and every row of dS = P∘(dP − D) to 0.
 
-Shapes: scores and P (…, n), rows over the last dimension. The screen reads P once; suspect rows are computed again in
-float64. A row that sees no key (all scores −∞) is NaN by definition and no fault. Elements that swap places within a
-row, and in bfloat16 a change of less than about 1 % of a row's mass, are not seen here.
+Shapes: scores, P, dP and dS (…, n), rows over the last dimension, D_i = Σ_j P_ij·dP_ij. The screens read the result
+once; suspect rows are computed again in float64. A row that sees no key (all scores −∞) is NaN by definition and no
+fault. Elements that swap places within a row, and in bfloat16 a change of less than about 1 % of a row's mass, are not
+seen here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import functools
 import torch
 
 from resilience.abft.checksum import MAX_ROWS, Confirmation, worst_kind
-from resilience.abft.sums import sums_of
-from resilience.abft.thresholds import probability_factor, row_mass_tolerance
+from resilience.abft.sums import beside, sums_of, vectors
+from resilience.abft.thresholds import gradient_factor, gradient_mass_factor, probability_factor, row_mass_tolerance
 
-__all__ = ["confirm_softmax", "screen_softmax"]
+__all__ = ["confirm_gradient", "confirm_softmax", "screen_gradient", "screen_softmax"]
+
+_TINY = 1e-36
 
 
 def screen_softmax(probabilities: torch.Tensor) -> torch.Tensor:
@@ -33,9 +36,7 @@ def confirm_softmax(
 ) -> Confirmation:
     """Compute suspect rows again in float64 and hold every element against the bound of round-off."""
     n = scores.shape[-1]
-    flat = torch.where(ratio.isnan(), torch.inf, ratio)
-    suspects = torch.topk(flat, min(MAX_ROWS, flat.numel())).indices
-    suspects = suspects[~(flat[suspects] <= 1.0)]
+    suspects = _suspects(ratio)
     source = scores.reshape(-1, n)[suspects].double()
     stored = probabilities.reshape(-1, n)[suspects]
     reference = source.softmax(-1)
@@ -46,6 +47,67 @@ def confirm_softmax(
     faulty = ~(error <= tolerance) & reference.isfinite()
     inputs_bad = bool((source.isnan() | (source == torch.inf)).any())
     return Confirmation(worst_kind(stored, error, faulty), inputs_bad)
+
+
+def screen_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    """|Σ_j dS_ij| ÷ tolerance of every row, (rows,); NaN where a sum is not finite.
+
+    The tolerance comes from the row's own energy, estimated in the same pass by sums with random signs: a fault widens
+    it by its own size times a factor far below 1, so it cannot hide. Rows that cancel what is large beside them may
+    exceed it; the confirmation knows their inputs.
+    """
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    n = rows.shape[-1]
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    sums = sums_of(rows, right=_mass_and_signs(n, rows.dtype, wide, rows.device)).rows
+    assert sums is not None
+    mass, *signed = sums.unbind(-1)
+    energy = signed[0].square()
+    for column in signed[1:]:
+        energy.addcmul_(column, column)
+    factor = gradient_mass_factor(**_precision(gradient.dtype), n=n)
+    usual = energy.nan_to_num(0.0, 0.0, 0.0).mean() / len(signed)  # one bad row says nothing about the others
+    tolerance = energy.div_(len(signed)).add_(usual).mul_(factor * factor).add_(_TINY).sqrt_()
+    return mass.abs().div_(tolerance)
+
+
+def confirm_gradient(
+    d_probabilities: torch.Tensor,
+    probabilities: torch.Tensor,
+    gradient: torch.Tensor,
+    ratio: torch.Tensor,
+    *,
+    tolerance_scale: float = 1.0,
+) -> Confirmation:
+    """Compute suspect rows of dS again in float64 and hold every element against the bound of round-off."""
+    n = gradient.shape[-1]
+    suspects = _suspects(ratio)
+    incoming = d_probabilities.reshape(-1, n)[suspects].double()
+    weights = probabilities.reshape(-1, n)[suspects].double()
+    stored = gradient.reshape(-1, n)[suspects]
+    weighted = weights * incoming
+    reference = weighted - weights * weighted.sum(-1, keepdim=True)
+    size = weights * (incoming.abs() + weighted.abs().sum(-1, keepdim=True))
+    limits = torch.finfo(stored.dtype)
+    factors = _precision(stored.dtype)
+    relative = 1.01 * factors["stored"]
+    tolerance = reference.abs() * relative + size * gradient_factor(**factors, n=n) + 4.0 * limits.smallest_normal
+    error = (stored.double() - reference).abs()
+    faulty = ~(error <= tolerance * tolerance_scale) & reference.isfinite()
+    inputs_bad = not bool((weights.isfinite() & incoming.isfinite()).all())
+    return Confirmation(worst_kind(stored, error, faulty), inputs_bad)
+
+
+def _suspects(ratio: torch.Tensor) -> torch.Tensor:
+    """The rows over their tolerance, the worst `MAX_ROWS` of them."""
+    flat = torch.where(ratio.isnan(), torch.inf, ratio)
+    suspects = torch.topk(flat, min(MAX_ROWS, flat.numel())).indices
+    return suspects[~(flat[suspects] <= 1.0)]
+
+
+@functools.lru_cache(maxsize=64)
+def _mass_and_signs(n: int, stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return beside(_ones(n, dtype, device), vectors(n, torch.empty(0, dtype=stored, device=device)))
 
 
 @functools.lru_cache(maxsize=64)

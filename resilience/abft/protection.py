@@ -14,10 +14,11 @@ import torch
 from resilience.abft.finding import Finding
 from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
 from resilience.abft.gemm import GEMM_OPERATORS
-from resilience.abft.handlers import Context, GemmHandlers, Injector, softmax_handler
+from resilience.abft.handlers import Context, GemmHandlers, Injector
 from resilience.abft.labels import Labels, Observer
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
+from resilience.abft.softmax import softmax_backward_handler, softmax_handler
 from resilience.abft.unprotected import add_counters
 from resilience.clock import Clock, SystemClock
 from resilience.config import DetectionConfig
@@ -58,6 +59,7 @@ class Protection:
                 self._seam.add(f"{operator}_backward", fused_backward_handler(context, operator))
         if config.strength == "checksum":
             self._seam.add("_softmax", softmax_handler(context))
+            self._seam.add("_softmax_backward_data", softmax_backward_handler(context))
             for operator in GEMM_OPERATORS:
                 self._seam.add(operator, self._gemms.handler(operator))
             add_counters(self._seam, self._record.count_unprotected)

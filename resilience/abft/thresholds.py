@@ -34,6 +34,8 @@ __all__ = [
     "carried_variance_factors",
     "classify",
     "element_factors",
+    "gradient_factor",
+    "gradient_mass_factor",
     "invariant_factor",
     "probability_factor",
     "row_mass_tolerance",
@@ -179,3 +181,21 @@ def carried_variance_factors(precision: Precision, *, k: int, n: int, num_roundi
         accumulated=accumulated**2 + 2.0 * precision.operand**2,
         summed=(precision.checked * (math.sqrt(k) + math.sqrt(n) + 8.0)) ** 2,
     )
+
+
+def gradient_mass_factor(*, stored: float, accumulated: float, n: int) -> float:
+    """Tolerance of |Σ_j dS_ij| as a multiple of √(Σ_j dS_ij² + its mean over the rows), for a softmax's backward.
+
+    Stored elements err by `stored`·dS_ij ÷ √3 each, at random, and the sum and its terms by a random walk; with the
+    same margin for the estimate of the energy as in `screen_factor`.
+    """
+    rounding = 2.0 * stored / math.sqrt(3.0)
+    return (rounding + accumulated * (8.0 * math.sqrt(n) + 64.0)) * _SIGMAS / math.sqrt(2.0)
+
+
+def gradient_factor(*, stored: float, accumulated: float, n: int) -> float:
+    """Largest error of one dS_ij beyond its own rounding, as a share of P_ij·(|dP_ij| + Σ_j P_ij·|dP_ij|).
+
+    A library may round D_i, or the difference, to the stored dtype before it multiplies.
+    """
+    return (4.0 * stored if stored > accumulated else 0.0) + (4.0 * math.sqrt(n) + 32.0) * accumulated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resilience.abft.probabilities import confirm_softmax, screen_softmax
+from resilience.abft.probabilities import confirm_gradient, confirm_softmax, screen_gradient, screen_softmax
 from resilience.events import DetectionKind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -83,3 +83,47 @@ def test_a_softmax_that_widens_is_held_by_its_own_dtype() -> None:
     assert detected(scores, out) is None
     out[0, 1, 2, 3] += 1e-3
     assert detected(scores, out) is DetectionKind.MISMATCH
+
+
+def gradient_of(dtype: torch.dtype, n: int, *, seed: int, offset: float) -> tuple[torch.Tensor, ...]:
+    """(dP, P, dS) of a causal softmax as the library computes them."""
+    scores = scores_of(dtype, n, scale=2.0, seed=seed)
+    scores = scores.masked_fill(torch.ones(50, n, dtype=torch.bool).triu(3), float("-inf"))
+    probabilities = scores.softmax(-1)
+    incoming = (scores_of(torch.float32, n, seed=seed + 50) + offset).to(dtype)
+    return incoming, probabilities, torch._softmax_backward_data(incoming, probabilities, -1, dtype)
+
+
+def gradient_kind(incoming: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor) -> DetectionKind | None:
+    ratio = screen_gradient(gradient)
+    return None if float(ratio.max()) <= 1.0 else confirm_gradient(incoming, weights, gradient, ratio).kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 17, 128, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1000.0])
+def test_clean_gradients_of_softmax_raise_no_alarm(dtype: torch.dtype, n: int, offset: float) -> None:
+    for seed in range(8):
+        assert gradient_kind(*gradient_of(dtype, n, seed=seed, offset=offset)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("factor", "least"), [(float("inf"), 1.0), (float("nan"), 1.0), (1.5, 0.95), (0.0, 1.0)])
+def test_faults_in_gradients_of_softmax_are_found(dtype: torch.dtype, factor: float, least: float) -> None:
+    found, trials = 0, 40
+    for seed in range(trials):
+        incoming, weights, gradient = gradient_of(dtype, 128, seed=seed, offset=0.0)
+        row = gradient[1, 2, 20 + seed % 30]
+        place = int(row.abs().argmax())
+        row[place] = row[place] * factor
+        found += gradient_kind(incoming, weights, gradient) is not None
+    assert found >= least * trials
+
+
+def test_inputs_of_a_gradient_that_are_not_finite_are_no_fault_of_it() -> None:
+    incoming, weights, _ = gradient_of(torch.float32, 64, seed=1, offset=0.0)
+    incoming[0, 1, 7, 3] = float("inf")
+    gradient = torch._softmax_backward_data(incoming, weights, -1, torch.float32)
+    confirmation = confirm_gradient(incoming, weights, gradient, screen_gradient(gradient))
+    assert confirmation.kind is None
+    assert confirmation.inputs_bad

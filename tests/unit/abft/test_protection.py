@@ -30,6 +30,7 @@ DEMO_SITES = [
     ("attention.dk", 1),
     ("attention.dv", 0),
     ("attention.dp", 1),
+    ("attention.ds", 0),
     ("linear.out", 2),
     ("linear.dgrad", 3),
     ("linear.wgrad", 0),
