@@ -17,7 +17,16 @@ from pydantic import Field
 
 from resilience.errors import FaultPlanError
 
-__all__ = ["KINDS_BY_SITE", "PROCESS_SITES", "TENSOR_KINDS", "TENSOR_SITES", "Fault", "FaultPlan", "load_plan"]
+__all__ = [
+    "KINDS_BY_SITE",
+    "PROCESS_SITES",
+    "STATE_SITES",
+    "TENSOR_KINDS",
+    "TENSOR_SITES",
+    "Fault",
+    "FaultPlan",
+    "load_plan",
+]
 
 TENSOR_KINDS = ("inf", "nan", "near_inf", "zero", "bitflip", "multibit", "stride", "scale")
 """What can happen to a tensor; `Fault.kind` says what each does."""
@@ -27,6 +36,8 @@ TENSOR_SITES = (
     *(f"attention.{name}" for name in ("dq", "dk", "dv", "dp")),
     *(f"linear.{name}" for name in ("out", "dgrad", "wgrad")),
     "gradient",
+    "weight",
+    "optimizer",
 )
 
 KINDS_BY_SITE: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +49,10 @@ KINDS_BY_SITE: Mapping[str, tuple[str, ...]] = {
 
 PROCESS_SITES = ("process", "coordinator")
 
-_SITES_TO_COME = ("attention.ds", "weight", "optimizer", "node", "storage")
+STATE_SITES = ("weight", "optimizer")
+"""What is kept between the steps: struck at rest, after the optimizer step of step s and the hashes that follow it."""
+
+_SITES_TO_COME = ("attention.ds", "node", "storage")
 
 _PARAMETER_OF_KIND = {"bit": "bitflip", "bits": "multibit", "factor": "scale", "exit_code": "exit"}
 """Which kind each of these keys belongs to; `exit_code` alone has a default."""
@@ -61,8 +75,8 @@ class Fault(pydantic.BaseModel):
     site: str
     """What is struck: a key of `KINDS_BY_SITE`."""
     layer: _Index = 0
-    """Which call of that site in the forward order; for `gradient`, which parameter in the order of the module's
-    `named_parameters`, unless `param` names it."""
+    """Which call of that site in the forward order; for `gradient`, `weight` and `optimizer`, which parameter in the
+    order of the module's `named_parameters`, unless `param` names it."""
     call: _Index | None = None
     """Only this execution of the operation within the micro-step and attempt: 0 is the first, later ones are
     repetitions by a check or recomputations by activation checkpointing; unset: any."""
@@ -78,7 +92,9 @@ class Fault(pydantic.BaseModel):
     count: Annotated[int, Field(ge=1)] | None = None
     """How many elements are struck; default 1 (`stride`: up to 8; `gradient`: all, unless `index` is given)."""
     param: str | None = None
-    """Name of the parameter whose gradient is struck; for `gradient` only."""
+    """Name of the parameter; for `gradient`, `weight` and `optimizer` only. For `weight` it is the part that the rank
+    computes with or holds; for `optimizer` the fp32 master on this rank (the first moment where there is none), or what
+    is named in full: `exp_avg of <parameter>`."""
     bit: _Bit | None = None
     """Bit that flips, from 0 (the lowest of the mantissa); must exist in the tensor's dtype."""
     bits: Annotated[tuple[_Bit, ...], Field(min_length=1)] | None = None
@@ -94,8 +110,12 @@ class Fault(pydantic.BaseModel):
         self._check_parameters()
         if self.repeat == 0:
             raise ValueError("repeat = 0 never strikes; use 1 for transient, -1 for persistent, or drop the fault")
-        if self.param is not None and self.site != "gradient":
+        if self.param is not None and self.site not in ("gradient", *STATE_SITES):
             raise ValueError(f"param = {self.param!r} has no meaning for site {self.site!r}; it is for 'gradient'")
+        if self.micro_step and self.site in STATE_SITES:
+            raise ValueError(
+                f"micro_step has no meaning for site {self.site!r}, which is struck after the step; drop it"
+            )
         elementwise = [key for key in ("index", "count") if getattr(self, key) is not None]
         if elementwise and not self.strikes_tensor:
             raise ValueError(f"{elementwise[0]} has no meaning for site {self.site!r}; drop it")

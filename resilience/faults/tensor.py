@@ -77,12 +77,12 @@ class TensorInjector:
         """Corrupt `tensor` in place if the plan says so at this address.
 
         Args:
-            site: the operation, or `gradient`.
-            layer: which call of that site in the forward order; for `gradient`, the parameter's place in
+            site: the operation, or `gradient`, `weight`, `optimizer`.
+            layer: which call of that site in the forward order; for those three, the parameter's place in
                 `named_parameters`.
             tensor: what the operation computed (any shape, any strides without overlap; fp16, bf16, fp32 or fp64).
             call: which execution of this operation within the micro-step and attempt; None counts them here.
-            param: for `gradient`, the parameter's name.
+            param: for those three, the parameter's name.
 
         Returns:
             Whether a fault struck (also where it changed no bit).
@@ -104,6 +104,10 @@ class TensorInjector:
             self._pending = [(i, fault) for i, fault in self._pending if self._is_left(i, fault)]
             self.armed = bool(self._pending)
         return struck
+
+    def never_struck(self, sites: tuple[str, ...]) -> list[Fault]:
+        """The faults of these sites that are due at this address and have not struck in this run."""
+        return [fault for i, fault in self._pending if fault.site in sites and not self._ledger.num_strikes(i)]
 
     def _is_left(self, i: int, fault: Fault) -> bool:
         return fault.repeat == -1 or self._ledger.num_strikes(i) < fault.repeat

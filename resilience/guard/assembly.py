@@ -23,12 +23,14 @@ from resilience.context import RunContext
 from resilience.deepspeed import checkpoint
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.deepspeed.profile import profile_of
+from resilience.deepspeed.shards import holdings, watch_edits
 from resilience.errors import FaultPlanError
 from resilience.faults.ledger import Ledger
-from resilience.faults.plan import FaultPlan, load_plan
+from resilience.faults.plan import STATE_SITES, FaultPlan, load_plan
 from resilience.faults.process import ProcessInjector
 from resilience.faults.tensor import TensorInjector
 from resilience.guard import support
+from resilience.guard.at_rest import AtRest
 from resilience.guard.client import Client, RankIdentity
 from resilience.guard.ending import Ending
 from resilience.guard.line import LineToCoordinator
@@ -95,6 +97,7 @@ def guard_engine(
         protector=protection,
         listeners=tuple(listeners),
         replay_problem=problem,
+        at_rest=_at_rest(engine, config, tensor_injector, settings, undo),
     )
     undo.append(guard.uninstall)
     if context is not None:
@@ -188,7 +191,8 @@ def _injectors(
 
 def _require_protected_sites(plan: FaultPlan, strength: str) -> None:
     """A fault that can never strike is a mistake in the plan."""
-    inside = [fault.site for fault in plan.fault if fault.strikes_tensor and fault.site != "gradient"]
+    outside = ("gradient", *STATE_SITES)
+    inside = [fault.site for fault in plan.fault if fault.strikes_tensor and fault.site not in outside]
     if inside and strength in ("off", "screen"):
         raise FaultPlanError(
             f"site {inside[0]!r}: struck inside protected operations only, and detection.strength is {strength!r}; "
@@ -208,12 +212,30 @@ def _protection(
     return protection
 
 
+def _at_rest(
+    engine: Any,
+    config: Config,
+    injector: TensorInjector | None,
+    settings: Settings,
+    undo: list[Callable[[], None]],
+) -> AtRest | None:
+    detection = config.detection
+    is_on = detection.strength != "off" and bool(detection.at_rest_share or detection.replica_interval_steps)
+    if not is_on and injector is None:
+        return None
+    share = detection.at_rest_share if is_on else 0.0
+    at_rest = AtRest(lambda: holdings(engine), share=share, injector=injector, clock=settings.clock)
+    undo.append(watch_edits(engine, at_rest.forget))
+    return at_rest
+
+
 def _tell_of_saves(engine: Any, guard: Guard) -> Callable[[], None]:
-    """A drain waits for the script's next checkpoint: tell the guard when one was saved."""
+    """Nothing damaged is saved; and a drain waits for the script's next checkpoint: tell the guard of each."""
     saved = engine.save_checkpoint
     before = engine.__dict__.get("save_checkpoint")
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        guard.check_before_save()
         result = saved(*args, **kwargs)
         guard.boundary.checkpoint_saved()
         return result

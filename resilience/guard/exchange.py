@@ -47,15 +47,15 @@ class Exchange:
         dist.all_gather(every, own, group=self._group)
         return [_unframe(tensor) for tensor in every]
 
-    def broadcast(self, content: bytes) -> bytes:
-        """Rank 0's bytes, on every rank; what the others pass is not read."""
+    def broadcast(self, content: bytes, source: int = 0) -> bytes:
+        """The bytes of rank `source`, on every rank; what the others pass is not read."""
         if self._group is None:
             return content
-        size = self.maximum([len(content) if self.rank == 0 else 0])[0]
+        size = self.maximum([len(content) if self.rank == source else 0])[0]
         buffer = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0 and size:
+        if self.rank == source and size:
             buffer[:] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0, group=self._group)
+        dist.broadcast(buffer, src=source, group=self._group)
         return bytes(buffer.numpy().tobytes())
 
 

@@ -18,10 +18,13 @@ import torch
 from resilience.abft.finding import Finding
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.errors import ResilienceError
-from resilience.events import Check, DetectionKind
+from resilience.events import Check, Detection, DetectionKind, Mode
+from resilience.guard.at_rest import AtRest
+from resilience.guard.at_rest_watch import StateWatch
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.recorder import Recorder
+from resilience.guard.replicas import Replicas
 from resilience.guard.reporter import Reporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
@@ -69,6 +72,7 @@ class Guard:
         protector: checks inside operations; None for the strengths `off` and `screen`.
         listeners: told of each micro-step as it begins.
         replay_problem: why no step of this engine can be run again; empty where it can.
+        at_rest: hashes of what is kept between the steps; None where they are off.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Guard:
         protector: Protector | None = None,
         listeners: Listeners = (),
         replay_problem: str = "",
+        at_rest: AtRest | None = None,
     ) -> None:
         self.settings = settings
         self.reporter = reporter
@@ -105,7 +110,9 @@ class Guard:
         self._step_began_at: float | None = None
         self._check_seconds = 0.0
         self._num_tokens = 0
-        self.boundary = Boundary(self, adapter, Exchange())
+        exchange = Exchange()
+        self.boundary = Boundary(self, adapter, exchange)
+        self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
         self._unwrap = adapter.wrap(
             forward=self._forward, backward=self._backward, take_model_step=self._take_model_step
@@ -135,6 +142,8 @@ class Guard:
         if not torch.is_grad_enabled():
             return self._adapter.forward(*args, **kwargs)
         self.boundary.leave_if_drained()
+        if self._state is not None and self._adapter.module.training:
+            self._findings += self._state.before_forward(self._adapter.global_steps)
         self._begin_micro_step(self.recorder.micro_step)
         event = self.recorder.before_forward(args, kwargs)
         self._num_tokens += _num_tokens((args, kwargs))
@@ -166,6 +175,8 @@ class Guard:
         self._screen.begin()
         self._findings.clear()
         self._attempt, self._micro_step = 0, -1
+        if self._state is not None:
+            self._state.after_step(self._adapter.global_steps)
         return taken
 
     # ------ what the boundary uses
@@ -221,6 +232,8 @@ class Guard:
     def inspect(self) -> Inspection:
         """All that this rank saw in the attempt that has just run. Waits for the device."""
         self._collect()
+        if self._state is not None:
+            self._findings += self._state.at_boundary(self._attempt)
         readings = self._screen.read(self._adapter.loss_scale)
         findings = [*self._findings, *self._screen.findings(readings)]
         return Inspection(
@@ -229,13 +242,44 @@ class Guard:
             readings=tuple(readings),
             fingerprints=self._screen.fingerprints(),
             replay_problem=self.replay_problem or self.recorder.why_unavailable(),
+            num_differences=self._state.num_differences if self._state is not None else 0,
         )
+
+    def settle_state(self) -> tuple[Detection, ...]:
+        """What became of the differences that `inspect` saw on any rank; this rank's own. Collective."""
+        assert self._state is not None, "differences where nothing is watched"
+        return self._detections(self._state.settle())
+
+    def check_before_save(self) -> None:
+        """Called on every rank before the script saves a checkpoint: nothing damaged is written into one.
+
+        Raises:
+            SystemExit: something is damaged, and the decision was to leave.
+        """
+        if self._state is None:
+            return
+        findings = self._state.before_save()
+        self._findings += [finding for finding in findings if finding.mended]
+        self.boundary.decide_about_state(self._detections([each for each in findings if not each.mended]))
 
     def verified(self, inspection: Inspection) -> None:
         """The step was taken, and this is what its last attempt showed."""
         self._screen.verified(inspection.readings)
 
     # ------
+
+    def _watch(self, at_rest: AtRest, exchange: Exchange) -> StateWatch:
+        config = self.settings.config
+        return StateWatch(
+            at_rest,
+            Replicas(config.detection.replica_interval_steps),
+            exchange,
+            repair=config.mode is Mode.ENFORCE,
+            tell=lambda text: self.boundary.tell("replicas_off", text),
+        )
+
+    def _detections(self, findings: list[Finding]) -> tuple[Detection, ...]:
+        return tuple(self._factory.make(findings, step=self.step, attempt=self._attempt))
 
     def _micro_step_of_gradients(self) -> int:
         if self._replayed_micro_step is not None:
@@ -284,6 +328,8 @@ class Guard:
             fields["residual_ratios"] = self._protector.residual_sample()
             if seconds > 0:
                 fields["abft_overhead_ratio"] = spent / seconds
+        if self._state is not None:
+            fields["checks"] = {**fields.get("checks", {}), **self._state.checks()}
         fields["last_verified_step"] = self.last_verified_step
         self.reporter.heartbeat(step_seconds=seconds, **fields)
 

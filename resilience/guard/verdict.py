@@ -50,6 +50,8 @@ class Inspection:
     fingerprints: tuple[int, ...]
     replay_problem: str
     """Why the step cannot be run again; empty where it can."""
+    num_differences: int = 0
+    """Pieces of state that are not what they were, to be settled with the other ranks."""
 
     def equals(self, other: Inspection) -> bool:
         """Whether both attempts gave the same local gradients: by fingerprints where both have them, else by norms."""
@@ -85,6 +87,7 @@ class _Flags:
     """The reduction at the boundary: the largest over all ranks."""
 
     veto: int
+    differences: int
     mended: int
     unrepeatable: int
     scaler_skips: int
@@ -147,11 +150,12 @@ class Boundary:
         inspection, scaler_skips = self._inspect()
         flags = self._compare(inspection, scaler_skips)
         self._obey(flags)
+        inspection, flags = self._settle_state(inspection, flags, scaler_skips)
         noteworthy = flags.veto or flags.mended or flags.unrepeatable or flags.scaler_skips
         if not noteworthy and not self._is_measured:
             # The last of the runs that are compared is the one that the step is taken from.
             inspection = self._measure(inspection)
-            flags = self._compare(inspection, False)
+            inspection, flags = self._settle_state(inspection, self._compare(inspection, False), False)
         if flags.veto:
             inspection = self._resolve(inspection)
         elif flags.mended:
@@ -177,6 +181,20 @@ class Boundary:
     def checkpoint_saved(self) -> None:
         """The script has saved a checkpoint: a drain may now end the run. Called on every rank."""
         self._is_saved = True
+
+    def decide_about_state(self, damage: tuple[Detection, ...]) -> None:
+        """Between two steps: decide about damaged state as at the boundary of the step to come. Collective.
+
+        Raises:
+            SystemExit: the decision was to leave.
+        """
+        for detection in damage:
+            self._reporter.report(detection)
+        inspection = Inspection(detections=damage, findings=(), readings=(), fingerprints=(), replay_problem="")
+        flags = self._compare(inspection, False)
+        self._obey(flags)
+        if flags.veto:
+            self._resolve(inspection)
 
     def leave_if_drained(self) -> None:
         """Called where a new step begins.
@@ -211,6 +229,7 @@ class Boundary:
         orders = self._reporter.orders()
         own = _Flags(
             veto=any(is_unmended(detection) for detection in inspection.detections),
+            differences=inspection.num_differences,
             mended=any(detection.mended for detection in inspection.detections),
             unrepeatable=bool(inspection.replay_problem),
             scaler_skips=scaler_skips,
@@ -220,6 +239,16 @@ class Boundary:
             drain=orders.drain,
         )
         return _Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
+
+    def _settle_state(self, inspection: Inspection, flags: _Flags, scaler_skips: bool) -> tuple[Inspection, _Flags]:
+        """Rebuild what changed at rest on any rank, if it can be; the rest becomes part of the evidence."""
+        if not flags.differences:
+            return inspection, flags
+        found = self._guard.settle_state()
+        for detection in found:
+            self._reporter.report(detection)
+        inspection = dataclasses.replace(inspection, detections=(*found, *inspection.detections), num_differences=0)
+        return inspection, self._compare(inspection, scaler_skips)
 
     def _obey(self, flags: _Flags) -> None:
         if flags.fenced:
@@ -372,20 +401,21 @@ class Boundary:
         text = "two replays of one step were bit-equal on every rank"
         if different:
             text = "two replays of one step differed: results of this run are not bit-reproducible"
-        self._tell("determinism", text)
+        self.tell("determinism", text)
         if unfaithful:
             restore()
             self._guard.replay_problem = "a replay of the first clean step did not reproduce its gradients"
-            self._tell("replay_off", f"replay off: {self._guard.replay_problem}; {INSTEAD}")
+            self.tell("replay_off", f"replay off: {self._guard.replay_problem}; {INSTEAD}")
         self._reporter.add_badput("replay", self._settings.clock.monotonic() - began_at)
         for detection in measured.last.detections:
             self._reporter.report(detection)
         return measured.last
 
-    def _tell(self, kind: str, text: str) -> None:
+    def tell(self, kind: str, text: str) -> None:
+        """Say something once: a note from rank 0, and a line where something is off."""
         if self._settings.rank == 0:
             self._reporter.note(kind, text, step=self._guard.step)
-            if kind == "replay_off":
+            if kind.endswith("_off"):
                 print(f"resilience: {text}", file=sys.stderr, flush=True)
 
 

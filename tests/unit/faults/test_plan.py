@@ -62,9 +62,11 @@ def test_every_kind_of_every_site_is_accepted(site: str) -> None:
     [
         (GOOD + "stepp = 3\n", "fault 1: unknown key 'stepp'; did you mean 'step'?"),
         (GOOD.replace("scores", "scoers"), "unknown site 'attention.scoers'; did you mean 'attention.scores'?"),
-        (GOOD.replace("attention.scores", "weight"), "site 'weight' is not available yet; available: attention.q, "),
-        (GOOD.replace("attention.scores", "storage"), "site 'storage' is not available yet"),
-        (GOOD.replace("attention.scores", "optimizer"), "site 'optimizer' is not available yet"),
+        (GOOD.replace("attention.scores", "storage"), "site 'storage' is not available yet; available: attention.q, "),
+        (
+            GOOD.replace("attention.scores", "weight") + "micro_step = 1\n",
+            "micro_step has no meaning for site 'weight', which is struck after the step",
+        ),
         (GOOD.replace("attention.scores", "node"), "site 'node' is not available yet"),
         (GOOD.replace("inf", "bitfip"), "unknown kind 'bitfip'; did you mean 'bitflip'?"),
         (GOOD.replace("inf", "kill"), "kind 'kill' is not for site 'attention.scores'; valid: inf, nan"),
