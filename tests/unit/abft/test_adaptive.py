@@ -1,0 +1,168 @@
+"""The adaptive frequency: targets met at the least cost, budgets kept at the best coverage, impossibilities named."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilience.abft.adaptive import (
+    MIN_SHARE,
+    Measured,
+    SiteCost,
+    coverage,
+    for_budget,
+    for_target,
+    is_due,
+    overhead_ratio,
+    shares,
+    site_costs,
+)
+
+QUIET = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+RATE = {"rate_per_s": 1e-3, "horizon_steps": 100.0}
+
+sites = st.dictionaries(
+    st.sampled_from(["attention.q", "attention.scores", "linear.out", "linear.dgrad", "linear.wgrad"]),
+    st.builds(
+        SiteCost,
+        operation_s=st.floats(1e-4, 10.0),
+        check_s=st.floats(0.0, 2.0),
+        vulnerability=st.floats(0.0, 1.0),
+        power=st.floats(0.5, 1.0),
+    ),
+    min_size=1,
+)
+targets = st.floats(0.01, 1.0)
+
+
+@QUIET
+@given(sites, targets)
+def test_a_target_is_met_or_said_to_be_out_of_reach(costs: dict[str, SiteCost], target: float) -> None:
+    found = for_target(costs, coverage_target=target, **RATE)
+    assert all(MIN_SHARE <= share <= 1.0 for share in found.shares.values())
+    assert found.coverage == coverage(costs, found.shares, **RATE)
+    assert found.overhead_ratio == overhead_ratio(costs, found.shares)
+    if found.reachable:
+        assert found.coverage >= target * (1.0 - 1e-6)
+    else:
+        assert coverage(costs, dict.fromkeys(costs, 1.0), **RATE) < target
+        assert "out of reach" in found.reason
+
+
+@QUIET
+@given(sites, targets, targets)
+def test_a_higher_target_never_lowers_a_share(costs: dict[str, SiteCost], one: float, other: float) -> None:
+    low, high = (for_target(costs, coverage_target=target, **RATE).shares for target in sorted((one, other)))
+    assert all(low[site] <= high[site] * (1.0 + 1e-9) for site in costs)
+
+
+@QUIET
+@given(sites, targets, st.floats(1.0, 100.0))
+def test_a_higher_rate_never_lowers_a_share(costs: dict[str, SiteCost], target: float, factor: float) -> None:
+    low = for_target(costs, coverage_target=target, rate_per_s=1e-4, horizon_steps=100.0).shares
+    high = for_target(costs, coverage_target=target, rate_per_s=1e-4 * factor, horizon_steps=100.0).shares
+    assert all(low[site] <= high[site] * (1.0 + 1e-9) for site in costs)
+
+
+@QUIET
+@given(sites, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_a_budget_is_kept_or_said_to_be_too_small_and_more_of_it_never_covers_less(
+    costs: dict[str, SiteCost], one: float, other: float
+) -> None:
+    small, large = (for_budget(costs, budget_ratio=budget, **RATE) for budget in sorted((one, other)))
+    for found, budget in ((small, min(one, other)), (large, max(one, other))):
+        assert all(MIN_SHARE <= share <= 1.0 for share in found.shares.values())
+        if found.reachable:
+            assert found.overhead_ratio <= budget * (1.0 + 1e-9)
+        else:
+            assert set(found.shares.values()) == {MIN_SHARE}
+            assert "above the budget" in found.reason
+    assert small.coverage <= large.coverage * (1.0 + 1e-12)
+
+
+@QUIET
+@given(sites, st.floats(0.05, 0.95))
+def test_no_grid_of_shares_is_cheaper_than_the_greedy_choice(costs: dict[str, SiteCost], target: float) -> None:
+    found = for_target(costs, coverage_target=target, **RATE)
+    if not found.reachable:
+        return
+    for grid in itertools.product((MIN_SHARE, 0.3, 0.6, 1.0), repeat=len(costs)):
+        other = dict(zip(costs, grid, strict=True))
+        if coverage(costs, other, **RATE) >= target:
+            assert overhead_ratio(costs, other) >= found.overhead_ratio * (1.0 - 1e-9)
+
+
+@QUIET
+@given(sites, st.floats(0.0, 0.5))
+def test_no_grid_of_shares_covers_more_within_the_budget(costs: dict[str, SiteCost], budget: float) -> None:
+    found = for_budget(costs, budget_ratio=budget, **RATE)
+    for grid in itertools.product((MIN_SHARE, 0.3, 0.6, 1.0), repeat=len(costs)):
+        other = dict(zip(costs, grid, strict=True))
+        if overhead_ratio(costs, other) <= budget:
+            assert coverage(costs, other, **RATE) <= found.coverage * (1.0 + 1e-9)
+
+
+def test_the_best_worth_is_checked_first() -> None:
+    costs = {
+        "cheap": SiteCost(operation_s=1.0, check_s=0.01),
+        "dear": SiteCost(operation_s=1.0, check_s=0.5),
+        "harmless": SiteCost(operation_s=1.0, check_s=0.01, vulnerability=0.0),
+    }
+    found = for_budget(costs, budget_ratio=0.02, **RATE).shares
+    assert found["cheap"] == 1.0
+    assert MIN_SHARE < found["dear"] < 0.2
+    assert found["harmless"] == MIN_SHARE
+
+
+def test_without_faults_every_site_keeps_the_least_share() -> None:
+    costs = {"linear.out": SiteCost(operation_s=1.0, check_s=0.1)}
+    found = for_target(costs, coverage_target=0.999, rate_per_s=0.0, horizon_steps=1e6)
+    assert found.shares == {"linear.out": MIN_SHARE}
+    assert found.reachable
+    assert found.coverage == 1.0
+
+
+def test_hours_become_steps_and_the_budget_wins_over_the_target() -> None:
+    costs = {
+        "linear.out": SiteCost(operation_s=0.5, check_s=0.05),
+        "linear.dgrad": SiteCost(operation_s=0.5, check_s=0.1),
+    }
+    options = {"coverage_target": 0.95, "rate_per_hour": 1e-6, "horizon_hours": 1e6, "step_s": 1.0}
+    found = shares(costs, **options)
+    # One fault is expected: 5 % of it may be missed, −ln 0.95 = 0.0513 of the time stays unchecked, of the dearer site.
+    assert found.shares["linear.out"] == 1.0
+    assert found.shares["linear.dgrad"] == pytest.approx(1.0 + math.log(0.95) / 0.5)
+    assert found.reachable
+    tight = shares(costs, **options, budget_ratio=0.06)
+    assert not tight.reachable
+    assert tight.overhead_ratio == pytest.approx(0.06)
+    assert "0.95 would cost 0.1397" in tight.reason
+
+
+def test_costs_come_from_what_was_counted() -> None:
+    measured = {
+        "a": Measured(num_calls=40, num_checks=10, operation_s=8.0, check_s=0.5),
+        "unchecked": Measured(num_calls=4, num_checks=0, operation_s=2.0, check_s=0.0),
+        "never": Measured(num_calls=0, num_checks=0, operation_s=0.0, check_s=0.0),
+    }
+    found = site_costs(measured, num_steps=4, vulnerabilities={"a": 0.25})
+    assert found == {
+        "a": SiteCost(operation_s=2.0, check_s=0.5, vulnerability=0.25),
+        "unchecked": SiteCost(operation_s=0.5, check_s=0.0),
+    }
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 6, 12, 24, 32, 40, 96])
+@pytest.mark.parametrize("share", [1 / 64, 0.1, 0.25, 0.5, 0.9, 1.0])
+def test_calls_that_are_checked_are_spread_evenly_over_steps_and_over_layers(num_layers: int, share: float) -> None:
+    num_steps = 2_000
+    due = [is_due(call, share) for call in range(num_steps * num_layers)]
+    assert due[0]
+    assert sum(due) / len(due) == pytest.approx(share, abs=0.003)
+    for layer in range(num_layers):
+        of_layer = due[layer::num_layers]
+        assert sum(of_layer) / len(of_layer) == pytest.approx(share, abs=0.02)
