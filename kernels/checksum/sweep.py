@@ -12,7 +12,7 @@ import triton
 
 from .kernel import sweep_kernel
 
-__all__ = ["DTYPES", "MAX_COLUMNS", "Fault", "Sweep", "longest_chain", "sweep"]
+__all__ = ["DTYPES", "MAX_COLUMNS", "Fault", "Sweep", "blocks", "longest_chain", "sweep"]
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Of matrices; weights and sums are float32."""
@@ -96,7 +96,7 @@ def _launch(
     num_matrices, num_rows, num_columns = matrix.shape
     num_right = 0 if right is None else right.shape[-1]
     num_left = 0 if left is None else left.shape[-1]
-    block_m, block_n = _blocks(num_left, statistics, num_columns)
+    block_m, block_n = blocks(num_left, statistics, num_columns)
     num_panels = triton.cdiv(num_columns, block_n)
     rows_per_program = _rows_per_program(num_rows, num_matrices * num_panels, block_m)
     num_chunks = triton.cdiv(num_rows, rows_per_program)
@@ -137,7 +137,7 @@ def _launch(
     return row_parts, column_parts, largest, count
 
 
-def _blocks(num_left: int, statistics: bool, num_columns: int) -> tuple[int, int]:
+def blocks(num_left: int, statistics: bool, num_columns: int) -> tuple[int, int]:
     """BLOCK_M, BLOCK_N: four warps, each with whole rows of the panel, and no more running sums than registers."""
     num_running = num_left + 2 * statistics
     elements_per_thread = 32 if num_running == 0 else 16 if num_running <= 3 else 8

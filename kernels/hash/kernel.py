@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["hash_kernel", "hash_words"]
+__all__ = ["BLOCK", "hash_kernel", "hash_words"]
 
 _MASK: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _FIRST: tl.constexpr = tl.constexpr(0x45D9F3B1)
@@ -20,7 +20,7 @@ _SECOND: tl.constexpr = tl.constexpr(0x2C1B3C6D)
 _THIRD: tl.constexpr = tl.constexpr(0x297A2D39)
 _FOURTH: tl.constexpr = tl.constexpr(0x1B56C4E9)
 
-_BLOCK = 1024
+BLOCK = 1024
 """Words that four warps read at once: two loads of 16 bytes a thread."""
 
 _NUM_PROGRAMS = 4096
@@ -103,7 +103,7 @@ def hash_words(words: torch.Tensor, offset: int = 0, *, fault: tuple[int, int] |
     num_words = words.numel()
     if num_words == 0:
         return words.new_zeros((), dtype=torch.int64)
-    num_blocks = triton.cdiv(num_words, _BLOCK)
+    num_blocks = triton.cdiv(num_words, BLOCK)
     blocks_per_program = max(_MIN_BLOCKS, triton.cdiv(num_blocks, _NUM_PROGRAMS))
     num_programs = triton.cdiv(num_blocks, blocks_per_program)
     parts = torch.empty(num_programs, dtype=torch.int64, device=words.device)
@@ -117,7 +117,7 @@ def hash_words(words: torch.Tensor, offset: int = 0, *, fault: tuple[int, int] |
         fault_word,
         fault_bits,
         INJECT=fault is not None,
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
         num_warps=4,
     )
     return parts.sum()
