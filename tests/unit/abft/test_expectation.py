@@ -1,0 +1,126 @@
+"""Sums that are carried from a product to its gradients: the same as from the operands, with each tensor read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from resilience.abft import expectation, sums
+from resilience.abft.expectation import Expectation, Expectations
+from resilience.abft.gemm import Gemm
+from resilience.abft.sums import WeightSums
+
+SHAPES = [(12, 7, 20), (12, 12, 20), (9, 9, 9), (20, 7, 7), (8, 20, 8)]
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(left: torch.Tensor, right: torch.Tensor, d_out: torch.Tensor) -> dict[str, Gemm]:
+    """The two gradients of left·right, each straight and transposed, as libraries compute them."""
+    return {
+        "left": Gemm(d_out, right.mT),
+        "left transposed": Gemm(right, d_out.mT),
+        "right": Gemm(left.mT, d_out),
+        "right transposed": Gemm(d_out.mT, left),
+    }
+
+
+def ratio(found: Expectation, out: torch.Tensor) -> float:
+    residual = (found.sums - found.observed(out)).abs().max()
+    return float(residual / found.sums.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["single", "batched"])
+@pytest.mark.parametrize(
+    "forms", [("left", "right"), ("right transposed", "left transposed"), ("left", "right transposed")]
+)
+def test_carried_sums_are_those_of_the_gradients(
+    shape: tuple[int, int, int], batch: tuple[int, ...], forms: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, k, n = shape
+    left, right, d_out = normal(*batch, m, k, seed=1), normal(*batch, k, n, seed=2), normal(*batch, m, n, seed=3)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, right), left @ right, node=5)
+    monkeypatch.setattr(expectations, "alone", lambda *_: pytest.fail("nothing was carried"))
+    for form in forms:
+        gemm = gradients(left, right, d_out)[form]
+        out = gemm.left @ gemm.right
+        found = expectations.backward(gemm, out, node=5)
+        assert ratio(found, out) < 1e-5
+        torch.testing.assert_close(found.gemm.left @ found.gemm.right, found.oriented(out))
+        out.view(-1)[out.numel() // 2] += 10.0
+        assert ratio(found, out) > 1e-2
+
+
+def test_each_gradient_is_checked_alone_where_nothing_fits() -> None:
+    left, right, d_out = normal(8, 8, seed=1), normal(8, 8, seed=2), normal(8, 8, seed=3)
+    moved = gradients(left.clone(), right.clone(), d_out)
+    for node in (5, 6):
+        expectations = Expectations(WeightSums())
+        expectations.forward(Gemm(left, right), left @ right, node=5)
+        for gemm in (moved if node == 5 else gradients(left, right, d_out)).values():
+            out = gemm.left @ gemm.right
+            assert ratio(expectations.backward(gemm, out, node=node), out) < 1e-5
+
+
+def test_a_node_of_many_products_carries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right, d_out = normal(8, 6, seed=1), normal(6, 10, seed=2), normal(8, 10, seed=3)
+    expectations = Expectations(WeightSums())
+    for _ in range(3):
+        expectations.forward(Gemm(left, right), left @ right, node=5)
+    alone: list[Gemm] = []
+    inner = expectations.alone
+
+    def noting(gemm: Gemm, out: torch.Tensor) -> Expectation:
+        alone.append(gemm)
+        return inner(gemm, out)
+
+    monkeypatch.setattr(expectations, "alone", noting)
+    gemm = gradients(left, right, d_out)["left"]
+    expectations.backward(gemm, gemm.left @ gemm.right, node=5)
+    assert alone == [gemm]
+
+
+def test_graphs_that_never_run_backward_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expectation, "_MAX_CARRIED", 10)
+    expectations = Expectations(WeightSums())
+    left, right = normal(4, 3, seed=1), normal(3, 5, seed=2)
+    for node in range(50):
+        expectations.forward(Gemm(left, right), left @ right, node=node)
+    assert sorted(expectations._carried) == list(range(40, 50))
+
+
+def linear(bias: bool) -> Callable[[], nn.Module]:
+    return lambda: nn.Linear(24, 40, bias=bias)
+
+
+@pytest.mark.parametrize("make", [linear(True), linear(False)], ids=["addmm", "mm"])
+def test_a_training_step_reads_each_tensor_once(
+    make: Callable[[], nn.Module], protect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    inner = sums.sums_of
+
+    def counting(matrix: torch.Tensor, **vectors: Any) -> Any:
+        read.append(matrix.numel())
+        return inner(matrix, **vectors)
+
+    monkeypatch.setattr(sums, "sums_of", counting)
+    monkeypatch.setattr(expectation, "sums_of", counting)
+    module, x = make(), normal(64, 24, seed=1).requires_grad_()
+    protection = protect()
+    protection.attach(module)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        out = module(x)
+        out.backward(normal(64, 40, seed=2))
+    weight, inputs, outputs = 24 * 40, 64 * 24, 64 * 40
+    assert sum(read) == (weight + inputs + outputs) + (outputs + inputs + weight)
+    assert protection.drain() == []
