@@ -4,6 +4,12 @@ Shapes: matrices of m×n, b of them; c weight vectors from the right, c' from th
 BLOCK_N columns and some rows of one matrix, and walks down the rows. The weights of its columns, and its column sums,
 stay in registers; a row's sum over the panel is stored as soon as it is there. Panels and chunks are added up
 afterwards, in a fixed order: the result is the same in every run.
+
+Reads matrix (b, m, n), any floating-point dtype up to float32; right (b, n, c) and left (b, m, c'), float32. Strides
+are named by tensor and dimension; right_b and left_b are 0 for one set of weights for all matrices. Writes row_parts
+(b, panels, c, m) and column_parts (b, chunks, c', n), float32; with STATISTICS also, one a program, largest_parts, the
+largest finite magnitudes in float32, and count_parts, int32, how many values are not finite. With INJECT, a load of the
+element (fault_matrix, fault_row, fault_column) gives fault_value.
 """
 
 # Triton has no types, and reads arguments of kernels by its own rules.
@@ -32,49 +38,14 @@ __all__ = ["sweep_kernel"]
     ]
 )
 def sweep_kernel(
-    matrix,
-    right,
-    left,
-    row_parts,
-    column_parts,
-    largest_parts,
-    count_parts,
-    num_rows,
-    num_columns,
-    rows_per_program,
-    num_chunks,
-    num_panels,
-    matrix_b,
-    matrix_m,
-    matrix_n,
-    right_b,
-    right_n,
-    right_c,
-    left_b,
-    left_m,
-    left_c,
-    fault_matrix,
-    fault_row,
-    fault_column,
-    fault_value,
-    NUM_RIGHT: tl.constexpr,
-    NUM_LEFT: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    INJECT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Sums of the panel and chunk that the program's number stands for.
-
-    Reads `matrix`, b of (m, n) in any floating-point dtype up to float32; `right`, (b, n, NUM_RIGHT), and `left`,
-    (b, m, NUM_LEFT), both float32. Strides are named by tensor and dimension; right_b and left_b are 0 for one set of
-    weights for all matrices.
-
-    Writes row_parts, (b, num_panels, NUM_RIGHT, m) float32, and column_parts, (b, num_chunks, NUM_LEFT, n) float32;
-    with STATISTICS also largest_parts, (programs,) float32, the largest finite magnitudes, and count_parts, (programs,)
-    int32, how many values are not finite. With INJECT, a load of the element (fault_matrix, fault_row, fault_column)
-    gives fault_value.
-    """
+    matrix, right, left, row_parts, column_parts, largest_parts, count_parts,
+    num_rows, num_columns, rows_per_program, num_chunks, num_panels,
+    matrix_b, matrix_m, matrix_n, right_b, right_n, right_c, left_b, left_m, left_c,
+    fault_matrix, fault_row, fault_column, fault_value,
+    NUM_RIGHT: tl.constexpr, NUM_LEFT: tl.constexpr, STATISTICS: tl.constexpr, INJECT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums of the panel and chunk that the program's number stands for; the head of this file has the shapes."""
     program = tl.program_id(0)
     panel = program % num_panels
     chunk = program // num_panels % num_chunks

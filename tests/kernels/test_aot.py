@@ -17,10 +17,9 @@ MAX_SHARED_BYTES = 8192
 MAX_REGISTERS_FOR_HALF_OCCUPANCY = 64
 """On NVIDIA: 65,536 registers, 2,048 threads a multiprocessor."""
 
-GENERAL = frozenset(
-    "right_n right_c left_m left_c num_rows rows_per_program num_chunks num_panels"
-    " fault_matrix fault_row fault_column".split()
-)
+_SIZES = ("num_rows", "rows_per_program", "num_chunks", "num_panels")
+_STRIDES_OF_WEIGHTS = ("right_n", "right_c", "left_m", "left_c")
+GENERAL = frozenset({*_SIZES, *_STRIDES_OF_WEIGHTS, "fault_matrix", "fault_row", "fault_column"})
 """Arguments that Triton is not to specialise on, or whose multiples of 16 prove nothing."""
 
 
