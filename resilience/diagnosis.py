@@ -65,6 +65,7 @@ def _findings() -> Iterator[Finding]:
     yield _boot()
     yield from _compilers()
     yield _operator()
+    yield _cpu_kernel()
     yield _shared_memory_space()
     yield _shared_memory_leftovers()
     yield _port("metrics port", METRICS_PORT, "another free port is taken; set coordinator.metrics_port to choose one")
@@ -135,6 +136,17 @@ def _operator() -> Finding:
         fix = "the first run on a CPU builds it, which takes about 30 s; scripts/setup does so beforehand"
         return Finding(Level.WARN, "shm operator", f"not built below {root}", fix)
     return Finding(Level.OK, "shm operator", str(built[0]))
+
+
+def _cpu_kernel() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding(Level.WARN, "CPU kernel", "unknown without torch", "see torch above")
+    from resilience.kernels import sweep
+
+    if sweep.is_compiled():
+        return Finding(Level.OK, "CPU kernel", sweep.describe())
+    fix = "only on a CPU: install gcc and Python's headers, then this package again (pip install --force-reinstall)"
+    return Finding(Level.WARN, "CPU kernel", f"{sweep.describe()}: checks on the CPU cost more", fix)
 
 
 def _shared_memory_space() -> Finding:

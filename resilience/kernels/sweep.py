@@ -20,7 +20,7 @@ try:
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["MAX_COLUMNS", "Sweep", "is_compiled", "sweep"]
+__all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "sweep"]
 
 MAX_COLUMNS = 8
 """Weight vectors a side that one sweep takes."""
@@ -42,6 +42,14 @@ class Sweep(NamedTuple):
 def is_compiled() -> bool:
     """Whether the compiled kernel is in use for CPU tensors."""
     return _compiled is not None
+
+
+def describe() -> str:
+    """How sums are taken on this machine's CPU, in words."""
+    if _compiled is None:
+        return "not compiled, by products of torch"
+    threads = "torch's threads" if _GOMP_PARALLEL else "one thread"
+    return f"compiled, {_compiled.instructions()} instructions, {threads}"
 
 
 def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.Tensor | None = None) -> Sweep:

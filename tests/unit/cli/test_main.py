@@ -180,3 +180,19 @@ def test_doctor_reports_every_look(command: Command) -> None:
     assert code == int(any(finding["level"] == "fail" for finding in findings))
     assert {"python", "torch", "deepspeed", "start hook", "/dev/shm", "clock"} <= {f["name"] for f in findings}
     assert all(finding["fix"] for finding in findings if finding["level"] != "ok")
+
+
+@pytest.mark.parametrize(("compiled", "level"), [(True, "ok"), (False, "warn")])
+def test_doctor_says_whether_the_cpu_kernel_is_compiled(
+    command: Command, monkeypatch: pytest.MonkeyPatch, compiled: bool, level: str
+) -> None:
+    from resilience.kernels import sweep
+
+    if compiled and not sweep.is_compiled():
+        pytest.skip("not compiled here")
+    if not compiled:
+        monkeypatch.setattr(sweep, "_compiled", None)
+    _, out, _ = command("doctor", "--json")
+    (finding,) = (finding for finding in json.loads(out) if finding["name"] == "CPU kernel")
+    assert finding["level"] == level
+    assert finding["detail"].startswith("compiled" if compiled else "not compiled")
