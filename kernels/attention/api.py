@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -229,7 +230,7 @@ def attention_forward(
     sequence: int = 0,
     layer: int = 0,
     out: torch.Tensor | None = None,
-    strike: Strike | None = None,
+    strikes: Sequence[Strike] = (),
     tiling: Tiling | None = None,
 ) -> Forward:
     """softmax(scale·q·kᵀ)·v, checked and repaired on the device if `checks` are given (then `ring` is needed).
@@ -246,7 +247,7 @@ def attention_forward(
         sequence: the caller's number of this call, for records.
         layer: of the model, for records.
         out: where to write, of q's shape with any strides whose last is 1; like q by default.
-        strike: for tests.
+        strikes: for tests; at most one a kernel.
         tiling: instead of the one chosen by hardware and head dimension.
     """
     geometry = _Geometry.of(q, k, packed, tiling)
@@ -256,7 +257,7 @@ def attention_forward(
     lse = torch.empty(geometry.batch, geometry.heads, geometry.max_q, dtype=torch.float32, device=q.device)
     cu_q, cu_k = geometry.cu_seqlens(lse)
     grid = (triton.cdiv(geometry.max_q, launch.block_m), pairs)
-    checked = _Checked.of(checks, ring, grid, q.device, strike, "forward")
+    checked = _Checked.of(checks, ring, grid, q.device, strikes, "forward")
     summary = _summarise_keys(k, v, geometry, launch.block_n) if checks is not None else None
     columns, sums, norms, value_norms, tiles_k = (
         (summary.columns[1], summary.sums[0], *summary.norms, summary.tiles) if summary else (lse, lse, lse, lse, 0)
@@ -286,7 +287,7 @@ def attention_backward(
     ring: Ring | None = None,
     sequence: int = 0,
     layer: int = 0,
-    strike: Strike | None = None,
+    strikes: Sequence[Strike] = (),
     tiling: Tiling | None = None,
 ) -> Gradients:
     """Gradients of `attention_forward`. d_out and out have q's shape and a last stride of 1; lse is contiguous.
@@ -305,7 +306,7 @@ def attention_backward(
     order = (sequence, layer)
 
     grid = (triton.cdiv(geometry.max_q, launch_q.block_m), geometry.batch * geometry.heads)
-    in_dq = _Checked.of(checks, ring, grid, q.device, strike, "dq")
+    in_dq = _Checked.of(checks, ring, grid, q.device, strikes, "dq")
     of_keys = (keys.columns[0], *keys.norms) if keys else (lse, lse, lse)
     for attempt in in_dq.attempts:
         attention_dq_kernel[grid](
@@ -316,7 +317,7 @@ def attention_backward(
         )  # fmt: skip
 
     grid = (triton.cdiv(geometry.max_k, launch_k.block_n), geometry.batch * geometry.key_heads)
-    in_dkdv = _Checked.of(checks, ring, grid, q.device, strike, "dkdv")
+    in_dkdv = _Checked.of(checks, ring, grid, q.device, strikes, "dkdv")
     value_norm = keys.norms[1][..., 1].amax(-1) if keys else lse
     of_queries = (*queries.columns, *queries.sums, *queries.norms, value_norm) if queries else (lse,) * 7
     for attempt in in_dkdv.attempts:
@@ -348,10 +349,10 @@ class _Checked:
         ring: Ring | None,
         grid: tuple[int, int],
         device: torch.device,
-        strike: Strike | None,
+        strikes: Sequence[Strike],
         kernel: str,
     ) -> _Checked:
-        struck = strike if strike is not None and strike.kernel == kernel else None
+        struck = next((strike for strike in strikes if strike.kernel == kernel), None)
         order = torch.empty(0, dtype=torch.int32, device=device)
         if struck is not None:
             words = (

@@ -173,8 +173,8 @@ def attention_dq_kernel(
                            (_TOLERANCE_MASS + _TOLERANCE_EXPONENT * exponent) * tolerance_scale,
                            valid & ~empty)  # fmt: skip
         size = do_norm * v_norm_max
-        ds_ratio = weigh(reference_column(checked, 4), size * (_TOLERANCE_DS * tolerance_scale), valid)
         floor: tl.constexpr = 0.0 if dq.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
+        ds_ratio = weigh(reference_column(checked, 4), (size * _TOLERANCE_DS + floor * end) * tolerance_scale, valid)
         dq_ratio = weigh(tl.sum(acc, 1) / D_PAD - reference_column(checked, 0),
                          size * (k_norm_max * _TOLERANCE_DQ / D_PAD + 2.0 * floor) * tolerance_scale,
                          valid)  # fmt: skip
@@ -350,7 +350,8 @@ def attention_dkdv_kernel(
         weight = reference_column(dv_checked, 4)
         dv_ratio = weigh(tl.sum(dv_acc, 1) / D_PAD - reference_column(dv_checked, 0),
                          (_TOLERANCE_DV * mass + floor * weight) * tolerance_scale, valid)  # fmt: skip
-        size = 2.0 * tl.load(v_norm_max + pair) * (mass * D_PAD + floor * weight)
+        # P of dS is not rounded: in float16 it may be there where that of dV has become zero.
+        size = 2.0 * tl.load(v_norm_max + pair) * ((mass + floor * weight) * D_PAD + floor * do_norm)
         dk_ratio = weigh(tl.sum(dk_acc, 1) / D_PAD - reference_column(dk_checked, 0),
                          size * (q_norm_max * _TOLERANCE_DK / D_PAD + floor) * tolerance_scale,
                          valid)  # fmt: skip

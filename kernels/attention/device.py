@@ -45,9 +45,9 @@ def reference_column(columns, COLUMN: tl.constexpr):
 
 @triton.jit
 def weigh(residual, tolerance, valid):
-    """Worst |residual| ÷ tolerance over the valid rows; infinite where either is not a finite number."""
+    """Worst |residual| ÷ tolerance over the valid rows; infinite where one is not finite, or tolerance < 0."""
     ratio = tl.abs(residual) / (tolerance + 1e-30)
-    usable = (ratio == ratio) & (tolerance < float("inf"))
+    usable = (ratio == ratio) & (tolerance >= 0.0) & (tolerance < float("inf"))
     return tl.max(tl.where(valid, tl.where(usable, ratio, float("inf")), 0.0), 0)
 
 

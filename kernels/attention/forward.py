@@ -170,8 +170,8 @@ def attention_forward_kernel(
         context_scale = (_TOLERANCE_CONTEXT * reference_column(checked, 3)) * inverse + floor
         context_ratio = weigh(tl.sum(out, 1) / D_PAD - reference_column(checked, 0) * inverse,
                               context_scale * tolerance_scale, valid)  # fmt: skip
-        sum_ratio = weigh(row_sum - reference_column(checked, 4),
-                          tl.where(empty, 1.0, row_sum) * (_TOLERANCE_ROW_SUM * tolerance_scale), valid)  # fmt: skip
+        rounded_sum = reference_column(checked, 4)
+        sum_ratio = weigh(row_sum - rounded_sum, rounded_sum * (_TOLERANCE_ROW_SUM * tolerance_scale), valid)
         checks = tl.where(score_ratio <= 1.0, 0, 1)
         checks += tl.where(context_ratio <= 1.0, 0, 2)
         checks += tl.where(sum_ratio <= 1.0, 0, 4)

@@ -6,7 +6,6 @@ from typing import Any
 
 from resilience.kernels.attention import backward, forward, summary
 from resilience.kernels.attention.tiling import padded, tiling_for
-
 from tests.kernels.aot import Usage, compile_for
 
 _FLOATS = {"scale", "scale_log2", "tolerance_scale"}
