@@ -1,4 +1,4 @@
-"""Measures on the demo's model what protection costs: one rank of `scripts/bench overhead`.
+"""Measures on one model what protection costs: one rank of `scripts/bench overhead`.
 
 Blocks of plain and of protected steps alternate on the same engine in the same processes, in the order A B B A, so that
 what else the machine does and how far training is meet both alike. The first step of a block is not timed.
@@ -18,27 +18,25 @@ from typing import Any
 
 import deepspeed
 import torch
-from train_gpt import GPT, SEED, read_batch, read_text
+from overhead_models import MODELS, Trained, build
 
-from resilience.config import Config, DetectionConfig, GuardConfig
+from resilience.config import Config, GuardConfig
 from resilience.deepspeed import hook
+
+SEED = 2025
 
 
 class Trainer:
-    """The demo's training loop, a block of steps at a time."""
+    """A training loop, a block of steps at a time."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, trained: Trained) -> None:
         self.engine = engine
-        self.rank = deepspeed.comm.get_rank()
-        self.text = read_text()
+        self._loss = trained.loss
 
     def step(self) -> None:
         step = self.engine.global_steps + 1
         for micro_step in range(self.engine.gradient_accumulation_steps()):
-            size = self.engine.train_micro_batch_size_per_gpu()
-            batch = read_batch(self.text, size, step=step, micro_step=micro_step, rank=self.rank)
-            batch = batch.to(self.engine.device)
-            self.engine.backward(self.engine(batch[:, :-1], batch[:, 1:]))
+            self.engine.backward(self._loss(self.engine, step, micro_step))
             self.engine.step()
 
     def seconds_per_step(self, num_steps: int) -> float:
@@ -56,11 +54,11 @@ class Trainer:
         deepspeed.comm.barrier()
 
 
-def measure(trainer: Trainer, strength: str, *, num_pairs: int, num_steps: int) -> dict[str, Any]:
+def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_steps: int) -> dict[str, Any]:
     """Ratios of protected to plain seconds per step, one for each pair of neighbouring blocks."""
-    config = Config(
-        detection=DetectionConfig.model_validate({"strength": strength}),
-        guard=GuardConfig(measure_determinism=False),  # done once in a run, at its start
+    config = Config.model_validate(
+        # Determinism is measured once in a run, at its start.
+        {"detection": detection, "guard": GuardConfig(measure_determinism=False)}
     )
 
     def plain() -> float:
@@ -82,42 +80,61 @@ def measure(trainer: Trainer, strength: str, *, num_pairs: int, num_steps: int) 
         plain_seconds.append(without)
         ratios.append(with_protection / without)
     return {
-        "strength": strength,
-        "share": config.detection.share,
+        **detection,
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
         "plain_step_ms": 1000 * statistics.median(plain_seconds),
     }
 
 
+def machine() -> str:
+    """The hardware, in words."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} CPU cores ({capability}), {torch.get_num_threads()} threads a rank"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    parser.add_argument("--strengths", required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--detections", type=json.loads, required=True, help="a list of [detection] sections, as JSON")
     parser.add_argument("--pairs", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--result", type=Path, required=True)
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     torch.manual_seed(SEED)
-    model = GPT()
+    trained = build(
+        arguments.model,
+        attention=arguments.attention,
+        num_layers=arguments.layers,
+        batch_size=arguments.batch,
+        checkpointing=arguments.checkpointing,
+    )
+    model = trained.model
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
-    trainer = Trainer(engine)
+    trainer = Trainer(engine, trained)
     rows = [
-        measure(trainer, strength, num_pairs=arguments.pairs, num_steps=arguments.steps)
-        for strength in arguments.strengths.split(",")
+        measure(trainer, detection, num_pairs=arguments.pairs, num_steps=arguments.steps)
+        for detection in arguments.detections
     ]
-    if trainer.rank == 0:
+    if deepspeed.comm.get_rank() == 0:
         result = {
-            "model": f"GPT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, ZeRO-2, bf16",
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "world_size": deepspeed.comm.get_world_size(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+            "machine": machine(),
             "num_steps_in_block": arguments.steps,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "deepspeed": deepspeed.__version__,
             },
-            "strengths": rows,
+            "rows": rows,
         }
         arguments.result.write_text(json.dumps(result, indent=2), encoding="utf-8")
 
