@@ -44,20 +44,23 @@ class EditableWheelWithPth(editable_wheel):
 # Each folder of kernels/ with an __init__.py. The folder itself has none: the name `kernels` is another project's.
 KERNELS = find_packages("kernels")
 
-SWEEP = Extension(
-    "resilience.kernels._sweep",
-    ["resilience/kernels/_sweep.c"],
-    depends=["resilience/kernels/_sweep_lanes.h"],
-    # -O3 unrolls the small loops into registers; nothing that would let NaN and INF get lost.
-    extra_compile_args=["-O3"],
-    py_limited_api=True,
-    optional=True,
-)
+# The compiled CPU kernels. -O3 unrolls their small loops into registers; nothing that would let NaN and INF get lost.
+COMPILED = [
+    Extension(
+        f"resilience.kernels.{name}",
+        [f"resilience/kernels/{name}.c"],
+        depends=[f"resilience/kernels/{name}_lanes.h"],
+        extra_compile_args=["-O3"],
+        py_limited_api=True,
+        optional=True,
+    )
+    for name in ("_sweep", "_hash")
+]
 
 setup(
     packages=[*find_packages(include=["resilience*"]), *(f"resilience.kernels.{name}" for name in KERNELS)],
     package_dir={f"resilience.kernels.{name}": f"kernels/{name.replace('.', '/')}" for name in KERNELS},
     cmdclass={"build_py": BuildWithPth, "editable_wheel": EditableWheelWithPth},
-    ext_modules=[SWEEP],
+    ext_modules=COMPILED,
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -9,6 +9,12 @@ from __future__ import annotations
 import torch
 
 from resilience.kernels import triton_kernels
+from resilience.kernels.threads import gomp_parallel
+
+try:
+    from resilience.kernels import _hash as _compiled
+except ImportError:  # built without a C compiler
+    _compiled = None  # type: ignore[assignment]
 
 __all__ = ["WORD_BYTES", "bit_hash", "num_words"]
 
@@ -55,6 +61,8 @@ def bit_hash(tensor: torch.Tensor, *, offset: int = 0) -> torch.Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     tensor = tensor.resolve_neg()
+    if _compiled is not None and tensor.is_cpu and tensor.is_contiguous():
+        return _hash_memory(tensor, offset)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     step = (_CHUNK_WORDS_CUDA if tensor.is_cuda else _CHUNK_WORDS) * WORD_BYTES // tensor.element_size()
     for start in range(0, tensor.numel(), step):
@@ -95,13 +103,23 @@ def _words(elements: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _hash_words(words: torch.Tensor, offset: int) -> torch.Tensor:
-    """Hash of int32 words, as an int64 scalar."""
+    """Hash of int32 words, contiguous, as an int64 scalar."""
+    if _compiled is not None and words.is_cpu:
+        return _hash_memory(words, offset)
     kernel = triton_kernels("hash.kernel", words)
     if kernel is not None:
         hashed: torch.Tensor = kernel.hash_words(words, offset)
         return hashed
     values = words.long().bitwise_and_(0xFFFFFFFF)
     return values.mul_(_weights(offset, words.numel(), words.device)).sum()
+
+
+def _hash_memory(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """Hash of a contiguous tensor on the CPU by the compiled kernel, as an int64 scalar."""
+    assert _compiled is not None
+    num_bytes = tensor.numel() * tensor.element_size()
+    threads = torch.get_num_threads()
+    return torch.tensor(_compiled.hash(tensor.data_ptr(), num_bytes, offset, gomp_parallel(), threads))
 
 
 def _weights(start: int, count: int, device: torch.device) -> torch.Tensor:

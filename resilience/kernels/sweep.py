@@ -7,13 +7,12 @@ products of torch do, with the same results within round-off. No thresholds, no 
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from resilience.kernels import triton_kernels
+from resilience.kernels.threads import gomp_parallel
 
 try:
     from resilience.kernels import _sweep as _compiled
@@ -25,6 +24,7 @@ __all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "sweep"]
 MAX_COLUMNS = 8
 """Weight vectors a side that one sweep takes."""
 
+_GOMP_PARALLEL = gomp_parallel() if _compiled is not None else 0
 _DTYPES = (torch.float32, torch.bfloat16)
 _NONE: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())
 """Address, shape and strides of weights that are not there."""
@@ -144,20 +144,3 @@ def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         sums = torch.mm(weights.mT, matrix.view(-1, num_columns).mT)
         return sums.view(weights.shape[1], num_matrices, num_rows).permute(1, 2, 0).float()
     return torch.bmm(weights.mT.expand(matrix.shape[0], -1, -1), matrix.mT).mT.float()
-
-
-def _gomp_parallel() -> int:
-    """Address of GOMP_parallel in the OpenMP library that torch computes with, 0 without one.
-
-    So the threads are torch's: a second pool would fight with it for the cores.
-    """
-    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
-    try:
-        # A look-up in a loaded library goes on in those that it was linked with.
-        function = ctypes.CDLL(str(libraries[0])).GOMP_parallel
-    except (IndexError, OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-_GOMP_PARALLEL = _gomp_parallel() if _compiled is not None else 0
