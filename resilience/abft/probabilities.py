@@ -68,7 +68,8 @@ def screen_gradient(gradient: torch.Tensor) -> torch.Tensor:
     factor = gradient_mass_factor(**_precision(gradient.dtype), n=n)
     usual = energy.nan_to_num(0.0, 0.0, 0.0).mean() / len(signed)  # one bad row says nothing about the others
     tolerance = energy.div_(len(signed)).add_(usual).mul_(factor * factor).add_(_TINY).sqrt_()
-    return mass.abs().div_(tolerance)
+    # A value near the largest number makes its own tolerance infinite, and must not hide behind it.
+    return mass.abs().div_(tolerance).add_(tolerance.mul_(0.0))
 
 
 def confirm_gradient(

@@ -108,7 +108,9 @@ def test_clean_gradients_of_softmax_raise_no_alarm(dtype: torch.dtype, n: int, o
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("factor", "least"), [(float("inf"), 1.0), (float("nan"), 1.0), (1.5, 0.95), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("factor", "least"), [(float("inf"), 1.0), (float("nan"), 1.0), (1e38, 1.0), (1.5, 0.95), (0.0, 1.0)]
+)
 def test_faults_in_gradients_of_softmax_are_found(dtype: torch.dtype, factor: float, least: float) -> None:
     found, trials = 0, 40
     for seed in range(trials):
