@@ -105,21 +105,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def begin(save_dir: Path, tag: str, marker: Marker) -> None:
+def begin(save_dir: Path, tag: str, marker: Marker, *, since: float = 0.0) -> None:
     """Mark `tag` as being saved, unless a newer generation of the run has published it.
+
+    Args:
+        save_dir: what the script gave.
+        tag: the checkpoint's folder in it.
+        marker: what to write.
+        since: when this process began, in seconds since the Unix epoch. What had been published by then is no newer
+            generation's: a run that is launched again under its name counts its generations from 1.
 
     Raises:
         FencedError: a newer generation has published this tag, or `latest`.
         OSError: the directory cannot be written.
     """
-    _refuse_older(save_dir, tag, marker.run_id, marker.generation)
+    _refuse_older(save_dir, tag, marker.run_id, marker.generation, since)
     write_atomically(save_dir / tag / MARKER, json.dumps(dataclasses.asdict(marker)).encode())
 
 
-def publish(save_dir: Path, manifest: Manifest) -> None:
+def publish(save_dir: Path, manifest: Manifest, *, since: float = 0.0) -> None:
     """Write the manifest, take the marker away, and let `latest` name the tag if the script wanted that.
 
-    All files of the checkpoint must be on disk and in the manifest.
+    All files of the checkpoint must be on disk and in the manifest. `since` as for `begin`.
 
     Raises:
         FencedError: a newer generation has published this tag, or `latest`.
@@ -127,7 +134,7 @@ def publish(save_dir: Path, manifest: Manifest) -> None:
     """
     tag_dir = save_dir / manifest.tag
     with _lock(save_dir):
-        _refuse_older(save_dir, manifest.tag, manifest.run_id, manifest.generation)
+        _refuse_older(save_dir, manifest.tag, manifest.run_id, manifest.generation, since)
         write_atomically(tag_dir / MANIFEST, serialise(manifest).encode())
         (tag_dir / MARKER).unlink(missing_ok=True)
         above = [save_dir / parent for parent in PurePath(manifest.tag).parents]
@@ -172,13 +179,15 @@ def read_marker(tag_dir: Path) -> Marker | None:
         return Marker(run_id="", generation=0, step=0, started_at=0.0)
 
 
-def _refuse_older(save_dir: Path, tag: str, run_id: str, generation: int) -> None:
+def _refuse_older(save_dir: Path, tag: str, run_id: str, generation: int, since: float) -> None:
     for published in {tag, read_latest(save_dir)} - {None}:
         try:
             manifest = read_manifest(save_dir / str(published))
         except CheckpointError:
             continue  # a damaged one protects nothing
-        if manifest is not None and manifest.run_id == run_id and manifest.generation > generation:
+        if manifest is None or manifest.run_id != run_id or manifest.created_at < since:
+            continue
+        if manifest.generation > generation:
             raise FencedError(
                 f"{save_dir / manifest.tag} was published by generation {manifest.generation} of run {run_id}; "
                 f"this process belongs to generation {generation}, which has ended, and publishes nothing any more"

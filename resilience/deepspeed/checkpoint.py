@@ -52,13 +52,15 @@ def install(
         name = type(engine.checkpoint_engine).__name__
         _log.warning("verified checkpoints off: %s writes in the background; use the torch checkpoint engine", name)
         return lambda: None
+    clock = clock or SystemClock()
     setting = Setting(
         engine=engine,
         run_id=context.run_id,
         enforce=context.config.mode is Mode.ENFORCE,
         client=client,
         guard_state=guard_state,
-        clock=clock or SystemClock(),
+        clock=clock,
+        started_at=clock.wall(),
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         share=_share(engine),

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import deepspeed.runtime.engine
+import torch.distributed
 from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
 from resilience.checkpoint import randomness
@@ -68,7 +69,7 @@ class Loader:
         started = setting.clock.monotonic()
         load_dir = Path(options["load_dir"])
         full = bool(options["load_optimizer_states"] and not options["load_module_only"])
-        resuming = full and _position(engine) == self._position
+        is_untrained = _position(engine) == self._position
         chosen = self._choose(load_dir, options["tag"], full)
         if chosen is None:
             return self._original(*args, **kwargs)
@@ -80,7 +81,8 @@ class Loader:
             result = self._original(*call.args, **call.kwargs)
         if result[0] is None:
             return result
-        if resuming and chosen.state is State.PUBLISHED:
+        resumes = full and is_untrained and chosen.state is State.PUBLISHED and chosen.at < setting.started_at
+        if broadcast(resumes, setting.device):  # by the clock of rank 0, which saved it
             what = f"restoring random states from {tag_dir}"
             attempt(what, lambda: self._restore_random_states(tag_dir), setting.device)
         self._position = _position(engine)
@@ -171,7 +173,7 @@ class Loader:
             sizes = {path.name: path.stat().st_size for path in tag_dir.iterdir() if is_loaded(path.name)}
             mine = set(assign(sizes, setting.share.index, setting.share.count))
             mine.add(Path(engine._get_ckpt_name(str(tag_dir.parent), tag_dir.name)).name)
-            if full and engine.save_zero_checkpoint and _num_shards(tag_dir) == setting.world_size:
+            if full and engine.save_zero_checkpoint and _num_shards(tag_dir) == _num_shards_here(engine):
                 mine.add(self._optimizer_file(tag_dir, sizes))
             return [problem.detail for problem in check_plain(tag_dir, mine)]
         except OSError as error:
@@ -184,29 +186,34 @@ class Loader:
 
     def _refuse_other_world_size(self, tag_dir: Path, chosen: Candidate) -> None:
         """DeepSpeed's shards fit one number of ranks; a checkpoint without shards can be loaded by any number."""
-        world_size, device = self._setting.world_size, self._setting.device
+        setting, engine = self._setting, self._setting.engine
 
         def check() -> None:
-            if not self._setting.engine.save_zero_checkpoint:
+            if not engine.save_zero_checkpoint:
                 return
             manifest = read_manifest(tag_dir) if chosen.state is State.PUBLISHED else None
-            saved_by = manifest.world_size if manifest is not None else _num_shards(tag_dir)
-            if saved_by != world_size:
+            if manifest is not None:
+                kind, saved_by, loaded_by = "ranks", manifest.world_size, setting.world_size
+            else:
+                kind, saved_by, loaded_by = "data-parallel ranks", _num_shards(tag_dir), _num_shards_here(engine)
+            if saved_by != loaded_by:
                 raise CheckpointError(
-                    f"{tag_dir} was saved by {saved_by} ranks and this run has {world_size}, which its shards do not "
-                    f"fit: start with {saved_by} ranks, or convert it with deepspeed.checkpoint.ds_to_universal"
+                    f"{tag_dir} was saved by {saved_by} {kind} and this run has {loaded_by}, which its shards do not "
+                    f"fit: start with {saved_by}, or convert it with deepspeed.checkpoint.ds_to_universal"
                 )
 
-        attempt(f"loading {tag_dir}", check, device)
+        attempt(f"loading {tag_dir}", check, setting.device)
 
     def _restore_random_states(self, tag_dir: Path) -> None:
-        """Install this rank's random states and counters, if an earlier generation of this run wrote them with as many
-        ranks. DeepSpeed keeps none: any other load leaves them alone, as it would without this package."""
+        """Install this rank's random states and counters, if this run wrote them with as many ranks.
+
+        Only for a load that resumes: before training, of what was saved before this process began. DeepSpeed keeps
+        none, so any other load leaves them alone, as it would without this package.
+        """
         setting, engine = self._setting, self._setting.engine
         manifest = read_manifest(tag_dir)
         assert manifest is not None
-        begun_anew = manifest.run_id == setting.run_id and manifest.generation < setting.guard_state.generation
-        if not begun_anew or manifest.world_size != setting.world_size:
+        if manifest.run_id != setting.run_id or manifest.world_size != setting.world_size:
             return
         content = json.loads(_verified_text(tag_dir, manifest, random_states_file(setting.rank), setting.share.node))
         tracked = randomness.restore(content["random"], source=str(tag_dir))
@@ -249,7 +256,12 @@ def _weights_of(tag: str) -> Iterator[None]:
         deepspeed.runtime.engine.get_fp32_state_dict_from_zero_checkpoint = original
 
 
+def _num_shards_here(engine: Any) -> int:
+    return torch.distributed.get_world_size(engine.optimizer.dp_process_group)
+
+
 def _num_shards(tag_dir: Path) -> int:
+    """Those of the first model-parallel rank: one for each data-parallel rank."""
     return sum(1 for _ in tag_dir.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
 
 

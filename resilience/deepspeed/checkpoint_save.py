@@ -59,13 +59,13 @@ class Saver:
         what = f"saving checkpoint {save_dir / tag}"
         latest = bool(options["save_latest"])
         options.update(tag=tag, save_latest=False)
-        self._if_leading(what, lambda: begin(save_dir, tag, self._marker()))
+        self._if_leading(what, lambda: begin(save_dir, tag, self._marker(), since=setting.started_at))
         with _contained(engine) as writing:
             result = self._original(*call.args, **call.kwargs)
             writing.attempt(lambda: self._save_random_states(save_dir / tag))
         agree(what, writing.failure, setting.device)
         manifest = self._manifest(tag, latest, self._hash(what, save_dir / tag, writing.paths))
-        self._if_leading(what, lambda: publish(save_dir, manifest))
+        self._if_leading(what, lambda: publish(save_dir, manifest, since=setting.started_at))
         setting.report(
             CheckpointKind.PUBLISHED,
             str(save_dir.absolute()),

@@ -62,6 +62,8 @@ class Setting:
     client: Reporter
     guard_state: GuardState
     clock: Clock
+    started_at: float
+    """When this process began, by its own clock, in seconds since the Unix epoch."""
     rank: int
     world_size: int
     share: Share

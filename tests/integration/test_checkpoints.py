@@ -125,7 +125,7 @@ def flip(path: Path) -> None:
 def test_a_run_that_loads_goes_on_bit_for_bit(run: Ranks, tmp_path: Path, stage: int, dtype: str) -> None:
     common: dict[str, Any] = {"stage": stage, "dtype": dtype, "save_dir": str(tmp_path / "ck"), "steps": 6}
     straight = run(**common, saves=[4])
-    resumed = run(**common, loads=[{"dir": common["save_dir"]}], generation=2)
+    resumed = run(**common, loads=[{"dir": common["save_dir"]}])
     for before, after in zip(straight, resumed, strict=True):
         assert after["loaded_step"] == 4
         assert after["losses"] == before["losses"][8:]
@@ -171,7 +171,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory, two_saved: Path, plain_save
     places["nothing"] = root / "nothing"
     tags = {"by_tag": "global_step4"}
     wanted = [{"dir": str(place), "tag": tags.get(name)} for name, place in places.items()]
-    job = Job(root / "job", save_dir=str(root / "unused"), loads=wanted)
+    job = Job(root / "job", save_dir=str(root / "unused"), loads=wanted, run_id="another")
     try:
         first, second = job.results()
         for mine, others in zip(first["loads"], second["loads"], strict=True):
@@ -193,7 +193,7 @@ def test_a_missing_latest_is_no_obstacle(chosen: Chosen) -> None:
     assert chosen.facts("no_latest") == [("loaded", "global_step4")]
 
 
-def test_a_load_that_follows_no_restart_leaves_the_generators_alone_as_deepspeed_does(chosen: Chosen) -> None:
+def test_what_another_run_saved_leaves_the_generators_alone_as_deepspeed_does(chosen: Chosen) -> None:
     assert all(load["random_kept"] for load in chosen.loads.values())
 
 
@@ -241,10 +241,10 @@ def test_a_rank_killed_in_mid_save_tears_nothing_that_is_loaded(run: Ranks, tmp_
     torn = save_dir / "global_step6" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     assert torn.read_bytes() == b"PK torn"
 
-    late = {"dir": str(save_dir), "tag": "global_step4"}
-    resumed = run(**common, steps=6, saves=[6], generation=2, late_loads=[late])
-    assert resumed[0]["late_loads"][0]["step"] == 4
-    assert resumed[0]["late_loads"][0]["random_kept"]  # training had begun: such a load does not resume it
+    late = [{"dir": str(save_dir), "tag": tag} for tag in ("global_step4", "global_step6")]
+    resumed = run(**common, steps=6, saves=[6], generation=2, late_loads=late)
+    # Neither load resumes the run: before the first it had trained, and what the second loads was saved since it began.
+    assert [(each["step"], each["random_kept"]) for each in resumed[0]["late_loads"]] == [(4, True), (6, True)]
     assert [(fact["kind"], fact["tag"]) for fact in resumed[0]["facts"]] == [
         ("refused", "global_step6"),
         ("loaded", "global_step4"),
@@ -259,7 +259,7 @@ def test_an_older_generation_publishes_nothing(run: Ranks, tmp_path: Path) -> No
     run(**common, steps=1, generation=3)
     manifest = (tmp_path / "ck" / "global_step1" / "resilience" / "manifest.json").read_bytes()
     model = (tmp_path / "ck" / "global_step1" / MODEL).read_bytes()
-    for result in run(**common, steps=1, generation=2):
+    for result in run(**common, steps=1, generation=2, clock_is_behind_s=3600):
         assert result["error"].startswith("FencedError")
         assert "published by generation 3" in result["error"]
     assert (tmp_path / "ck" / "global_step1" / "resilience" / "manifest.json").read_bytes() == manifest
@@ -283,6 +283,14 @@ def test_another_number_of_ranks_is_one_clear_line(run: Ranks, tmp_path: Path, t
     (load,) = result["loads"]
     assert "was saved by 2 ranks and this run has 1" in load["error"]
     assert "\n" not in load["error"]
+
+
+def test_a_pipeline_s_plain_checkpoint_has_as_many_shards_as_data_parallel_ranks(run: Ranks, tmp_path: Path) -> None:
+    place = str(tmp_path / "ck")
+    results = run(stage=1, pipeline=True, save_dir=place, stock_save=place, loads=[{"dir": place}])
+    for result in results:
+        assert result["loads"][0]["path"] is not None
+    assert [fact["kind"] for fact in results[0]["facts"]] == ["loaded"]
 
 
 def test_each_node_s_own_storage_is_hashed_there(run: Ranks, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy
 import torch
 from ending import leave
 
+from resilience.clock import SystemClock
 from resilience.config import CheckpointConfig, Config
 from resilience.context import RunContext
 from resilience.deepspeed import checkpoint
@@ -32,6 +33,16 @@ class GuardState:
     generation: int
     last_verified_step: int = 0
     loaded_step: int | None = None
+
+
+class Clock(SystemClock):
+    """Stands for a process that began earlier than it did."""
+
+    def __init__(self, behind_s: float) -> None:
+        self._behind_s = behind_s
+
+    def wall(self) -> float:
+        return super().wall() - self._behind_s
 
 
 class Recorder:
@@ -55,6 +66,11 @@ class Model(torch.nn.Module):
         self.num_calls += 1
         hidden = self.dropout(torch.relu(self.first(x)))
         return ((self.second(hidden) + self.second_bias - x) ** 2).float().mean()
+
+
+def two_stages() -> torch.nn.Module:
+    layers = [torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)]
+    return deepspeed.pipe.PipelineModule(layers=layers, num_stages=2, loss_fn=torch.nn.functional.mse_loss)
 
 
 def deepspeed_config(settings: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +163,7 @@ def main() -> None:
     random.seed(int(os.environ["RANK"]))
     numpy.random.seed(int(os.environ["RANK"]))
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    model = Model()
+    model = two_stages() if settings.get("pipeline") else Model()
     engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config(settings))
     context = RunContext(
         run_id=settings.get("run_id", "run"),
@@ -158,7 +174,10 @@ def main() -> None:
         ),
     )
     recorder, guard_state = Recorder(), GuardState(settings.get("generation", 1))
-    checkpoint.install(engine, context=context, client=recorder, guard_state=guard_state)
+    clock = Clock(settings.get("clock_is_behind_s", 0))
+    checkpoint.install(engine, context=context, client=recorder, guard_state=guard_state, clock=clock)
+    if "stock_save" in settings:
+        type(engine).save_checkpoint(engine, settings["stock_save"])
     result: dict[str, Any] = {"loads": [load(engine, wanted, recorder) for wanted in settings.get("loads", [])]}
     result["loaded_step"] = guard_state.loaded_step
     try:

@@ -74,6 +74,13 @@ def _publish_late(save: Save) -> None:
     save("global_step9", step=9, generation=1)
 
 
+def test_a_run_that_is_launched_again_under_its_name_may_go_on(save: Save) -> None:
+    save_dir = save("global_step8", step=8, generation=3).parent  # at 108 s
+    begin(save_dir, "global_step9", marker(1), since=108.5)
+    with pytest.raises(FencedError):
+        begin(save_dir, "global_step9", marker(1), since=107.5)
+
+
 def test_another_run_may_overwrite(save: Save) -> None:
     save("global_step8", step=8, generation=2)
     tag_dir = save("global_step8", step=8, generation=1, run_id="later")
