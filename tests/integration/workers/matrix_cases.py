@@ -27,6 +27,8 @@ class Case:
     """`managed`; `script`: managed_gradient_accumulation = false; `forced`: set_gradient_accumulation_boundary;
     `no_sync`; `joint`: two forwards, one backward; `apart`: two forwards, then a backward for each, by `script`."""
     offload: bool = False
+    sharded: bool = False
+    """With ZeRO-3: no parameter is small enough to stay gathered."""
     loss_scale: float = 0.0
     """With fp16: a static loss scale; 0 searches for one."""
 

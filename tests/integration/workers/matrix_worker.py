@@ -102,6 +102,8 @@ def build_engine(case: Case) -> Any:
     np.random.seed(1234)
     model = build_model(case)
     zero: dict[str, Any] = {"stage": case.zero}
+    if case.sharded:
+        zero["stage3_param_persistence_threshold"] = 0
     if case.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
