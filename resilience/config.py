@@ -49,12 +49,27 @@ class DetectionConfig(_Section):
 
     strength: Literal["off", "screen", "invariants", "checksum"] = "checksum"
     """Strongest check in use; a stronger one includes the weaker ones."""
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of protected calls that are checked."""
+    share: Annotated[float, Field(gt=0, le=1)] | Literal["adaptive"] = 1.0
+    """Share of protected calls that are checked; `adaptive` sets it for each site, to reach `coverage_target`."""
+    coverage_target: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """For `adaptive`: probability that no harmful fault is missed within `coverage_horizon_hours`."""
+    coverage_horizon_hours: Positive = 1e6
+    """For `adaptive`: device-hours of the job that `coverage_target` is for."""
+    fault_rate_per_hour: Positive = 1e-6
+    """For `adaptive`: silent faults a device-hour that are expected, while protected operations run."""
+    overhead_budget_ratio: Positive | None = None
+    """For `adaptive`: most seconds of checking per second of protected operations; beats `coverage_target`."""
     max_mends: Count = 2
     """How often a faulty operation is run again in place before the step is vetoed."""
+    mend: Literal["repeat", "rebuild"] = "repeat"
+    """How a faulty GEMM is mended: by the same call again, bit-exact, or from its checksums, within their round-off. A
+    call that has overwritten what it reads is rebuilt in either case."""
     threshold_scale: Positive = 1.0
     """Factor on every threshold; above 1 is less sensitive."""
+    profile: Path | None = None
+    """Factors on the thresholds of single sites, a file that `resilience calibrate` wrote."""
+    calibrate: bool = False
+    """Keep a histogram of residual ÷ threshold by site, in the run directory; `resilience calibrate` sets it."""
     norm_factor: Annotated[float, Field(gt=1)] = 64.0
     """A local gradient this many times its own recent maximum, and √ of this times the whole one's, is an alarm."""
     norm_history_steps: Annotated[int, Field(ge=2)] = 16

@@ -70,7 +70,7 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
             call = AttentionForward(bound["value"], results[0], logsumexp, masked, bound["dropout_p"] > 0)
             return forward_ratio(call).reshape(1)
 
-        results = run()
+        results = context.record.operation(label.site, run)
         inputs = (bound["query"], bound["key"], bound["value"])
         return _guarded(context, label, (label.site,), inputs, results, run, ratio)
 
@@ -110,7 +110,7 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
             )
             return backward_ratios(call)
 
-        results = run()
+        results = context.record.operation(BACKWARD_SITES[1], run)
         inputs = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
         return _guarded(context, Label(BACKWARD_SITES[1], layer), BACKWARD_SITES, inputs, results, run, ratios)
 
@@ -132,7 +132,7 @@ def _guarded(
     ratios: Callable[[Any], torch.Tensor],
 ) -> Any:
     """Hold one call against its identities; `sites` are to blame for their ratios, in order."""
-    record, scale = context.record, context.config.threshold_scale
+    record, scale = context.record, context.scale(label.site)
     checked = [result for result in results[: len(_GRADIENT_SITES)] if result is not None]
     if not checked or checked[0].numel() == 0 or not record.due(label.site):
         return results

@@ -1,15 +1,15 @@
 """What happens around one protected operation: label, run, strike, check, mend, record.
 
 Here for matrix products; for softmax in `softmax.py`, for fused attention in `fused.py`. The arithmetic is in
-`checksum.py`, `probabilities.py` and `invariants.py`; how an operation is reached is in `seam.py`. On a CPU the check is read at once, and a faulty operation is run again in place.
-On any other device nothing is read: the result of the check goes to the record as a tensor, and a fault is repaired by
-a replay of the step.
+`checksum.py`, `probabilities.py` and `invariants.py`; how an operation is reached is in `seam.py`. On a CPU the check
+is read at once, and a faulty operation is run again in place. On any other device nothing is read: the result of the
+check goes to the record as a tensor, and a fault is repaired by a replay of the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,12 @@ class Context:
     labels: Labels
     record: Record
     injector: Injector | None
+    profile: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Factors on the thresholds of single sites."""
+
+    def scale(self, site: str) -> float:
+        """Factor on the threshold of the first stage at this site; the second stage knows `threshold_scale` only."""
+        return self.config.threshold_scale * self.profile.get(site, 1.0)
 
     def strike(self, site: str, layer: int, tensor: torch.Tensor) -> None:
         """Let the fault plan corrupt a result, as broken hardware would: after the arithmetic, before the check."""
@@ -108,7 +114,7 @@ class GemmHandlers:
             ratio = self._ratio(call, out, factor_scale=UNCONFIRMED)
             record.defer(call.label, Check.CHECKSUM, checksum.deferred_result(call.expectation.sums, ratio))
             return out
-        worst = float(self._ratio(call, out).max())
+        worst = self._worst(call, out)
         if worst <= 1.0:
             record.clean(call.label.site, worst)
             return out
@@ -122,7 +128,19 @@ class GemmHandlers:
             return out if mended is None else mended
         if confirmation.inputs_bad:
             self._context.inputs_alarm(call.label, Check.CHECKSUM, out, worst, call.started)
+        else:
+            record.dismissed(call.label.site, worst)
         return out
+
+    def _worst(self, call: _Call, out: torch.Tensor) -> float:
+        expectation = call.expectation
+        return checksum.worst_residual(
+            expectation.gemm,
+            expectation.sums,
+            expectation.observed(out),
+            out.dtype,
+            factor_scale=self._context.scale(call.label.site),
+        )
 
     def _ratio(
         self, call: _Call, out: torch.Tensor, *, factor_scale: float = 1.0, finite_rows: bool = False
@@ -133,7 +151,7 @@ class GemmHandlers:
             expectation.sums,
             expectation.observed(out),
             out.dtype,
-            factor_scale=self._scale * factor_scale,
+            factor_scale=self._context.scale(call.label.site) * factor_scale,
             finite_rows=finite_rows,
         )
 
@@ -150,7 +168,7 @@ class GemmHandlers:
             return call.run()
 
         def clean(out: torch.Tensor) -> bool:
-            return float(self._ratio(call, out).max()) <= 1.0 or self._confirm(call, out).kind is None
+            return self._worst(call, out) <= 1.0 or self._confirm(call, out).kind is None
 
         max_mends = self._context.config.max_mends if call.gemm.repeatable else 0
         return repeat_until_clean(again, clean, max_mends=max_mends)

@@ -6,12 +6,15 @@ arithmetic on tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from resilience.abft.adaptive import Solution
+from resilience.abft.calibration import load_profile
 from resilience.abft.finding import Finding
+from resilience.abft.frequency import Frequency
 from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
 from resilience.abft.gemm import GEMM_OPERATORS
 from resilience.abft.handlers import Context, GemmHandlers, Injector
@@ -49,8 +52,16 @@ class Protection:
         self._gate = Gate()
         self._seam = Seam(self._gate)
         self._labels = Labels()
-        self._record = Record(share=config.share, clock=clock or SystemClock())
-        context = Context(config, self._labels, self._record, injector)
+        clock = clock or SystemClock()
+        share = 1.0 if config.share == "adaptive" else config.share
+        self._record = Record(share=share, clock=clock)
+        self._frequency = (
+            Frequency(config, measured=self._record.measured, use=self._record.set_shares, clock=clock)
+            if config.share == "adaptive"
+            else None
+        )
+        profile = {} if config.profile is None else load_profile(config.profile)
+        context = Context(config, self._labels, self._record, injector, profile)
         self._gemms = GemmHandlers(context)
         self._step = -1
         if config.strength in ("invariants", "checksum"):
@@ -85,6 +96,8 @@ class Protection:
     def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None:
         """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay."""
         self._labels.begin_micro_step()
+        if step != self._step and self._frequency is not None:
+            self._frequency.step_begins()
         if step != self._step or attempt > 0:
             self._gemms.clear()
         self._step = step
@@ -120,6 +133,15 @@ class Protection:
     def observe(self, observer: Observer | None) -> None:
         """Tell `observer` of every product that reaches a check; None ends it."""
         self._labels.observer = observer
+
+    def tell_ratios(self, told: Callable[[str, float, bool], None]) -> None:
+        """Tell site and residual ÷ threshold of every check from now on, and whether it raised an alarm."""
+        self._record.on_ratio = told
+
+    @property
+    def frequency(self) -> Solution | None:
+        """The newest shares of an adaptive frequency, and what they give; None without one."""
+        return None if self._frequency is None else self._frequency.solution
 
     def residual_sample(self) -> list[float]:
         """Residual ÷ threshold of up to 64 clean operations since the last call, drawn uniformly."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
+from resilience.abft.adaptive import Measured, is_due
 from resilience.abft.finding import Finding
 from resilience.abft.labels import Label
 from resilience.clock import Clock
@@ -25,9 +26,6 @@ Result = TypeVar("Result")
 
 _MAX_FINDINGS = 4096
 """Findings kept between two drains; a tensor of NaN would otherwise fill memory with its consequences."""
-
-_ROUNDOFF = 1e-9
-"""Of adding up shares."""
 
 _SAMPLE_SIZE = 64
 """Clean residual ratios kept between two readings."""
@@ -44,28 +42,41 @@ class Record:
     def __init__(self, *, share: float, clock: Clock) -> None:
         self._share = share
         self._shares: Mapping[str, float] = {}
-        self._credit: dict[str, float] = {}
         self._clock = clock
         self._findings: list[Finding] = []
         self._deferred: list[tuple[Label, Check, float, torch.Tensor]] = []
         self._sample: list[float] = []
         self._num_clean = 0
         self._random = random.Random(0)
+        self.calls: Counter[str] = Counter()
+        """Operations that were asked about, by site."""
         self.checks: Counter[str] = Counter()
         """Operations checked, by site."""
         self.unprotected: Counter[str] = Counter()
         """Operations that multiply matrices and ran unchecked, by reason; calls beyond `share` are not among them."""
-        self.operation_seconds: Counter[str] = Counter()
+        self.operation_seconds: defaultdict[str, float] = defaultdict(float)
         """Time that the operations themselves took, by site."""
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         """Time spent in checks and repairs, by site."""
-        self.on_ratio: Callable[[str, float], None] | None = None
-        """Told the site and the residual ÷ threshold of every check that raised no alarm."""
+        self.on_ratio: Callable[[str, float, bool], None] | None = None
+        """Told the site and the residual ÷ threshold of every check, and whether it raised an alarm."""
 
     @property
     def check_seconds(self) -> float:
         """Time spent in checks and repairs."""
         return math.fsum(self.seconds.values())
+
+    def measured(self) -> dict[str, Measured]:
+        """Calls, checks and their times, by site, since the process began."""
+        return {
+            site: Measured(
+                num_calls=num_calls,
+                num_checks=self.checks[site],
+                operation_s=self.operation_seconds[site],
+                check_s=self.seconds[site],
+            )
+            for site, num_calls in self.calls.items()
+        }
 
     def set_shares(self, shares: Mapping[str, float]) -> None:
         """From now on check these shares of the calls of these sites."""
@@ -73,13 +84,10 @@ class Record:
 
     def due(self, site: str) -> bool:
         """Whether this call is among the share that is checked; counts it if so. Spread evenly, the first included."""
-        share = self._shares.get(site, self._share)
-        if share < 1.0:
-            credit = self._credit.get(site, 1.0 - share) + share
-            is_due = credit >= 1.0 - _ROUNDOFF
-            self._credit[site] = credit - 1.0 if is_due else credit
-            if not is_due:
-                return False
+        call = self.calls[site]
+        self.calls[site] = call + 1
+        if not is_due(call, self._shares.get(site, self._share)):
+            return False
         self.checks[site] += 1
         return True
 
@@ -106,7 +114,7 @@ class Record:
     def clean(self, site: str, ratio: float) -> None:
         """Note a residual ÷ threshold that raised no alarm (reservoir sampling)."""
         if self.on_ratio is not None:
-            self.on_ratio(site, ratio)
+            self.on_ratio(site, ratio, False)
         self._num_clean += 1
         if len(self._sample) < _SAMPLE_SIZE:
             self._sample.append(ratio)
@@ -114,6 +122,11 @@ class Record:
         slot = self._random.randrange(self._num_clean)
         if slot < _SAMPLE_SIZE:
             self._sample[slot] = ratio
+
+    def dismissed(self, site: str, ratio: float) -> None:
+        """Note an alarm of the first stage that the second one did not confirm."""
+        if self.on_ratio is not None:
+            self.on_ratio(site, ratio, False)
 
     def alarm(
         self,
@@ -127,6 +140,8 @@ class Record:
         inputs_bad: bool = False,
     ) -> None:
         """Note an alarm; a repair is always by the same call again, hence bit-exact."""
+        if self.on_ratio is not None and not inputs_bad:
+            self.on_ratio(label.site, ratio, True)
         if len(self._findings) >= _MAX_FINDINGS:
             return
         self._findings.append(

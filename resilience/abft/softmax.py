@@ -68,6 +68,8 @@ class _RowCheck:
             return out if mended is None else mended
         elif confirmation.inputs_bad:
             context.inputs_alarm(self.label, Check.CHECKSUM, out, worst, started)
+        else:
+            context.record.dismissed(self.label.site, worst)
         return out
 
     def _suspicion(self, out: torch.Tensor) -> tuple[float, Confirmation]:
@@ -89,7 +91,7 @@ def softmax_handler(context: Context) -> Handler:
         check = _RowCheck(
             label,
             (scores,),
-            lambda out: screen_softmax(out) / scale,
+            lambda out: screen_softmax(out) / context.scale(label.site),
             lambda out, ratio: confirm_softmax(scores, out, ratio, tolerance_scale=scale),
         )
         return check.run(context, _struck(context, label, original, args, kwargs))
@@ -109,7 +111,7 @@ def softmax_backward_handler(context: Context) -> Handler:
         check = _RowCheck(
             label,
             (d_probabilities, probabilities),
-            lambda out: screen_gradient(out) / scale,
+            lambda out: screen_gradient(out) / context.scale(label.site),
             lambda out, ratio: confirm_gradient(d_probabilities, probabilities, out, ratio, tolerance_scale=scale),
         )
         return check.run(context, _struck(context, label, original, args, kwargs))

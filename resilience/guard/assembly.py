@@ -5,6 +5,7 @@ Never here: anything that happens within a step.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import resilience
+from resilience.abft.calibration import Recorder
 from resilience.abft.protection import Protection
 from resilience.config import Config
 from resilience.context import RunContext
@@ -80,6 +82,8 @@ def guard_engine(
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter)
     protection = _protection(adapter, config, tensor_injector, undo)
+    if context is not None and protection is not None and config.detection.calibrate:
+        _calibrate(protection, context, settings.rank, undo)
     screen = GradientScreen(
         adapter.module,
         config.detection,
@@ -227,6 +231,14 @@ def _at_rest(
     at_rest = AtRest(lambda: holdings(engine), share=share, injector=injector, clock=settings.clock)
     undo.append(watch_edits(engine, at_rest.forget))
     return at_rest
+
+
+def _calibrate(protection: Protection, context: RunContext, rank: int, undo: list[Callable[[], None]]) -> None:
+    """Keep this rank's histogram of residuals; it is written now and then, and when the process ends."""
+    recorder = Recorder(context.run_dir, rank)
+    protection.tell_ratios(recorder.add)
+    atexit.register(recorder.write)
+    undo.append(recorder.write)
 
 
 def _tell_of_saves(engine: Any, guard: Guard) -> Callable[[], None]:

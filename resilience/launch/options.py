@@ -18,6 +18,7 @@ from typing import Any
 
 import pydantic
 
+from resilience.abft.calibration import load_profile
 from resilience.config import Config, load_config
 from resilience.errors import ConfigError, UsageError
 from resilience.faults.plan import load_plan
@@ -117,7 +118,7 @@ def refuse_unsupported(namespace: argparse.Namespace) -> None:
 
 
 def load(options: Options, user_args: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """Merge all sources into the run's configuration, and check the fault plan.
+    """Merge all sources into the run's configuration, and check the fault plan and the profile of thresholds.
 
     Raises:
         ConfigError, FaultPlanError: one line that names the source and the fix.
@@ -128,7 +129,11 @@ def load(options: Options, user_args: Sequence[str], environ: Mapping[str, str])
     )
     if options.faults is not None:
         load_plan(options.faults)
-    return config
+    profile = config.detection.profile
+    if profile is None:
+        return config
+    load_profile(profile)
+    return config.model_copy(update={"detection": config.detection.model_copy(update={"profile": profile.absolute()})})
 
 
 def _deepspeed_config(user_args: Sequence[str]) -> Mapping[str, Any] | None:

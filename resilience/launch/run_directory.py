@@ -27,6 +27,7 @@ _OF_A_RUN = (
     "journal.db",
     "report.json",
     "strikes",
+    "calibration",
     "logs",
     "launcher.lease",
 )

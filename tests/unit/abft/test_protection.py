@@ -249,7 +249,7 @@ def test_a_share_of_the_calls_of_each_site_is_checked(gpt: Any, protect: Any, sh
     for _ in range(5):
         protected_step(protection, model)
     checks = protection.checks()
-    assert checks["attention.scores"] == 20 * share
+    assert checks["attention.scores"] == pytest.approx(20 * share, abs=1)
     assert checks["linear.wgrad"] == pytest.approx(5 * 17 * share, abs=1)
 
 
