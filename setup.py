@@ -49,12 +49,12 @@ COMPILED = [
     Extension(
         f"resilience.kernels.{name}",
         [f"resilience/kernels/{name}.c"],
-        depends=[f"resilience/kernels/{name}_lanes.h"],
+        depends=[str(path) for path in Path("resilience/kernels").glob(f"{name}_lanes.h")],
         extra_compile_args=["-O3"],
         py_limited_api=True,
         optional=True,
     )
-    for name in ("_sweep", "_hash")
+    for name in ("_sweep", "_hash", "_residual")
 ]
 
 setup(

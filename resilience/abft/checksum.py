@@ -14,6 +14,7 @@ import torch
 from resilience.abft.gemm import Gemm
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
+from resilience.kernels.residual import residual_ratios, worst_ratio
 
 __all__ = [
     "MAX_ROWS",
@@ -23,13 +24,11 @@ __all__ = [
     "operand_roundoff",
     "screen",
     "worst_kind",
+    "worst_residual",
 ]
 
 MAX_ROWS = 64
 """Suspect rows that one confirmation computes again, the worst first."""
-
-_TINY = 1e-36
-"""Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
 
 
 # --- first stage ------------------------------------------------------------------------------------------------------
@@ -58,24 +57,20 @@ def screen(
     `not (ratio <= 1)` is an alarm.
     """
     factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
-    scale = _energy(expected)
-    usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
-    tolerance = scale.add_(usual).mul_(factor * factor).add_(_TINY)
-    return _energy(expected - observed).div_(tolerance).sqrt_()
+    return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
+
+
+def worst_residual(
+    gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
+) -> float:
+    """The largest ratio of `screen`; waits for the device."""
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    return worst_ratio(expected, observed, factor)
 
 
 @functools.lru_cache(maxsize=1024)
 def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int) -> float:
     return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
-
-
-def _energy(sums: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of every row of (…, c): c is small, and each column lies contiguous."""
-    first, *others = sums.unbind(-1)
-    energy = first * first
-    for column in others:
-        energy.addcmul_(column, column)
-    return energy
 
 
 def _matmul_precision(dtype: torch.dtype) -> str:

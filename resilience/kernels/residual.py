@@ -1,0 +1,68 @@
+"""The largest residual ÷ tolerance of a set of sums: the end of every check, compiled where it could be.
+
+With E expected and O observed, row i has ratio_i² = ‖E_i − O_i‖² ÷ (factor²·(‖E_i‖² + mean_i ‖E_i‖²) + tiny). What the
+factor means is not known here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from resilience.kernels import _residual as _compiled
+except ImportError:  # built without a C compiler
+    _compiled = None  # type: ignore[assignment]
+
+__all__ = ["TINY", "residual_ratios", "worst_ratio"]
+
+TINY = 1e-36
+"""Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
+
+
+def residual_ratios(
+    expected: torch.Tensor, observed: torch.Tensor, factor: float, *, finite_rows: bool = False
+) -> torch.Tensor:
+    """Ratio of every row, (m,) or (b, m), of sums (m, c) or (b, m, c), on their device; NaN where one is not finite.
+
+    One row that is not finite makes all of them NaN, since the mean is in every tolerance. With `finite_rows` (it waits
+    for the device) the others have their own.
+    """
+    scale = _energy(expected)
+    usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
+    tolerance = scale.add_(usual).mul_(factor * factor).add_(TINY)
+    return _energy(expected - observed).div_(tolerance).sqrt_()
+
+
+def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> float:
+    """The largest of `residual_ratios`; NaN if one is. Waits for the device."""
+    if _compiled is None or not _fits(expected) or not _fits(observed):
+        return float(residual_ratios(expected, observed, factor).max())
+    batches = expected.shape[0] if expected.dim() == 3 else 1
+    return _compiled.worst(
+        expected.data_ptr(),
+        *_strides(expected),
+        observed.data_ptr(),
+        *_strides(observed),
+        batches,
+        *expected.shape[-2:],
+        factor,
+        TINY,
+    )
+
+
+def _fits(sums: torch.Tensor) -> bool:
+    return sums.is_cpu and sums.dtype == torch.float32 and sums.stride(-2) == 1 and not sums.is_neg()
+
+
+def _strides(sums: torch.Tensor) -> tuple[int, int]:
+    """(by batch, by column)"""
+    return (sums.stride(0), sums.stride(2)) if sums.dim() == 3 else (0, sums.stride(1))
+
+
+def _energy(sums: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of every row of (…, c): c is small, and each column lies contiguous."""
+    first, *others = sums.unbind(-1)
+    energy = first * first
+    for column in others:
+        energy.addcmul_(column, column)
+    return energy
