@@ -28,6 +28,7 @@
 
 enum {
     SPAN = 1 << 16,  /* words whose positions share all but their low 16 bits */
+    AHEAD = 8192,    /* bytes between what is read and what is fetched into the cache */
     SMALL = 1 << 15, /* words up to which threads and releasing the GIL cost more than they bring */
 };
 

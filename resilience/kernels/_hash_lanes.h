@@ -29,6 +29,8 @@ TARGET static uint64_t NAME(hash)(const char *words, uint64_t position, ptrdiff_
     NAME(pairs) both = {0}, odd = {0}, even_products = {0}, odd_products = {0};
     ptrdiff_t at = 0;
     for (; at + LANES <= count; at += LANES) {
+        /* The processor itself sees no further than a page. */
+        __builtin_prefetch((const char *)((uintptr_t)words + 4 * (uintptr_t)at + AHEAD));
         NAME(words) word = *(const NAME(words) *)(words + 4 * at);
         uint32_t vector = (low + (uint32_t)at) ^ (h & ~(uint32_t)(LANES - 1));
         NAME(words) p = (lanes + vector * FIRST) & MASK;
