@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import resilience
-from resilience.cli import checkpoints, coordinator, devices, diagnosis, faults, policy, run, weights
+from resilience.cli import calibrate, checkpoints, coordinator, devices, diagnosis, faults, policy, run, weights
 from resilience.errors import ExitCode, ResilienceError
 
 __all__ = ["app", "main"]
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (run, faults, checkpoints, devices, policy, coordinator, diagnosis, weights):
+for module in (run, faults, checkpoints, devices, policy, coordinator, diagnosis, weights, calibrate):
     module.register(app)
 
 
