@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class AttentionBackward:
     dropout: bool
 
 
+@torch.no_grad()
 def forward_ratio(call: AttentionForward) -> torch.Tensor:
     """Excess over the range of V ÷ tolerance, a scalar; NaN or infinite where O or the log-sum-exp is not finite."""
     wide = _wide(call.out)
@@ -96,6 +98,7 @@ def _range(x: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     return rows.amin(1).view(batch, heads, width).to(wide), rows.amax(1).view(batch, heads, width).to(wide)
 
 
+@torch.no_grad()
 def backward_ratios(call: AttentionBackward) -> torch.Tensor:
     """Residual ÷ tolerance of the identities dv, dk, dq, out; (4,), each the worst over batches and heads.
 
@@ -122,6 +125,7 @@ _SCREEN_SHARE = 0.8
 """Of the exact tolerance: leaves room for the error of an estimated scale."""
 
 
+@torch.no_grad()
 def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
     """As `_exact_ratios`, reading each tensor once. Sums of squares are estimated: the squared sum of terms under
     random signs is their sum of squares on average, and its mean over a head's components is within some 20 % of that.
@@ -168,16 +172,41 @@ def _estimated(x: torch.Tensor) -> _Sums:
 
 def _product_sums(one: torch.Tensor, other: torch.Tensor) -> _Sums:
     """Sums of the products of elements over length and width, (b, h) each."""
-    sums = _estimated(one * other)
+    sums = _estimated(torch.mul(one, other, out=_scratch(one)))
     return _Sums(sums.total.sum(2), sums.squares.sum(2))
+
+
+class _Scratch(threading.local):
+    memory = torch.empty(0)
+
+
+_scratch_of_thread = _Scratch()
+
+
+def _scratch(like: torch.Tensor) -> torch.Tensor:
+    """Memory for one product, of the shape and the order of `like`; the next one overwrites it.
+
+    Fresh memory for each would cost as much as the sums: the system clears its pages.
+    """
+    batch, heads, length, width = like.shape
+    if _scratch_of_thread.memory.nbytes < like.nbytes:
+        _scratch_of_thread.memory = torch.empty(like.nbytes, dtype=torch.uint8)
+    flat = _scratch_of_thread.memory[: like.nbytes].view(like.dtype)
+    if _heads_in_rows(like):
+        return flat.view(batch, length, heads, width).transpose(1, 2)
+    return flat.view(batch, heads, length, width)
 
 
 def _by_memory(x: torch.Tensor) -> torch.Tensor:
     """(b, h, t, d) as (b, t, h·d) where heads lie side by side in each row, else as (b·h, t, d); a view if possible."""
     batch, heads, length, width = x.shape
-    if x.stride(3) == 1 and x.stride(1) == width and heads > 1:
+    if _heads_in_rows(x):
         return x.transpose(1, 2).view(batch, length, heads * width)
     return x.reshape(batch * heads, length, width)
+
+
+def _heads_in_rows(x: torch.Tensor) -> bool:
+    return x.stride(3) == 1 and x.stride(1) == x.shape[3] and x.shape[1] > 1
 
 
 @functools.lru_cache(maxsize=64)
