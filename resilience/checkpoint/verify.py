@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
 from resilience.checkpoint.manifest import (
@@ -297,13 +297,22 @@ def inspect(path: Path, *, read_files: bool, node: str | None = None) -> list[In
     Args:
         path: a save_dir or a tag's directory.
         read_files: whether to hold every file against its checksum, or only to look at manifests.
-        node: name of this node, where each node keeps files of its own.
+        node: name of this node, where each node keeps files of its own; if the manifest knows none of that name, the
+            one whose files lie here is meant.
     """
     save_dir = path.absolute().parent if is_tag_dir(path) else path
     latest = read_latest(save_dir)
     found = candidates(save_dir, latest)
     chosen = [c for c in found if c.tag == path.absolute().name] if is_tag_dir(path) else found
     return [_inspect(save_dir, candidate, candidate.tag == latest, read_files, node) for candidate in chosen]
+
+
+def _node_seen(manifest: Manifest, present: Mapping[str, int], node: str | None) -> str | None:
+    """A launcher may know this machine by another name (an address, `localhost`) than it has for itself."""
+    nodes = sorted({entry.node for entry in manifest.files.values() if entry.node is not None})
+    if node in nodes or not nodes:
+        return node
+    return max(nodes, key=lambda name: len(visible(manifest, name).keys() & present.keys()))
 
 
 def _inspect(save_dir: Path, candidate: Candidate, is_latest: bool, read_files: bool, node: str | None) -> Inspection:
@@ -314,7 +323,7 @@ def _inspect(save_dir: Path, candidate: Candidate, is_latest: bool, read_files: 
         problems = check_plain(tag_dir, [name for name in sizes if is_loaded(name)])
     elif read_files and candidate.state is State.PUBLISHED:
         manifest = read_manifest(tag_dir)
-        problems = verify(tag_dir, manifest, node=node) if manifest is not None else ()
+        problems = verify(tag_dir, manifest, node=_node_seen(manifest, sizes, node)) if manifest is not None else ()
     details = [candidate.reason] if candidate.reason else []
     details += [problem.detail for problem in problems if problem.fatal]
     return Inspection(

@@ -300,6 +300,7 @@ def test_each_node_s_own_storage_is_hashed_there(run: Ranks, tmp_path: Path) -> 
         assert (tmp_path / node / "ck" / "latest").read_text() == "global_step2"
         manifest = json.loads((tmp_path / node / "ck" / "global_step2" / "resilience" / "manifest.json").read_text())
         assert {entry["node"] for entry in manifest["files"].values()} == {"node-0", "node-1"}
+        assert all(each.good for each in inspect(tmp_path / node / "ck", read_files=True, node="by another name"))
         shutil.copytree(tmp_path / node / "ck", tmp_path / node / "mixed")
     other = tmp_path / "node-1" / "mixed"
     shutil.rmtree(other / "global_step2")
