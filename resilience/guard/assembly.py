@@ -81,9 +81,7 @@ def guard_engine(
         reporter = _line(context, settings, versions or {}, last_place) if context is not None else SilentReporter()
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter)
-    protection = _protection(adapter, config, tensor_injector, undo)
-    if context is not None and protection is not None and config.detection.calibrate:
-        _calibrate(protection, context, settings.rank, undo)
+    protection = _protection(adapter, settings, context, tensor_injector, undo)
     screen = GradientScreen(
         adapter.module,
         config.detection,
@@ -205,14 +203,21 @@ def _require_protected_sites(plan: FaultPlan, strength: str) -> None:
 
 
 def _protection(
-    adapter: EngineAdapter, config: Config, injector: TensorInjector | None, undo: list[Callable[[], None]]
+    adapter: EngineAdapter,
+    settings: Settings,
+    context: RunContext | None,
+    injector: TensorInjector | None,
+    undo: list[Callable[[], None]],
 ) -> Protection | None:
-    if config.detection.strength in ("off", "screen"):
+    detection = settings.config.detection
+    if detection.strength in ("off", "screen"):
         return None
-    protection = Protection(config.detection, injector=injector)
+    protection = Protection(detection, injector=injector)
     protection.install()
     undo.append(protection.uninstall)
     protection.attach(adapter.module)
+    if context is not None and detection.calibrate:
+        _calibrate(protection, context, settings.rank, undo)
     return protection
 
 
