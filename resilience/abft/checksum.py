@@ -14,13 +14,13 @@ import torch
 from resilience.abft.gemm import Gemm
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
-from resilience.kernels.residual import residual_ratios, worst_ratio
+from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio
 
 __all__ = [
     "MAX_ROWS",
     "Confirmation",
     "confirm",
-    "deferred_result",
+    "deferred_residual",
     "operand_roundoff",
     "screen",
     "worst_kind",
@@ -68,6 +68,14 @@ def worst_residual(
     return worst_ratio(expected, observed, factor)
 
 
+def deferred_residual(
+    gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
+) -> torch.Tensor:
+    """(largest ratio of `screen`, whether a sum that the inputs give is not finite), (2,), without waiting for it."""
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    return deferred_worst_ratio(expected, observed, factor)
+
+
 @functools.lru_cache(maxsize=1024)
 def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int) -> float:
     return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
@@ -104,11 +112,6 @@ class Confirmation:
     """Of the worst faulty element; None if every element is within round-off."""
     inputs_bad: bool
     """Whether the operands of these rows hold values that are not finite."""
-
-
-def deferred_result(expected: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """(worst ratio, whether the inputs' own sums are not finite), shape (2,), without waiting for the device."""
-    return torch.stack([ratio.max().float(), (~expected.isfinite().all()).float()])
 
 
 def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_scale: float = 1.0) -> Confirmation:

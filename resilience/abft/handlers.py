@@ -111,8 +111,7 @@ class GemmHandlers:
     def _check(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         record = self._context.record
         if out.device.type != "cpu":
-            ratio = self._ratio(call, out, factor_scale=UNCONFIRMED)
-            record.defer(call.label, Check.CHECKSUM, checksum.deferred_result(call.expectation.sums, ratio))
+            record.defer(call.label, Check.CHECKSUM, self._deferred(call, out))
             return out
         worst = self._worst(call, out)
         if worst <= 1.0:
@@ -142,22 +141,26 @@ class GemmHandlers:
             factor_scale=self._context.scale(call.label.site),
         )
 
-    def _ratio(
-        self, call: _Call, out: torch.Tensor, *, factor_scale: float = 1.0, finite_rows: bool = False
-    ) -> torch.Tensor:
+    def _deferred(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         expectation = call.expectation
-        return checksum.screen(
+        return checksum.deferred_residual(
             expectation.gemm,
             expectation.sums,
             expectation.observed(out),
             out.dtype,
-            factor_scale=self._context.scale(call.label.site) * factor_scale,
-            finite_rows=finite_rows,
+            factor_scale=self._context.scale(call.label.site) * UNCONFIRMED,
         )
 
     def _confirm(self, call: _Call, out: torch.Tensor) -> checksum.Confirmation:
         expectation = call.expectation
-        ratio = self._ratio(call, out, finite_rows=True)
+        ratio = checksum.screen(
+            expectation.gemm,
+            expectation.sums,
+            expectation.observed(out),
+            out.dtype,
+            factor_scale=self._context.scale(call.label.site),
+            finite_rows=True,
+        )
         return checksum.confirm(expectation.gemm, expectation.oriented(out), ratio, tolerance_scale=self._scale)
 
     def _mend(self, call: _Call) -> torch.Tensor | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from resilience.kernels import triton_kernels
+
 try:
     from resilience.kernels import _residual as _compiled
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["TINY", "residual_ratios", "worst_ratio"]
+__all__ = ["TINY", "deferred_worst_ratio", "residual_ratios", "worst_ratio"]
 
 TINY = 1e-36
 """Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
@@ -48,6 +50,19 @@ def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -
         factor,
         TINY,
     )
+
+
+def deferred_worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> torch.Tensor:
+    """(largest of `residual_ratios`, 1 if a sum in `expected` is not finite), (2,), on the device and without waiting.
+
+    The sums are float32 or float64 and not empty. The largest ratio is NaN if one is.
+    """
+    kernels = triton_kernels("checksum.residual", expected)
+    if kernels is not None and expected.dtype == torch.float32:
+        result: torch.Tensor = kernels.worst_ratio(expected, observed, factor, TINY)
+        return result
+    ratios = residual_ratios(expected, observed, factor)
+    return torch.stack([ratios.max().float(), (~expected.isfinite().all()).float()])
 
 
 def _fits(sums: torch.Tensor) -> bool:
