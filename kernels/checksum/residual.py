@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_PARTS", "energy_kernel", "ratio_kernel", "worst_ratio"]
+__all__ = ["MAX_PARTS", "MIN_ROWS", "energy_kernel", "ratio_kernel", "worst_ratio"]
 
 _NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
 """As an integer above every other: an ordinary maximum lets a NaN through."""
@@ -22,7 +22,7 @@ _NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
 MAX_PARTS = 1024
 """Blocks of the first launch; each program of the second one adds up all of them."""
 
-_MIN_ROWS = 256
+MIN_ROWS = 256
 
 
 @triton.jit
@@ -100,11 +100,11 @@ def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float, t
     num_matrices, num_rows, num_columns = expected.shape
     total_rows = num_matrices * num_rows
     padded = triton.next_power_of_2(num_columns)
-    rows_per_program = max(_MIN_ROWS, triton.cdiv(total_rows, MAX_PARTS))
+    rows_per_program = max(MIN_ROWS, triton.cdiv(total_rows, MAX_PARTS))
     num_parts = triton.cdiv(total_rows, rows_per_program)
     parts = torch.empty(num_parts, dtype=torch.float32, device=expected.device)
     result = torch.empty(2, dtype=torch.float32, device=expected.device)
-    shape = {"NUM": num_columns, "PADDED": padded, "BLOCK": _MIN_ROWS}
+    shape = {"NUM": num_columns, "PADDED": padded, "BLOCK": MIN_ROWS}
     energy_kernel[(num_parts,)](
         expected, parts, result, num_rows, total_rows, rows_per_program, *expected.stride(), **shape, num_warps=4
     )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has builds for Linux only")
 from resilience.kernels.checksum.kernel import sweep_kernel
+from resilience.kernels.checksum.residual import MAX_PARTS, MIN_ROWS, energy_kernel, ratio_kernel
 from resilience.kernels.checksum.sweep import blocks
 from resilience.kernels.hash.kernel import BLOCK, hash_kernel
 from tests.kernels.aot import TARGETS, Usage, compile_for
@@ -78,6 +79,20 @@ def test_the_widest_sums_with_statistics_and_injection_do_not_spill() -> None:
     full = compiled_sweep("sm_90", "fp16", 8, 8, STATISTICS=True, INJECT=True)
     assert plain.spilled_bytes == full.spilled_bytes == 0
     assert plain.count("F(SETP|MNMX)") < full.count("F(SETP|MNMX)"), "statistics are compiled in only where asked for"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_comparison_fits_into_registers(target: str) -> None:
+    constants = {"NUM": 4, "PADDED": 4, "BLOCK": MIN_ROWS}
+    floats = ("expected", "observed", "parts", "result")
+    for kernel, more in ((energy_kernel, {}), (ratio_kernel, {"PARTS": MAX_PARTS})):
+        signature = {name: "*fp32" if name in floats else "i32" for name in kernel.arg_names}
+        signature |= {"factor": "fp32", "tiny": "fp32"}
+        integers = frozenset(name for name, kind in signature.items() if kind == "i32")
+        usage = compile_for(target, kernel, signature, constants | more, unaligned=integers)
+        assert usage.spilled_bytes == 0
+        assert usage.registers <= 128
+        assert usage.shared_bytes <= MAX_SHARED_BYTES
 
 
 def compiled_hash(target: str, *, offset: str = "i32", inject: bool = False) -> Usage:
