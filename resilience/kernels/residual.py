@@ -39,16 +39,11 @@ def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -
     """The largest of `residual_ratios`; NaN if one is. Waits for the device."""
     if _compiled is None or not _fits(expected) or not _fits(observed):
         return float(residual_ratios(expected, observed, factor).max())
+    rows, count = expected.shape[-2:]
     batches = expected.shape[0] if expected.dim() == 3 else 1
+    of_expected, of_observed = _strides(expected), _strides(observed)
     return _compiled.worst(
-        expected.data_ptr(),
-        *_strides(expected),
-        observed.data_ptr(),
-        *_strides(observed),
-        batches,
-        *expected.shape[-2:],
-        factor,
-        TINY,
+        expected.data_ptr(), *of_expected, observed.data_ptr(), *of_observed, batches, rows, count, factor, TINY
     )
 
 

@@ -21,6 +21,7 @@ EAGER = {
     "attention.dq": 2,
     "attention.dk": 2,
     "attention.dp": 2,
+    "attention.ds": 2,
     "attention.dv": 2,
 }
 
