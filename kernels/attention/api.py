@@ -287,20 +287,23 @@ def attention_backward(
     ring: Ring | None = None,
     sequence: int = 0,
     layer: int = 0,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     strikes: Sequence[Strike] = (),
     tiling: Tiling | None = None,
 ) -> Gradients:
-    """Gradients of `attention_forward`. d_out and out have q's shape and a last stride of 1; lse is contiguous.
+    """Gradients of `attention_forward`, written to `into` (dq, dk, dv; last strides 1) if it is given.
+
+    d_out and out have q's shape and a last stride of 1; lse is contiguous.
 
     The checks of dQ also hold the forward pass to account (its scores, softmax, log-sum-exp and output): such a fault
     cannot be repaired here, and is recorded as unrepaired.
     """
     geometry = _Geometry.of(q, k, packed, tiling)
     launch_q, launch_k = geometry.tiling.dq, geometry.tiling.dkdv
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = into or (torch.empty_like(x) for x in (q, k, v))
     cu_q, cu_k = geometry.cu_seqlens(lse)
     keys = _summarise_keys(k, v, geometry, launch_q.block_n) if checks is not None else None
-    delta, queries = _summarise_queries(q, out, d_out, geometry, launch_k.block_m, checked=checks is not None)
+    delta, queries = _summarise_queries(q, out, d_out, lse, geometry, launch_k.block_m, checked=checks is not None)
     common = (geometry.heads, geometry.group, geometry.max_q, geometry.max_k)
     tail = (geometry.max_q, _scale(scale, q))
     order = (sequence, layer)
@@ -385,7 +388,14 @@ def _summarise_keys(k: torch.Tensor, v: torch.Tensor, geometry: _Geometry, block
 
 
 def _summarise_queries(
-    q: torch.Tensor, out: torch.Tensor, d_out: torch.Tensor, geometry: _Geometry, block: int, *, checked: bool
+    q: torch.Tensor,
+    out: torch.Tensor,
+    d_out: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: _Geometry,
+    block: int,
+    *,
+    checked: bool,
 ) -> tuple[torch.Tensor, _Summary | None]:
     """(delta, summary of q and d_out or None)."""
     pairs = geometry.batch * geometry.heads
@@ -394,7 +404,7 @@ def _summarise_queries(
     buffers = (*summary.columns, *summary.sums, *summary.norms) if summary else (delta,) * 6
     tiles = triton.cdiv(geometry.max_q, block)
     summarise_queries[(tiles, pairs)](
-        q, out, d_out, geometry.cu_seqlens(q)[0], delta, *buffers, *geometry.strides(q, out, d_out),
+        q, out, d_out, lse, geometry.cu_seqlens(q)[0], delta, *buffers, *geometry.strides(q, out, d_out),
         geometry.heads, geometry.max_q, tiles, geometry.max_q, D=geometry.head_dim, D_PAD=padded(geometry.head_dim),
         BLOCK=block, NUM_COLUMNS=geometry.tiling.num_columns, VARLEN=geometry.packed is not None, CHECKED=checked,
     )  # fmt: skip

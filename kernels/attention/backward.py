@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import reference_column, settle, strike, weigh
+from .device import load_tile, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh
 
 __all__ = ["attention_dkdv_kernel", "attention_dq_kernel"]
 
@@ -39,19 +39,18 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _visit_keys(
-    dq, checked, mass, k_norm_max, v_norm_max, k_norm, q, d_o, lse2, delta,
-    k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
+    state, q, d_o, lse2, delta, k, v, facts, stride_kt, stride_vt,
     first, last, rows, length_k, scale_log2, strikes, block, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` … `last` − 1, in tiles, for one tile of queries."""
-    depth = tl.arange(0, D_PAD)
+    dq, checked, mass, k_norm_max, v_norm_max, k_norm = state
+    k_columns, k_norms, v_norms = facts
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        there = (keys < length_k)[:, None] & (depth < D)[None, :]
-        k_tile = tl.load(k + keys[:, None].to(tl.int64) * stride_kt + depth[None, :], mask=there, other=0.0)
-        v_tile = tl.load(v + keys[:, None].to(tl.int64) * stride_vt + depth[None, :], mask=there, other=0.0)
+        k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
+        v_tile = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
         scores = tl.dot(q, tl.trans(k_tile))
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, start // BLOCK_N, attempt)
@@ -85,6 +84,30 @@ def _visit_keys(
     return dq, checked, mass, k_norm_max, v_norm_max, k_norm
 
 
+@triton.jit
+def _hold_dq(
+    state, q, d_o, doubt, valid, empty, num_keys, scale_log2, tolerance_scale,
+    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
+    dq, checked, mass, k_norm_max, v_norm_max, k_norm = state
+    q_norm = tl.sqrt(tl.sum(q * q, 1))
+    do_norm = tl.sqrt(tl.sum(d_o * d_o, 1))
+    size = do_norm * v_norm_max
+    floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
+    # The exponential multiplies the error of its argument.
+    mass_tolerance = _TOLERANCE_MASS + _TOLERANCE_EXPONENT * scale_log2 * q_norm * k_norm_max
+    mass_ratio = weigh(mass - tl.where(empty, 0.0, 1.0), mass_tolerance * tolerance_scale, valid & ~empty)
+    ds_ratio = weigh(reference_column(checked, 4), (size * _TOLERANCE_DS + floor * num_keys) * tolerance_scale, valid)
+    dq_ratio = weigh(tl.sum(dq, 1) / D_PAD - reference_column(checked, 0),
+                     size * (k_norm_max * _TOLERANCE_DQ / D_PAD + 2.0 * floor) * tolerance_scale, valid)  # fmt: skip
+    checks = tl.where(mass_ratio <= 1.0, 0, 8)
+    checks += tl.where(ds_ratio <= 1.0, 0, 16)
+    checks += tl.where(dq_ratio <= 1.0, 0, 32)
+    inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + doubt < float("inf")), 1, 0), 0)
+    return checks, tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio), inputs
+
+
 @triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
 def attention_dq_kernel(
     q, k, v, d_o, lse, delta, dq, cu_q, cu_k,
@@ -106,104 +129,74 @@ def attention_dq_kernel(
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
     key_head = head // group
-    q += batch * stride_qb + head * stride_qh
-    d_o += batch * stride_db + head * stride_dh
-    dq += batch * stride_gb + head * stride_gh
-    k += batch * stride_kb + key_head * stride_kh
-    v += batch * stride_vb + key_head * stride_vh
-    if VARLEN:
-        start_q = tl.load(cu_q + batch).to(tl.int64)
-        start_k = tl.load(cu_k + batch).to(tl.int64)
-        length_q = (tl.load(cu_q + batch + 1) - start_q).to(tl.int32)
-        length_k = (tl.load(cu_k + batch + 1) - start_k).to(tl.int32)
-        q += start_q * stride_qt
-        d_o += start_q * stride_dt
-        dq += start_q * stride_gt
-        k += start_k * stride_kt
-        v += start_k * stride_vt
-    if CHECKED:
-        first_row = (batch * (heads // group) + key_head) * tiles_k
-        k_columns += first_row * (BLOCK_N * NUM_COLUMNS)
-        k_norms += first_row * 2
-        v_norms += first_row * 2
-
+    start_q, length_q = sequence_of(cu_q, batch, length_q, VARLEN)
+    start_k, length_k = sequence_of(cu_k, batch, length_k, VARLEN)
+    q = operand(q, batch, head, start_q, stride_qb, stride_qh, stride_qt)
+    d_o = operand(d_o, batch, head, start_q, stride_db, stride_dh, stride_dt)
+    dq = operand(dq, batch, head, start_q, stride_gb, stride_gh, stride_gt)
+    k = operand(k, batch, key_head, start_k, stride_kb, stride_kh, stride_kt)
+    v = operand(v, batch, key_head, start_k, stride_vb, stride_vh, stride_vt)
+    first_row = (batch * (heads // group) + key_head) * tiles_k
+    facts = (k_columns + first_row * (BLOCK_N * NUM_COLUMNS), k_norms + first_row * 2, v_norms + first_row * 2)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    depth = tl.arange(0, D_PAD)
     valid = rows < length_q
-    there = valid[:, None] & (depth < D)[None, :]
-    wide_rows = rows[:, None].to(tl.int64)
-    q_tile = tl.load(q + wide_rows * stride_qt + depth[None, :], mask=there, other=0.0)
-    do_tile = tl.load(d_o + wide_rows * stride_dt + depth[None, :], mask=there, other=0.0)
+    q_tile = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
+    do_tile = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD)
     lse_rows = tl.load(lse + pair.to(tl.int64) * max_q + rows, mask=valid, other=float("inf"))
     delta_rows = tl.load(delta + pair.to(tl.int64) * max_q + rows, mask=valid, other=0.0)
     empty = lse_rows == float("-inf")
     lse2 = tl.where(empty, float("inf"), lse_rows * _LOG2_E)
     scale_log2 = scale * _LOG2_E
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    checked = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    k_norm = 0.0
-    k_norm_max = 0.0
-    v_norm_max = 0.0
-    end = tl.where(tile * BLOCK_M < length_q, length_k, 0)
-    whole = end // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(end, (tile + 1) * BLOCK_M)
-        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
-    acc, checked, mass, k_norm_max, v_norm_max, k_norm = _visit_keys(
-        acc, checked, mass, k_norm_max, v_norm_max, k_norm, q_tile, do_tile, lse2, delta_rows,
-        k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
-        0, whole, rows, length_k, scale_log2, strikes, block, attempt,
-        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, False, CHECKED, INJECT)  # fmt: skip
-    acc, checked, mass, k_norm_max, v_norm_max, k_norm = _visit_keys(
-        acc, checked, mass, k_norm_max, v_norm_max, k_norm, q_tile, do_tile, lse2, delta_rows,
-        k, v, k_columns, k_norms, v_norms, stride_kt, stride_vt,
-        whole, end, rows, length_k, scale_log2, strikes, block, attempt,
-        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, True, CHECKED, INJECT)  # fmt: skip
-    tl.store(dq + wide_rows * stride_gt + depth[None, :], (acc * scale).to(dq.dtype.element_ty), mask=there)
+    columns = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
+    state = (acc, columns, tl.zeros([BLOCK_M], tl.float32), 0.0, 0.0, 0.0)
+    end, whole = seen(tile, length_q, length_k, BLOCK_M, BLOCK_N, CAUSAL)
+    state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, 0, whole,
+                        rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
+                        False, CHECKED, INJECT)  # fmt: skip
+    state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, whole, end,
+                        rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
+                        True, CHECKED, INJECT)  # fmt: skip
+    store_tile(dq, state[0] * scale, rows, length_q, stride_gt, D, D_PAD)
 
     if CHECKED:
         # Read again: registers that hold the tiles through the loop would be spilled.
-        q_wide = tl.load(q + wide_rows * stride_qt + depth[None, :], mask=there, other=0.0).to(tl.float32)
-        do_wide = tl.load(d_o + wide_rows * stride_dt + depth[None, :], mask=there, other=0.0).to(tl.float32)
-        q_norm = tl.sqrt(tl.sum(q_wide * q_wide, 1))
-        do_norm = tl.sqrt(tl.sum(do_wide * do_wide, 1))
-        exponent = scale_log2 * q_norm * k_norm_max
-        mass_ratio = weigh(mass - tl.where(empty, 0.0, 1.0),
-                           (_TOLERANCE_MASS + _TOLERANCE_EXPONENT * exponent) * tolerance_scale,
-                           valid & ~empty)  # fmt: skip
-        size = do_norm * v_norm_max
-        floor: tl.constexpr = 0.0 if dq.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
-        ds_ratio = weigh(reference_column(checked, 4), (size * _TOLERANCE_DS + floor * end) * tolerance_scale, valid)
-        dq_ratio = weigh(tl.sum(acc, 1) / D_PAD - reference_column(checked, 0),
-                         size * (k_norm_max * _TOLERANCE_DQ / D_PAD + 2.0 * floor) * tolerance_scale,
-                         valid)  # fmt: skip
-        checks = tl.where(mass_ratio <= 1.0, 0, 8)
-        checks += tl.where(ds_ratio <= 1.0, 0, 16)
-        checks += tl.where(dq_ratio <= 1.0, 0, 32)
-        ratio = tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio)
-        inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm < float("inf")), 1, 0), 0)
+        q_wide = load_tile(q, rows, length_q, stride_qt, D, D_PAD).to(tl.float32)
+        do_wide = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
+        doubt = (delta_rows + tl.where(empty, 0.0, lse_rows)) * 0.0
+        checks, ratio, inputs = _hold_dq(state, q_wide, do_wide, doubt, valid, empty, end, scale_log2, tolerance_scale,
+                                         D_PAD, dq.dtype.element_ty == tl.bfloat16)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip
 
 
 @triton.jit
+def _nothing(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+    """dK, dV, their checksum columns, sums of S and dP, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before any query."""
+    acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
+    columns = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    row = tl.zeros([D_PAD], tl.float32)
+    return acc, acc, columns, columns, sums, sums, row, row, 0.0, 0.0, 0.0
+
+
+@triton.jit
 def _visit_queries(
-    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max, k, v,
-    q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms, stride_qt, stride_dt,
+    state, k, v, of_head, stride_qt, stride_dt,
     first, last, keys, length_q, scale_log2, strikes, block, first_tile, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     MASKED: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
+    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max = state
+    q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms = of_head
     depth = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         tile = start // BLOCK_M
         valid = rows < length_q
-        there = valid[:, None] & (depth < D)[None, :]
-        q_tile = tl.load(q + rows[:, None].to(tl.int64) * stride_qt + depth[None, :], mask=there, other=0.0)
-        do_tile = tl.load(d_o + rows[:, None].to(tl.int64) * stride_dt + depth[None, :], mask=there, other=0.0)
+        q_tile = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
+        do_tile = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD)
         lse_rows = tl.load(lse + rows, mask=valid, other=float("inf"))
         # Queries that see no key, and those behind the end, get P = 0.
         lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * _LOG2_E)
@@ -245,6 +238,39 @@ def _visit_queries(
     return dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max
 
 
+@triton.jit
+def _hold_dkdv(
+    state, k, v, v_norm_max, valid, tolerance_scale,
+    D_PAD: tl.constexpr, LINEAR: tl.constexpr, WIDE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of keys."""
+    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max = state
+    k_norm = tl.sqrt(tl.sum(k * k, 1))
+    v_norm = tl.sqrt(tl.sum(v * v, 1))
+    floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
+    mass = reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4)
+    dv_ratio = weigh(tl.sum(dv, 1) / D_PAD - reference_column(dv_checked, 0),
+                     (_TOLERANCE_DV * reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4))
+                     * tolerance_scale, valid)  # fmt: skip
+    # P of dS is not rounded: in float16 it may be there where that of dV has become zero.
+    size = 2.0 * v_norm_max * (mass * D_PAD + floor * do_norm)
+    dk_ratio = weigh(tl.sum(dk, 1) / D_PAD - reference_column(dk_checked, 0),
+                     size * (q_norm_max * _TOLERANCE_DK / D_PAD + floor) * tolerance_scale, valid)  # fmt: skip
+    checks = tl.where(dv_ratio <= 1.0, 0, 64)
+    checks += tl.where(dk_ratio <= 1.0, 0, 128)
+    ratio = tl.maximum(dv_ratio, dk_ratio)
+    if LINEAR:
+        score_ratio = weigh(score_sums - tl.sum(k * q_sum[None, :], 1),
+                            k_norm * q_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+        dp_ratio = weigh(dp_sums - tl.sum(v * do_sum[None, :], 1),
+                         v_norm * do_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+        checks += tl.where(score_ratio <= 1.0, 0, 256)
+        checks += tl.where(dp_ratio <= 1.0, 0, 512)
+        ratio = tl.maximum(ratio, tl.maximum(score_ratio, dp_ratio))
+    inputs = tl.max(tl.where(valid & ~(k_norm + v_norm + q_norm + do_norm < float("inf")), 1, 0), 0)
+    return checks, ratio, inputs
+
+
 @triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
 def attention_dkdv_kernel(
     q, k, v, d_o, lse, delta, dk, dv, cu_q, cu_k,
@@ -267,105 +293,43 @@ def attention_dkdv_kernel(
     key_heads = heads // group
     batch = (pair // key_heads).to(tl.int64)
     key_head = (pair % key_heads).to(tl.int64)
-    q += batch * stride_qb
-    d_o += batch * stride_db
-    k += batch * stride_kb + key_head * stride_kh
-    v += batch * stride_vb + key_head * stride_vh
-    dk += batch * stride_xb + key_head * stride_xh
-    dv += batch * stride_yb + key_head * stride_yh
-    if VARLEN:
-        start_q = tl.load(cu_q + batch).to(tl.int64)
-        start_k = tl.load(cu_k + batch).to(tl.int64)
-        length_q = (tl.load(cu_q + batch + 1) - start_q).to(tl.int32)
-        length_k = (tl.load(cu_k + batch + 1) - start_k).to(tl.int32)
-        q += start_q * stride_qt
-        d_o += start_q * stride_dt
-        k += start_k * stride_kt
-        v += start_k * stride_vt
-        dk += start_k * stride_xt
-        dv += start_k * stride_yt
-
+    start_q, length_q = sequence_of(cu_q, batch, length_q, VARLEN)
+    start_k, length_k = sequence_of(cu_k, batch, length_k, VARLEN)
+    q = operand(q, batch, key_head * group, start_q, stride_qb, stride_qh, stride_qt)
+    d_o = operand(d_o, batch, key_head * group, start_q, stride_db, stride_dh, stride_dt)
+    k = operand(k, batch, key_head, start_k, stride_kb, stride_kh, stride_kt)
+    v = operand(v, batch, key_head, start_k, stride_vb, stride_vh, stride_vt)
+    dk = operand(dk, batch, key_head, start_k, stride_xb, stride_xh, stride_xt)
+    dv = operand(dv, batch, key_head, start_k, stride_yb, stride_yh, stride_yt)
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, D_PAD)
-    valid = keys < length_k
-    there = valid[:, None] & (depth < D)[None, :]
-    wide_keys = keys[:, None].to(tl.int64)
-    k_tile = tl.load(k + wide_keys * stride_kt + depth[None, :], mask=there, other=0.0)
-    v_tile = tl.load(v + wide_keys * stride_vt + depth[None, :], mask=there, other=0.0)
-    scale_log2 = scale * _LOG2_E
-    dk_acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
-    dk_checked = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
-    dv_checked = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
-    score_sums = tl.zeros([BLOCK_N], tl.float32)
-    dp_sums = tl.zeros([BLOCK_N], tl.float32)
-    q_sum = tl.zeros([D_PAD], tl.float32)
-    do_sum = tl.zeros([D_PAD], tl.float32)
-    q_norm = 0.0
-    do_norm = 0.0
-    q_norm_max = 0.0
+    k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
+    v_tile = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
+    state = _nothing(BLOCK_N, D_PAD, NUM_COLUMNS)
     end = tl.where(tile * BLOCK_N < length_k, length_q, 0)
-    first = 0
-    whole = 0
-    if CAUSAL:
-        # Tiles of queries before `first` see none of these keys, those from `whole` on see all of them.
-        first = tl.minimum(tile * BLOCK_N // BLOCK_M * BLOCK_M, end)
-        whole = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, end)
+    # Under a causal mask, queries before `first` see none of these keys, those from `whole` on all of them.
+    first = tl.minimum(tile * BLOCK_N // BLOCK_M * BLOCK_M, end)
+    whole = tl.minimum(tl.cdiv((tile + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, end) if CAUSAL else 0
     for member in range(group):
-        head = key_head * group + member
-        row = batch * heads + head
-        lse_head = lse + row * max_q
-        delta_head = delta + row * max_q
-        q_head = q + head * stride_qh
-        do_head = d_o + head * stride_dh
-        columns = row * tiles_q * (BLOCK_M * NUM_COLUMNS)
-        sums = row * tiles_q * D_PAD
-        norms = row * tiles_q * 2
+        query_row = batch * heads + key_head * group + member
+        at = query_row * tiles_q
+        of_head = (q + member * stride_qh, d_o + member * stride_dh, lse + query_row * max_q, delta + query_row * max_q,
+                   q_columns + at * (BLOCK_M * NUM_COLUMNS), do_columns + at * (BLOCK_M * NUM_COLUMNS),
+                   q_sums + at * D_PAD, do_sums + at * D_PAD, q_norms + at * 2, do_norms + at * 2)  # fmt: skip
         if CAUSAL:
-            (dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums,
-             q_sum, do_sum, q_norm, do_norm, q_norm_max) = _visit_queries(
-                dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm,
-                q_norm_max, k_tile, v_tile, q_head, do_head, lse_head, delta_head, q_columns + columns,
-                do_columns + columns, q_sums + sums, do_sums + sums, q_norms + norms, do_norms + norms,
-                stride_qt, stride_dt, first, whole, keys, length_q, scale_log2, strikes, block, member * tiles_q,
-                attempt, D, D_PAD, BLOCK_M, NUM_COLUMNS, True, CHECKED, LINEAR, INJECT)  # fmt: skip
-        (dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums,
-         q_sum, do_sum, q_norm, do_norm, q_norm_max) = _visit_queries(
-            dk_acc, dv_acc, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm,
-            q_norm_max, k_tile, v_tile, q_head, do_head, lse_head, delta_head, q_columns + columns,
-            do_columns + columns, q_sums + sums, do_sums + sums, q_norms + norms, do_norms + norms,
-            stride_qt, stride_dt, whole, end, keys, length_q, scale_log2, strikes, block, member * tiles_q,
-            attempt, D, D_PAD, BLOCK_M, NUM_COLUMNS, False, CHECKED, LINEAR, INJECT)  # fmt: skip
-    tl.store(dk + wide_keys * stride_xt + depth[None, :], (dk_acc * scale).to(dk.dtype.element_ty), mask=there)
-    tl.store(dv + wide_keys * stride_yt + depth[None, :], dv_acc.to(dv.dtype.element_ty), mask=there)
-
+            state = _visit_queries(state, k_tile, v_tile, of_head, stride_qt, stride_dt, first, whole, keys, length_q,
+                                   scale * _LOG2_E, strikes, block, member * tiles_q, attempt, D, D_PAD, BLOCK_M,
+                                   NUM_COLUMNS, True, CHECKED, LINEAR, INJECT)  # fmt: skip
+        state = _visit_queries(state, k_tile, v_tile, of_head, stride_qt, stride_dt, whole, end, keys, length_q,
+                               scale * _LOG2_E, strikes, block, member * tiles_q, attempt, D, D_PAD, BLOCK_M,
+                               NUM_COLUMNS, False, CHECKED, LINEAR, INJECT)  # fmt: skip
+    store_tile(dk, state[0] * scale, keys, length_k, stride_xt, D, D_PAD)
+    store_tile(dv, state[1], keys, length_k, stride_yt, D, D_PAD)
     if CHECKED:
         # Read again: registers that hold the tiles through the loop would be spilled.
-        k_wide = tl.load(k + wide_keys * stride_kt + depth[None, :], mask=there, other=0.0).to(tl.float32)
-        v_wide = tl.load(v + wide_keys * stride_vt + depth[None, :], mask=there, other=0.0).to(tl.float32)
-        k_norm = tl.sqrt(tl.sum(k_wide * k_wide, 1))
-        v_norm = tl.sqrt(tl.sum(v_wide * v_wide, 1))
-        floor: tl.constexpr = 0.0 if dk.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
-        mass = reference_column(dv_checked, 3)
-        weight = reference_column(dv_checked, 4)
-        dv_ratio = weigh(tl.sum(dv_acc, 1) / D_PAD - reference_column(dv_checked, 0),
-                         (_TOLERANCE_DV * mass + floor * weight) * tolerance_scale, valid)  # fmt: skip
-        # P of dS is not rounded: in float16 it may be there where that of dV has become zero.
-        size = 2.0 * tl.load(v_norm_max + pair) * ((mass + floor * weight) * D_PAD + floor * do_norm)
-        dk_ratio = weigh(tl.sum(dk_acc, 1) / D_PAD - reference_column(dk_checked, 0),
-                         size * (q_norm_max * _TOLERANCE_DK / D_PAD + floor) * tolerance_scale,
-                         valid)  # fmt: skip
-        checks = tl.where(dv_ratio <= 1.0, 0, 64)
-        checks += tl.where(dk_ratio <= 1.0, 0, 128)
-        ratio = tl.maximum(dv_ratio, dk_ratio)
-        if LINEAR:
-            score_ratio = weigh(score_sums - tl.sum(k_wide * q_sum[None, :], 1),
-                                k_norm * q_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
-            dp_ratio = weigh(dp_sums - tl.sum(v_wide * do_sum[None, :], 1),
-                             v_norm * do_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
-            checks += tl.where(score_ratio <= 1.0, 0, 256)
-            checks += tl.where(dp_ratio <= 1.0, 0, 512)
-            ratio = tl.maximum(ratio, tl.maximum(score_ratio, dp_ratio))
-        inputs = tl.max(tl.where(valid & ~(k_norm + v_norm + q_norm + do_norm < float("inf")), 1, 0), 0)
+        k_wide = load_tile(k, keys, length_k, stride_kt, D, D_PAD).to(tl.float32)
+        v_wide = load_tile(v, keys, length_k, stride_vt, D, D_PAD).to(tl.float32)
+        checks, ratio, inputs = _hold_dkdv(state, k_wide, v_wide, tl.load(v_norm_max + pair), keys < length_k,
+                                           tolerance_scale, D_PAD, LINEAR,
+                                           dk.dtype.element_ty == tl.bfloat16)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

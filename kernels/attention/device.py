@@ -8,13 +8,58 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["reference_column", "settle", "strike", "weigh"]
+__all__ = [
+    "load_tile", "operand", "reference_column", "seen", "sequence_of", "settle", "store_tile", "strike", "weigh",
+]  # fmt: skip
 
 _COLUMN_NORM = tl.constexpr(3)
 _COLUMN_ONE = tl.constexpr(4)
 _REPAIRED = tl.constexpr(1)
 _UNREPAIRED = tl.constexpr(2)
 _INPUTS = tl.constexpr(3)
+
+
+@triton.jit
+def sequence_of(cu_seqlens, batch, length, VARLEN: tl.constexpr):
+    """First position (int64) and length of a sequence."""
+    if VARLEN:
+        start = tl.load(cu_seqlens + batch).to(tl.int64)
+        return start, (tl.load(cu_seqlens + batch + 1) - start).to(tl.int32)
+    else:
+        return batch * 0, length
+
+
+@triton.jit
+def operand(x, batch, head, start, stride_b, stride_h, stride_t):
+    """Where a head of a sequence begins; batch, head and start are int64."""
+    return x + batch * stride_b + head * stride_h + start * stride_t
+
+
+@triton.jit
+def load_tile(x, rows, num_rows, stride_t, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows of a head, padded with zeros to (rows, D_PAD)."""
+    depth = tl.arange(0, D_PAD)[None, :]
+    there = (rows[:, None] < num_rows) & (depth < D)
+    return tl.load(x + rows[:, None].to(tl.int64) * stride_t + depth, mask=there, other=0.0)
+
+
+@triton.jit
+def store_tile(x, values, rows, num_rows, stride_t, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The counterpart of `load_tile`; rounds to the memory's dtype."""
+    depth = tl.arange(0, D_PAD)[None, :]
+    there = (rows[:, None] < num_rows) & (depth < D)
+    tl.store(x + rows[:, None].to(tl.int64) * stride_t + depth, values.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def seen(tile, length_q, length_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """How many keys a tile of queries sees at all, and how many of them in tiles that need no mask."""
+    end = tl.where(tile * BLOCK_M < length_q, length_k, 0)
+    whole = end // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(end, (tile + 1) * BLOCK_M)
+        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
+    return end, whole
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import reference_column, settle, strike, weigh
+from .device import load_tile, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh
 
 __all__ = ["attention_forward_kernel"]
 
@@ -30,19 +30,17 @@ _FLOOR_HALF = tl.constexpr(1.2e-7)
 
 @triton.jit
 def _visit(
-    acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm, q,
-    k, v, v_columns, k_sums, k_norms, v_norms, stride_kt, stride_vt,
+    state, q, k, v, facts, stride_kt, stride_vt,
     first, last, rows, length_k, scale_log2, strikes, block, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` … `last` − 1, in tiles."""
-    depth = tl.arange(0, D_PAD)
-    within = depth < D
+    acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm = state
+    v_columns, k_sums, k_norms, v_norms = facts
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        there = (keys < length_k)[:, None] & within[None, :]
-        k_tile = tl.load(k + keys[:, None].to(tl.int64) * stride_kt + depth[None, :], mask=there, other=0.0)
+        k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
         scores = tl.dot(q, tl.trans(k_tile))
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, start // BLOCK_N, attempt)
@@ -50,7 +48,7 @@ def _visit(
             # Before the mask: a sum over the whole tile is linear in K.
             tile = start // BLOCK_N
             score_sums += tl.sum(scores, 1)
-            k_sum += tl.load(k_sums + tile * D_PAD + depth)
+            k_sum += tl.load(k_sums + tile * D_PAD + tl.arange(0, D_PAD))
             k_norm += tl.load(k_norms + tile * 2)
             v_norm += tl.load(v_norms + tile * 2)
         scores = scores * scale_log2
@@ -67,7 +65,7 @@ def _visit(
         shrink = tl.exp2(row_max - shift)
         row_sum = row_sum * shrink + tl.sum(probs, 1)
         row_max = new_max
-        v_tile = tl.load(v + keys[:, None].to(tl.int64) * stride_vt + depth[None, :], mask=there, other=0.0)
+        v_tile = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
         rounded = probs.to(v_tile.dtype)
         acc = tl.dot(rounded, v_tile, acc * shrink[:, None])
         if INJECT == _CONTEXT:
@@ -77,6 +75,28 @@ def _visit(
             columns = tl.load(v_columns + keys[:, None] * NUM_COLUMNS + index[None, :])
             checked = tl.dot(rounded, columns, checked * shrink[:, None])
     return acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm
+
+
+@triton.jit
+def _hold(
+    q, k_sum, k_norm, v_norm, score_sums, out, inverse, row_sum, checked, valid, tolerance_scale,
+    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr,
+):  # fmt: skip
+    """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
+    score_scale = tl.sqrt(tl.sum(q * q, 1)) * k_norm
+    score_ratio = weigh(score_sums - tl.sum(q * k_sum[None, :], 1),
+                        score_scale * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+    floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
+    context_scale = (_TOLERANCE_CONTEXT * reference_column(checked, 3)) * inverse + floor
+    context_ratio = weigh(tl.sum(out, 1) / D_PAD - reference_column(checked, 0) * inverse,
+                          context_scale * tolerance_scale, valid)  # fmt: skip
+    rounded_sum = reference_column(checked, 4)
+    sum_ratio = weigh(row_sum - rounded_sum, rounded_sum * (_TOLERANCE_ROW_SUM * tolerance_scale), valid)
+    checks = tl.where(score_ratio <= 1.0, 0, 1)
+    checks += tl.where(context_ratio <= 1.0, 0, 2)
+    checks += tl.where(sum_ratio <= 1.0, 0, 4)
+    inputs = tl.max(tl.where(valid & ~(score_scale + v_norm < float("inf")), 1, 0), 0)
+    return checks, tl.maximum(tl.maximum(score_ratio, context_ratio), sum_ratio), inputs
 
 
 @triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
@@ -100,54 +120,27 @@ def attention_forward_kernel(
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
     key_head = head // group
-    q += batch * stride_qb + head * stride_qh
-    o += batch * stride_ob + head * stride_oh
-    k += batch * stride_kb + key_head * stride_kh
-    v += batch * stride_vb + key_head * stride_vh
-    if VARLEN:
-        start_q = tl.load(cu_q + batch).to(tl.int64)
-        start_k = tl.load(cu_k + batch).to(tl.int64)
-        length_q = (tl.load(cu_q + batch + 1) - start_q).to(tl.int32)
-        length_k = (tl.load(cu_k + batch + 1) - start_k).to(tl.int32)
-        q += start_q * stride_qt
-        o += start_q * stride_ot
-        k += start_k * stride_kt
-        v += start_k * stride_vt
-    if CHECKED:
-        first_row = (batch * (heads // group) + key_head) * tiles_k
-        v_columns += first_row * (BLOCK_N * NUM_COLUMNS)
-        k_sums += first_row * D_PAD
-        k_norms += first_row * 2
-        v_norms += first_row * 2
-
+    start_q, length_q = sequence_of(cu_q, batch, length_q, VARLEN)
+    start_k, length_k = sequence_of(cu_k, batch, length_k, VARLEN)
+    q = operand(q, batch, head, start_q, stride_qb, stride_qh, stride_qt)
+    o = operand(o, batch, head, start_q, stride_ob, stride_oh, stride_ot)
+    k = operand(k, batch, key_head, start_k, stride_kb, stride_kh, stride_kt)
+    v = operand(v, batch, key_head, start_k, stride_vb, stride_vh, stride_vt)
+    first_row = (batch * (heads // group) + key_head) * tiles_k
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    depth = tl.arange(0, D_PAD)
-    there = (rows < length_q)[:, None] & (depth < D)[None, :]
-    q_tile = tl.load(q + rows[:, None].to(tl.int64) * stride_qt + depth[None, :], mask=there, other=0.0)
+    q_tile = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    checked = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
-    score_sums = tl.zeros([BLOCK_M], tl.float32)
-    k_sum = tl.zeros([D_PAD], tl.float32)
-    k_norm = 0.0
-    v_norm = 0.0
-    # Tiles that every row sees in full come first, without a mask.
-    end = tl.where(tile * BLOCK_M < length_q, length_k, 0)
-    whole = end // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(end, (tile + 1) * BLOCK_M)
-        whole = tl.minimum(whole, tile * BLOCK_M // BLOCK_N * BLOCK_N)
-    acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm = _visit(
-        acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm, q_tile,
-        k, v, v_columns, k_sums, k_norms, v_norms, stride_kt, stride_vt,
-        0, whole, rows, length_k, scale_log2, strikes, block, attempt,
-        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, False, CHECKED, INJECT)  # fmt: skip
-    acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm = _visit(
-        acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm, q_tile,
-        k, v, v_columns, k_sums, k_norms, v_norms, stride_kt, stride_vt,
-        whole, end, rows, length_k, scale_log2, strikes, block, attempt,
-        D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, True, CHECKED, INJECT)  # fmt: skip
+    columns = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
+    zeros = tl.zeros([BLOCK_M], tl.float32)
+    state = (acc, zeros, zeros + float("-inf"), columns, zeros, tl.zeros([D_PAD], tl.float32), 0.0, 0.0)
+    end, whole = seen(tile, length_q, length_k, BLOCK_M, BLOCK_N, CAUSAL)
+    facts = (v_columns + first_row * (BLOCK_N * NUM_COLUMNS), k_sums + first_row * D_PAD, k_norms + first_row * 2,
+             v_norms + first_row * 2)  # fmt: skip
+    state = _visit(state, q_tile, k, v, facts, stride_kt, stride_vt, 0, whole, rows, length_k, scale_log2, strikes,
+                   block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, False, CHECKED, INJECT)  # fmt: skip
+    state = _visit(state, q_tile, k, v, facts, stride_kt, stride_vt, whole, end, rows, length_k, scale_log2, strikes,
+                   block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL, True, CHECKED, INJECT)  # fmt: skip
+    acc, row_sum, row_max, checked, score_sums, k_sum, k_norm, v_norm = state
     if INJECT == _ROW_SUM:
         row_sum = tl.sum(strike(row_sum[:, None], strikes, block, 0, attempt), 1)
 
@@ -155,27 +148,14 @@ def attention_forward_kernel(
     inverse = tl.where(empty, 0.0, 1.0 / row_sum)
     out = acc * inverse[:, None]
     log_sum = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)
-    tl.store(o + rows[:, None].to(tl.int64) * stride_ot + depth[None, :], out.to(o.dtype.element_ty), mask=there)
+    store_tile(o, out, rows, length_q, stride_ot, D, D_PAD)
     tl.store(lse + pair.to(tl.int64) * max_q + rows, log_sum, mask=rows < length_q)
 
     if CHECKED:
-        valid = rows < length_q
         # Read again: registers that hold the tile through the loop would be spilled.
-        q_wide = tl.load(q + rows[:, None].to(tl.int64) * stride_qt + depth[None, :], mask=there, other=0.0)
-        q_wide = q_wide.to(tl.float32)
-        score_scale = tl.sqrt(tl.sum(q_wide * q_wide, 1)) * k_norm
-        score_ratio = weigh(score_sums - tl.sum(q_wide * k_sum[None, :], 1),
-                            score_scale * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
-        floor: tl.constexpr = 0.0 if o.dtype.element_ty == tl.bfloat16 else _FLOOR_HALF
-        context_scale = (_TOLERANCE_CONTEXT * reference_column(checked, 3)) * inverse + floor
-        context_ratio = weigh(tl.sum(out, 1) / D_PAD - reference_column(checked, 0) * inverse,
-                              context_scale * tolerance_scale, valid)  # fmt: skip
-        rounded_sum = reference_column(checked, 4)
-        sum_ratio = weigh(row_sum - rounded_sum, rounded_sum * (_TOLERANCE_ROW_SUM * tolerance_scale), valid)
-        checks = tl.where(score_ratio <= 1.0, 0, 1)
-        checks += tl.where(context_ratio <= 1.0, 0, 2)
-        checks += tl.where(sum_ratio <= 1.0, 0, 4)
-        ratio = tl.maximum(tl.maximum(score_ratio, context_ratio), sum_ratio)
-        inputs = tl.max(tl.where(valid & ~(score_scale + v_norm < float("inf")), 1, 0), 0)
+        q_wide = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
+        checks, ratio, inputs = _hold(q_wide.to(tl.float32), k_sum, k_norm, v_norm, score_sums, out, inverse, row_sum,
+                                      checked, rows < length_q, tolerance_scale, D_PAD,
+                                      o.dtype.element_ty == tl.bfloat16)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

@@ -14,23 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .device import load_tile, operand, sequence_of
+
 __all__ = ["summarise_keys", "summarise_queries"]
 
 
 @triton.jit
-def _load_tile(x, rows, num_rows, stride_t, D: tl.constexpr, D_PAD: tl.constexpr):
-    depth = tl.arange(0, D_PAD)
-    mask = (rows[:, None] < num_rows) & (depth[None, :] < D)
-    return tl.load(x + rows[:, None].to(tl.int64) * stride_t + depth[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _summarise(
-    x, rows, num_rows, stride_t, columns, sums, norms, tile,
+    x, rows, num_rows, stride_t, columns, sums, norms, tile, doubt,
     D: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns, sums and norms of one tile; the pointers are those of its (batch, head) pair."""
-    stored = _load_tile(x, rows, num_rows, stride_t, D, D_PAD)
+    """Columns, sums and norms of one tile; the pointers are those of its (batch, head) pair. `doubt` is 0, or NaN."""
+    stored = load_tile(x, rows, num_rows, stride_t, D, D_PAD)
     values = stored.to(tl.float32)
     depth = tl.arange(0, D_PAD)
     norm = tl.sqrt(tl.sum(values * values, 1))
@@ -44,7 +39,7 @@ def _summarise(
     block = tl.where(index == 4, 1.0, block)
     tl.store(columns + rows[:, None] * NUM_COLUMNS + index, block.to(stored.dtype))
     tl.store(sums + tile * D_PAD + depth, tl.sum(values, 0))
-    tl.store(norms + tile * 2, tl.sum(norm, 0))
+    tl.store(norms + tile * 2, tl.sum(norm, 0) + doubt)
     tl.store(norms + tile * 2 + 1, tl.max(norm, 0))
 
 
@@ -61,25 +56,21 @@ def summarise_keys(
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
-    k += batch * stride_kb + head * stride_kh
-    v += batch * stride_vb + head * stride_vh
-    if VARLEN:
-        start = tl.load(cu_k + batch).to(tl.int64)
-        length_k = (tl.load(cu_k + batch + 1) - start).to(tl.int32)
-        k += start * stride_kt
-        v += start * stride_vt
+    start, length_k = sequence_of(cu_k, batch, length_k, VARLEN)
+    k = operand(k, batch, head, start, stride_kb, stride_kh, stride_kt)
+    v = operand(v, batch, head, start, stride_vb, stride_vh, stride_vt)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     first_row = pair.to(tl.int64) * tiles
     columns = first_row * (BLOCK * NUM_COLUMNS)
     _summarise(k, rows, length_k, stride_kt, k_columns + columns, k_sums + first_row * D_PAD, k_norms + first_row * 2,
-               tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+               tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
     _summarise(v, rows, length_k, stride_vt, v_columns + columns, v_sums + first_row * D_PAD, v_norms + first_row * 2,
-               tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+               tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
 
 
 @triton.jit
 def summarise_queries(
-    q, o, d_o, cu_q, delta,
+    q, o, d_o, lse, cu_q, delta,
     q_columns, do_columns, q_sums, do_sums, q_norms, do_norms,
     stride_qb, stride_qh, stride_qt, stride_ob, stride_oh, stride_ot, stride_db, stride_dh, stride_dt,
     heads, length_q, tiles, max_q,
@@ -91,23 +82,22 @@ def summarise_queries(
     pair = tl.program_id(1)
     batch = (pair // heads).to(tl.int64)
     head = (pair % heads).to(tl.int64)
-    q += batch * stride_qb + head * stride_qh
-    o += batch * stride_ob + head * stride_oh
-    d_o += batch * stride_db + head * stride_dh
-    if VARLEN:
-        start = tl.load(cu_q + batch).to(tl.int64)
-        length_q = (tl.load(cu_q + batch + 1) - start).to(tl.int32)
-        q += start * stride_qt
-        o += start * stride_ot
-        d_o += start * stride_dt
+    start, length_q = sequence_of(cu_q, batch, length_q, VARLEN)
+    q = operand(q, batch, head, start, stride_qb, stride_qh, stride_qt)
+    o = operand(o, batch, head, start, stride_ob, stride_oh, stride_ot)
+    d_o = operand(d_o, batch, head, start, stride_db, stride_dh, stride_dt)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
-    out = _load_tile(o, rows, length_q, stride_ot, D, D_PAD).to(tl.float32)
-    d_out = _load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
-    tl.store(delta + pair.to(tl.int64) * max_q + rows, tl.sum(out * d_out, 1), mask=rows < max_q)
+    out = load_tile(o, rows, length_q, stride_ot, D, D_PAD).to(tl.float32)
+    d_out = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
+    weights = tl.sum(out * d_out, 1)
+    tl.store(delta + pair.to(tl.int64) * max_q + rows, weights, mask=rows < max_q)
     if CHECKED:
         first_row = pair.to(tl.int64) * tiles
         columns = first_row * (BLOCK * NUM_COLUMNS)
         _summarise(q, rows, length_q, stride_qt, q_columns + columns, q_sums + first_row * D_PAD,
-                   q_norms + first_row * 2, tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+                   q_norms + first_row * 2, tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        # What is not a number in D or in the log-sum-exp is a bad input of every key that these queries see.
+        log_sums = tl.load(lse + pair.to(tl.int64) * max_q + rows, mask=rows < length_q, other=0.0)
+        doubt = tl.sum((weights + tl.where(log_sums == float("-inf"), 0.0, log_sums)) * 0.0, 0)
         _summarise(d_o, rows, length_q, stride_dt, do_columns + columns, do_sums + first_row * D_PAD,
-                   do_norms + first_row * 2, tile, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+                   do_norms + first_row * 2, tile, doubt, D, D_PAD, NUM_COLUMNS)  # fmt: skip
