@@ -26,15 +26,18 @@ enum {
     TILE = 1024,         /* columns whose weights and sums stay in the first-level cache */
     PANEL = 128,         /* rows after which sums of columns are added to their totals */
     MAX_CHAIN = 64,      /* vectors that are added up one after the other */
+    LONG = 8192,         /* columns from which on rows are swept in strips */
+    STRIP = 16,          /* long rows that are swept over all tiles of a group before the next ones */
+    AHEAD = 1024,        /* bytes between what is read and what is fetched into the cache, within long rows */
     BLOCK_BYTES = 16384, /* of the matrix that are read again from the cache for more weights */
     MAX_COLUMNS = 8,     /* weight vectors a side */
     MAX_WIDE = 4,        /* of them in one pass over a block */
-    MAX_WHOLE = 4096,    /* columns that make one group; wider matrices are cut */
-    GROUP_WIDTH = 2048,  /* columns of a group of a wide matrix */
+    MAX_WHOLE = 16384,   /* columns that make one group; wider matrices are cut */
+    GROUP_WIDTH = 16384, /* columns of a group of a wide matrix, whole tiles */
     ENOUGH_UNITS = 64,   /* a matrix is cut into no more than about so many */
     SMALL = 1 << 16,     /* elements up to which threads and releasing the GIL cost more than they bring */
     MAX_KEPT = 1 << 24,  /* bytes of scratch memory that are kept for the next call */
-    MAX_VECTOR = 64,     /* bytes of the widest vector */
+    MAX_STEP = 32,       /* columns of the widest step */
 };
 
 #define INLINE static inline __attribute__((always_inline))
@@ -51,7 +54,7 @@ typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 /* groups·ROWS rows by `width` columns, a multiple of the step, and where their sums go. */
 typedef struct {
     const char *start;
-    ptrdiff_t row_bytes, groups, width;
+    ptrdiff_t row_bytes, groups, width, ahead;
     const float *right; /* packed, TILE apart */
     const float *left;
     ptrdiff_t left_element, left_vector;
@@ -161,8 +164,9 @@ typedef struct {
     int size; /* bytes of an element: 4 for float32, 2 for bfloat16 */
     weights right, left;
     sums rows, columns;
-    ptrdiff_t chunk, chunks, width, groups;
-    ptrdiff_t next_unit;
+    ptrdiff_t chunk, chunks, width, groups, padded_width;
+    ptrdiff_t next_unit, next_thread;
+    float *buffers;
     const instructions *by;
 } job;
 
@@ -274,45 +278,75 @@ static void sweep_panel(const job *work, block part, ptrdiff_t num_rows, ptrdiff
     }
 }
 
-/* One chunk of rows by one group of columns. */
-static void sweep_unit(const job *work, ptrdiff_t batch, ptrdiff_t chunk, ptrdiff_t group)
+/* At most PANEL rows by one group of columns, whose weights are packed in `right`, tile by tile. Long rows
+ * come fastest from memory a few at a time, others by panels of one tile, whose weights stay in the first-level cache. */
+static void sweep_strips(const job *work, block part, ptrdiff_t num_rows, ptrdiff_t num_columns)
 {
-    float right[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
-    float panel_sums[MAX_COLUMNS * TILE] __attribute__((aligned(64)));
-    const int is_bfloat16 = work->size == 2;
-    ptrdiff_t row_begin = chunk * work->chunk, row_end = least(row_begin + work->chunk, work->num_rows);
-    ptrdiff_t group_begin = group * work->width, group_end = least(group_begin + work->width, work->num_columns);
-    float *row_sums = work->right.count ? place(&work->rows, batch, group) : panel_sums;
-    float *column_sums = work->left.count ? place(&work->columns, batch, chunk) : panel_sums;
-    const float *left = work->left.count ? work->left.data + batch * work->left.batch : panel_sums;
-    for (ptrdiff_t from = group_begin; from < group_end; from += TILE) {
-        ptrdiff_t width = least(TILE, group_end - from);
-        for (int c = 0; c < work->right.count; c++)
-            work->by->pack(right + c * TILE,
-                           work->right.data + batch * work->right.batch + from * work->right.element + c * work->right.vector,
-                           work->right.element, width, is_bfloat16);
-        for (ptrdiff_t row = row_begin; row < row_end; row += PANEL) {
-            memset(panel_sums, 0, work->left.count * sizeof *panel_sums * TILE);
-            block part = {
-                .start = work->data + batch * work->batch_bytes + row * work->row_bytes + from * work->size,
-                .row_bytes = work->row_bytes,
-                .right = right,
-                .left = left + row * work->left.element,
-                .left_element = work->left.element,
-                .left_vector = work->left.vector,
-                .row_sums = row_sums + row,
-                .row_vector = work->rows.length,
-                .first = from == group_begin,
-                .column_sums = panel_sums,
-            };
-            sweep_panel(work, part, least(PANEL, row_end - row), width);
-            for (int c = 0; c < work->left.count; c++)
-                work->by->unpack(column_sums + c * work->columns.length + from, panel_sums + c * TILE, width,
-                                 is_bfloat16, row == row_begin);
+    const ptrdiff_t strip = num_columns >= LONG ? STRIP : PANEL;
+    for (ptrdiff_t row = 0; row < num_rows; row += strip) {
+        block here = part;
+        here.start += row * part.row_bytes;
+        here.left += row * part.left_element;
+        here.row_sums += row;
+        for (ptrdiff_t from = 0; from < num_columns; from += TILE) {
+            sweep_panel(work, here, least(strip, num_rows - row), least(TILE, num_columns - from));
+            here.start += TILE * work->size;
+            here.right += TILE * work->right.count;
+            here.column_sums += TILE * work->left.count;
+            here.first = 0;
         }
     }
+}
+
+/* One chunk of rows by one group of columns; `right` and `panel_sums` are the thread's own memory for them. */
+static void sweep_unit(const job *work, float *right, float *panel_sums, ptrdiff_t batch, ptrdiff_t chunk,
+                       ptrdiff_t group)
+{
+    const int is_bfloat16 = work->size == 2, rights = work->right.count, lefts = work->left.count;
+    const ptrdiff_t row_begin = chunk * work->chunk, row_end = least(row_begin + work->chunk, work->num_rows);
+    const ptrdiff_t begin = group * work->width, end = least(begin + work->width, work->num_columns);
+    float *row_sums = rights ? place(&work->rows, batch, group) : panel_sums;
+    float *column_sums = lefts ? place(&work->columns, batch, chunk) : panel_sums;
+    const float *left = lefts ? work->left.data + batch * work->left.batch : panel_sums;
+    const float *weight = work->right.data + batch * work->right.batch;
+    for (ptrdiff_t from = begin; from < end; from += TILE)
+        for (int c = 0; c < rights; c++)
+            work->by->pack(right + (from - begin) * rights + c * TILE,
+                           weight + from * work->right.element + c * work->right.vector, work->right.element,
+                           least(TILE, end - from), is_bfloat16);
+    for (ptrdiff_t row = row_begin; row < row_end; row += PANEL) {
+        block part = {
+            .start = work->data + batch * work->batch_bytes + row * work->row_bytes + begin * work->size,
+            .row_bytes = work->row_bytes,
+            .ahead = end - begin >= LONG ? AHEAD : ROWS * work->row_bytes,
+            .right = right,
+            .left = left + row * work->left.element,
+            .left_element = work->left.element,
+            .left_vector = work->left.vector,
+            .row_sums = row_sums + row,
+            .row_vector = work->rows.length,
+            .first = 1,
+            .column_sums = panel_sums,
+        };
+        for (ptrdiff_t from = begin; from < end; from += TILE)
+            for (int c = 0; c < lefts; c++)
+                memset(panel_sums + (from - begin) * lefts + c * TILE, 0,
+                       (size_t)ceiling(least(TILE, end - from), MAX_STEP) * MAX_STEP * sizeof *panel_sums);
+        sweep_strips(work, part, least(PANEL, row_end - row), end - begin);
+        for (ptrdiff_t from = begin; from < end; from += TILE)
+            for (int c = 0; c < lefts; c++)
+                work->by->unpack(column_sums + c * work->columns.length + from,
+                                 panel_sums + (from - begin) * lefts + c * TILE, least(TILE, end - from), is_bfloat16,
+                                 row == row_begin);
+    }
     finish(&work->rows, batch, chunk, work->chunks, row_begin, row_end);
-    finish(&work->columns, batch, group, work->groups, group_begin, group_end);
+    finish(&work->columns, batch, group, work->groups, begin, end);
+}
+
+/* Memory of one thread: packed weights, and the sums of columns of a panel. */
+static ptrdiff_t buffer_floats(const job *work)
+{
+    return (work->right.count + work->left.count) * work->padded_width;
 }
 
 /* What every thread runs: units, until none is left. */
@@ -320,11 +354,15 @@ static void run(void *data)
 {
     job *work = data;
     ptrdiff_t units = work->batches * work->chunks * work->groups;
+    ptrdiff_t thread = __atomic_fetch_add(&work->next_thread, 1, __ATOMIC_RELAXED);
+    float *right = work->buffers + thread * buffer_floats(work);
+    float *panel_sums = right + work->right.count * work->padded_width;
     for (;;) {
         ptrdiff_t unit = __atomic_fetch_add(&work->next_unit, 1, __ATOMIC_RELAXED);
         if (unit >= units)
             return;
-        sweep_unit(work, unit / work->groups / work->chunks, unit / work->groups % work->chunks, unit % work->groups);
+        sweep_unit(work, right, panel_sums, unit / work->groups / work->chunks, unit / work->groups % work->chunks,
+                   unit % work->groups);
     }
 }
 
@@ -333,6 +371,7 @@ static void plan(job *work)
 {
     work->width = work->num_columns <= MAX_WHOLE ? work->num_columns : GROUP_WIDTH;
     work->groups = ceiling(work->num_columns, work->width);
+    work->padded_width = ceiling(work->width, TILE) * TILE;
     ptrdiff_t wanted = ceiling(ENOUGH_UNITS, work->groups * work->batches);
     work->chunk = ceiling(ceiling(work->num_rows, wanted), PANEL) * PANEL;
     work->chunks = ceiling(work->num_rows, work->chunk);
@@ -385,16 +424,20 @@ typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
 /* Runs the job; called with the GIL held. Returns -1 where memory is short. */
 static int execute(job *work, parallel_function *parallel, unsigned threads)
 {
+    if (parallel == NULL || work->batches * work->num_rows * work->num_columns <= SMALL)
+        threads = 1;
+    size_t buffer_bytes = threads * (size_t)buffer_floats(work) * sizeof(float);
     size_t row_bytes = scratch_size(&work->rows, work->batches);
     size_t column_bytes = scratch_size(&work->columns, work->batches);
     ptrdiff_t row_counters = work->batches * work->chunks, column_counters = work->batches * work->groups;
-    size_t size = row_bytes + column_bytes + (size_t)(row_counters + column_counters) * sizeof(int);
+    size_t size = buffer_bytes + row_bytes + column_bytes + (size_t)(row_counters + column_counters) * sizeof(int);
     char *memory = take_scratch(&size);
     if (memory == NULL)
         return -1;
-    work->rows.scratch = (float *)memory;
-    work->columns.scratch = (float *)(memory + row_bytes);
-    work->rows.open = (int *)(memory + row_bytes + column_bytes);
+    work->buffers = (float *)memory;
+    work->rows.scratch = (float *)(memory + buffer_bytes);
+    work->columns.scratch = (float *)(memory + buffer_bytes + row_bytes);
+    work->rows.open = (int *)(memory + buffer_bytes + row_bytes + column_bytes);
     work->columns.open = work->rows.open + row_counters;
     set_counters(work->rows.open, row_counters, work->groups);
     set_counters(work->columns.open, column_counters, work->chunks);
@@ -402,7 +445,7 @@ static int execute(job *work, parallel_function *parallel, unsigned threads)
         run(work);
     } else {
         Py_BEGIN_ALLOW_THREADS;
-        if (parallel != NULL && threads > 1)
+        if (threads > 1)
             parallel(run, work, threads, 0);
         else
             run(work);

@@ -70,8 +70,8 @@ INLINE TARGET void NAME(pass)(const block *work, int is_bfloat16, int rights, in
                 UNROLL for (int i = 0; i < ROWS; i++)
                 {
                     loaded[i] = *(const NAME(words) *)(row[i] + at);
-                    /* The rows that are read next: the processor sees no further than a page. */
-                    __builtin_prefetch((const char *)((uintptr_t)row[i] + (uintptr_t)(group_bytes + at)));
+                    /* The processor itself sees no further than a page. */
+                    __builtin_prefetch((const char *)((uintptr_t)row[i] + (uintptr_t)(work->ahead + at)));
                 }
                 UNROLL for (int odd = 0; odd < halves; odd++)
                 {
