@@ -240,14 +240,15 @@ def _visit_queries(
 
 @triton.jit
 def _hold_dkdv(
-    state, k, v, v_norm_max, valid, tolerance_scale,
-    D_PAD: tl.constexpr, LINEAR: tl.constexpr, WIDE_RANGE: tl.constexpr,
+    state, k_tile, v_tile, v_norm_max, valid, tolerance_scale, D_PAD: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of keys."""
     dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max = state
+    k = k_tile.to(tl.float32)
+    v = v_tile.to(tl.float32)
     k_norm = tl.sqrt(tl.sum(k * k, 1))
     v_norm = tl.sqrt(tl.sum(v * v, 1))
-    floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
+    floor: tl.constexpr = 0.0 if k_tile.dtype == tl.bfloat16 else _FLOOR_HALF
     mass = reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4)
     dv_ratio = weigh(tl.sum(dv, 1) / D_PAD - reference_column(dv_checked, 0),
                      (_TOLERANCE_DV * reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4))
@@ -326,10 +327,9 @@ def attention_dkdv_kernel(
     store_tile(dv, state[1], keys, length_k, stride_yt, D, D_PAD)
     if CHECKED:
         # Read again: registers that hold the tiles through the loop would be spilled.
-        k_wide = load_tile(k, keys, length_k, stride_kt, D, D_PAD).to(tl.float32)
-        v_wide = load_tile(v, keys, length_k, stride_vt, D, D_PAD).to(tl.float32)
-        checks, ratio, inputs = _hold_dkdv(state, k_wide, v_wide, tl.load(v_norm_max + pair), keys < length_k,
-                                           tolerance_scale, D_PAD, LINEAR,
-                                           dk.dtype.element_ty == tl.bfloat16)  # fmt: skip
+        k_again = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
+        v_again = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
+        checks, ratio, inputs = _hold_dkdv(state, k_again, v_again, tl.load(v_norm_max + pair), keys < length_k,
+                                           tolerance_scale, D_PAD, LINEAR)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip
