@@ -9,11 +9,18 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
+import subprocess
 from types import ModuleType
 
 import torch
 
 __all__ = ["triton_kernels"]
+
+_log = logging.getLogger(__name__)
+
+_MIN_CAPABILITY = (8, 0)
+"""Of a CUDA device: the kernels read bfloat16, and are compiled in tests for nothing older."""
 
 
 def triton_kernels(module: str, tensor: torch.Tensor) -> ModuleType | None:
@@ -21,13 +28,29 @@ def triton_kernels(module: str, tensor: torch.Tensor) -> ModuleType | None:
 
     Args:
         module: name within this package, such as "checksum.sweep".
-        tensor: Triton takes it if it lies on a CUDA device and triton is installed (CUDA builds of torch bring it).
+        tensor: Triton takes it if it lies on a CUDA device and Triton can launch there.
     """
-    return _loaded(module) if tensor.is_cuda else None
+    return _loaded(module, tensor.device.index) if tensor.is_cuda else None
 
 
 @functools.cache
-def _loaded(module: str) -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
+def _loaded(module: str, device_index: int) -> ModuleType | None:
+    if not _can_launch() or torch.cuda.get_device_capability(device_index) < _MIN_CAPABILITY:
         return None
     return importlib.import_module(f"resilience.kernels.{module}")
+
+
+@functools.cache
+def _can_launch() -> bool:
+    """Whether triton is installed (CUDA builds of torch bring it) and works: it needs a C compiler once.
+
+    Without it the arithmetic is torch's, as on a CPU; nothing may fail in a user's forward for that.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+        _log.warning("Triton cannot launch kernels here, torch's operators take their place: %s", error)
+        return False
+    return True

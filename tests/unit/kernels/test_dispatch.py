@@ -1,0 +1,64 @@
+"""Where Triton's kernels take the place of torch's arithmetic, and where they cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from resilience import kernels
+
+
+class OnCuda:
+    """What the choice looks at of a tensor."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """What is known of this machine is found out anew, before and after."""
+    caches = kernels._loaded, kernels._can_launch
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_a_tensor_on_the_cpu_never_gets_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_can_launch", lambda: True)
+    assert kernels.triton_kernels("hash.kernel", torch.ones(1)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_triton_that_cannot_launch_is_told_once_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton", reason="triton has builds for Linux only")
+    tensor: Any = OnCuda()
+    with caplog.at_level(logging.WARNING):
+        for module in ("hash.kernel", "checksum.sweep"):
+            assert kernels.triton_kernels(module, tensor) is None
+    (message,) = caplog.messages
+    assert "Triton cannot launch" in message
+
+
+def test_without_triton_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tensor: Any = OnCuda()
+    assert kernels.triton_kernels("hash.kernel", tensor) is None
+
+
+@pytest.mark.parametrize(("capability", "is_there"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_devices_from_ampere_on_are_served(
+    capability: tuple[int, int], is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton has builds for Linux only")
+    monkeypatch.setattr(kernels, "_can_launch", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    tensor: Any = OnCuda()
+    module = kernels.triton_kernels("hash.kernel", tensor)
+    assert (module is not None) == is_there
