@@ -129,7 +129,9 @@ def test_sums_are_those_of_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 20001), (20001, 3), (150, 17000), (700, 5000), (1, 1), (2, 130, 4100), (40, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 20001), (20001, 3), (150, 17000), (700, 5000), (1, 1), (2, 130, 4100), (40, 64, 64)], ids=str
+)
 def test_matrices_that_are_cut_into_several_units(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     matrix = numbers(*shape).to(dtype)
     right, left = numbers(shape[-1], 2, seed=2), numbers(shape[-2], 3, seed=3)
