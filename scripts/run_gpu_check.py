@@ -24,7 +24,7 @@ EXIT_UNAVAILABLE = 69
 LIMIT_S = 3600
 """One part that takes longer hangs."""
 
-BENCHMARKS = ("attention", "checksum", "hash")
+BENCHMARKS = tuple(sorted(path.parent.name for path in (ROOT / "kernels").glob("*/bench.py")))
 """Each is `python -m resilience.kernels.<name>.bench --json FILE`, which writes a list of rows."""
 
 

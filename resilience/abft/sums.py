@@ -48,7 +48,9 @@ def sums_of(matrix: torch.Tensor, *, right: torch.Tensor | None = None, left: to
     if matrix.dtype == torch.float64:
         rows = None if right is None else matrix @ right
         return Sweep(rows, None if left is None else matrix.mT @ left)
-    return sweep(matrix.float() if matrix.dtype == torch.float16 else matrix, right, left)
+    # The compiled kernel does not read float16; the one on a GPU does.
+    widened = matrix.float() if matrix.dtype == torch.float16 and matrix.is_cpu else matrix
+    return sweep(widened, right, left)
 
 
 def beside(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

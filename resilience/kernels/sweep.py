@@ -56,8 +56,8 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
     """Sums of the rows of `matrix` under each column of `right`, and of its columns under each column of `left`.
 
     Args:
-        matrix: (m, n) or (b, m, n), float32 or bfloat16, of any strides; fastest if its rows or its columns lie
-            contiguous.
+        matrix: (m, n) or (b, m, n), float32, bfloat16 or float16, of any strides; fastest if its rows or its columns
+            lie contiguous.
         right: (n, c), or (b, n, c) for one set a matrix; float32, c ≤ 8.
         left: (m, c'), or (b, m, c') for one set a matrix; float32, c' ≤ 8.
 
@@ -74,7 +74,7 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
     if kernels is not None:
         sums = kernels.sweep(matrix.resolve_neg(), right, left)
         return Sweep(sums.rows, sums.columns)
-    assert matrix.dtype in _DTYPES, matrix.dtype
+    assert matrix.dtype in (*_DTYPES, torch.float16), matrix.dtype
     assert matrix.dim() in (2, 3), matrix.shape
     with torch.no_grad():
         rows = None if right is None else _products(matrix, right)
