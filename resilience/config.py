@@ -74,9 +74,9 @@ class DetectionConfig(_Section):
     """A local gradient this many times its own recent maximum, and √ of this times the whole one's, is an alarm."""
     norm_history_steps: Annotated[int, Field(ge=2)] = 16
     """Steps that the norm screen looks back; it is silent until it has seen 3."""
-    at_rest_share: Annotated[float, Field(ge=0, le=1)] = 0.0625
+    at_rest_share: Annotated[float, Field(ge=0, le=1)] = 0.03125
     """Share of the bytes of weights, master weights and moments that is hashed after each step and again before it is
-    used; every byte has its turn within ⌈1 ÷ share⌉ steps. 0 turns it off."""
+    used; every byte has its turn within ⌈1 ÷ share⌉ steps, 32 by default. 0 turns it off."""
     replica_interval_steps: Count = 50
     """Steps between two comparisons, among the ranks, of what should be equal on all of them; 0 turns them off."""
 

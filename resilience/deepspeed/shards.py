@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Zero
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-__all__ = ["Held", "Role", "holdings", "watch_edits"]
+__all__ = ["Held", "Holdings", "Role", "holdings", "watch_edits"]
 
 
 class Role(enum.StrEnum):
@@ -45,19 +45,20 @@ class Held:
     """Place of the first element within the parameter, in row-major order."""
     length: int
     """Number of elements."""
+    width: int
+    """Bytes of an element."""
     replicated: bool
     """Whether every rank of the job keeps the same."""
     is_frozen: bool
     """No optimizer step changes it."""
     read: Callable[[], torch.Tensor]
     """The elements as they lie now, (length,), contiguous, with the version counter of what they are a part of."""
-    owner: Callable[[], torch.Tensor]
-    """The parameter itself, or again what `read` is a part of: whoever edits it moves its version counter."""
+    owners: Callable[[], tuple[torch.Tensor, ...]]
+    """What it is a part of, and the parameter: whoever edits them moves a version counter."""
 
     def versions(self) -> tuple[int, ...]:
         """What moves when a script changes the tensor in place in a way that PyTorch sees, or replaces it."""
-        tensors = (self.read(), self.owner())
-        return tuple(number for tensor in tensors for number in (tensor.data_ptr(), _version(tensor)))
+        return tuple(number for tensor in self.owners() for number in (tensor.data_ptr(), _version(tensor)))
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -73,10 +74,37 @@ class _Group:
         """(parameter, place in the master, number of elements, place in the parameter)"""
 
 
+class Holdings:
+    """`holdings` of an engine, walked again only where its structure may have changed: after `forget`, or when the
+    optimizer has got new state (its first step makes the moments)."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._held: list[Held] = []
+        self._structure: tuple[int, ...] = ()
+
+    def __call__(self) -> list[Held]:
+        base = _base(self._engine.optimizer)
+        structure = tuple(len(state) for state in base.state.values())
+        if structure != self._structure or not self._held:
+            self._held, self._structure = holdings(self._engine), structure
+        return self._held
+
+    def forget(self) -> None:
+        """Something may lie elsewhere now."""
+        self._held = []
+
+
+def _base(optimizer: Any) -> Any:
+    """The optimizer that DeepSpeed's wrapper drives."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def holdings(engine: Any) -> list[Held]:
     """All that this rank keeps between two steps of `engine` (a `DeepSpeedEngine`), in an order that stays.
 
-    Left out: buffers (the forward changes them), the optimizer's own counters of steps, what lies on NVMe.
+    Left out: buffers (the forward changes them), the optimizer's own counters of steps, what lies on NVMe, and tensors
+    whose elements do not lie in row-major order (`channels_last`).
     """
     names = {id(parameter): (index, name) for index, (name, parameter) in enumerate(engine.module.named_parameters())}
     replicated = not engine.has_moe_layers and not engine.pipeline_parallelism and engine.mp_world_size == 1
@@ -84,7 +112,7 @@ def holdings(engine: Any) -> list[Held]:
     weights_at = {held.read().data_ptr() for held in found}
     optimizer = engine.optimizer
     sharded = isinstance(optimizer, (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer))
-    base = getattr(optimizer, "optimizer", optimizer)
+    base = _base(optimizer)
     for group in _groups(engine):
         found += _state(group, base, names, replicated and not sharded, weights_at)
     return found
@@ -98,7 +126,6 @@ def _weights(engine: Any, names: dict[int, tuple[int, str]], replicated: bool) -
             "index": index,
             "role": Role.WEIGHT,
             "is_frozen": not parameter.requires_grad,
-            "owner": functools.partial(_itself, parameter),
         }
         shard = getattr(parameter, "ds_tensor", None)
         is_whole = shard is None or parameter.ds_status == ZeroParamStatus.AVAILABLE
@@ -107,18 +134,22 @@ def _weights(engine: Any, names: dict[int, tuple[int, str]], replicated: bool) -
                 name=name,
                 offset=0,
                 length=parameter.numel(),
+                width=parameter.element_size(),
                 replicated=replicated,
                 read=functools.partial(_flat, parameter),
+                owners=functools.partial(_parameter, parameter),
                 **common,
             )
         length = 0 if shard is None else _length_of_shard(parameter)
-        if length:
+        if shard is not None and length:
             yield Held(
                 name=f"shard of {name}" if is_whole else name,
                 offset=_rank_in_group(parameter) * parameter.partition_numel(),
                 length=length,
+                width=shard.element_size(),
                 replicated=False,
                 read=functools.partial(_shard, parameter, length),
+                owners=functools.partial(_parameter_and_shard, parameter),
                 **common,
             )
 
@@ -193,16 +224,16 @@ def _state(
     moments = {
         key: value
         for key, value in base.state.get(master, {}).items()
-        if isinstance(value, torch.Tensor) and value.numel() == master.numel() > 1
+        if isinstance(value, torch.Tensor) and value.numel() == master.numel() > 1 and value.is_contiguous()
     }
     sources: list[tuple[str, Role, Callable[[], torch.Tensor]]] = [("master", Role.MASTER, group.master)]
     sources += [(key, Role.MOMENT, functools.partial(_moment, base, group.master, key)) for key in sorted(moments)]
     for kind, role, source in sources:
-        size = source().numel()
+        size, width = source().numel(), source().element_size()
         for parameter, place, length, offset in group.parts:
             # A master that is the weight itself is one tensor, not two; one that was swapped out is not here.
             is_weight = role is Role.MASTER and master.data_ptr() + place * master.element_size() in weights_at
-            if not length or place + length > size or is_weight:
+            if not length or place + length > size or is_weight or not source().is_contiguous():
                 continue
             index, name = names[id(parameter)]
             yield Held(
@@ -212,10 +243,11 @@ def _state(
                 role=role,
                 offset=offset,
                 length=length,
+                width=width,
                 replicated=replicated,
                 is_frozen=False,
                 read=functools.partial(_part, source, place, length),
-                owner=source,
+                owners=functools.partial(_alone, source),
             )
 
 
@@ -228,8 +260,20 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _parameter(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (parameter,)
+
+
+def _parameter_and_shard(parameter: Any) -> tuple[torch.Tensor, ...]:
+    return parameter, parameter.ds_tensor
+
+
+def _alone(source: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (source(),)
+
+
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1)
+    return tensor.detach().reshape(-1)
 
 
 def _shard(parameter: Any, length: int) -> torch.Tensor:
@@ -243,7 +287,7 @@ def _moment(base: Any, master: Callable[[], torch.Tensor], key: str) -> torch.Te
 
 
 def _part(source: Callable[[], torch.Tensor], place: int, length: int) -> torch.Tensor:
-    return source().detach().view(-1)[place : place + length]
+    return source().detach().reshape(-1)[place : place + length]
 
 
 _EDITS_OF_ENGINE = ("load_checkpoint", "load_module_state_dict", "offload_states", "reload_states")

@@ -25,7 +25,7 @@ from resilience.context import RunContext
 from resilience.deepspeed import checkpoint
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.deepspeed.profile import profile_of
-from resilience.deepspeed.shards import holdings, watch_edits
+from resilience.deepspeed.shards import Holdings, watch_edits
 from resilience.errors import FaultPlanError
 from resilience.faults.ledger import Ledger
 from resilience.faults.plan import STATE_SITES, FaultPlan, load_plan
@@ -80,7 +80,7 @@ def guard_engine(
     if reporter is None:
         reporter = _line(context, settings, versions or {}, last_place) if context is not None else SilentReporter()
     problem = _announce(engine, reporter, rank)
-    tensor_injector, process_injector = _injectors(context, settings, reporter)
+    tensor_injector, process_injector = _injectors(context, settings, reporter, problem)
     protection = _protection(adapter, settings, context, tensor_injector, undo)
     screen = GradientScreen(
         adapter.module,
@@ -99,7 +99,7 @@ def guard_engine(
         protector=protection,
         listeners=tuple(listeners),
         replay_problem=problem,
-        at_rest=_at_rest(engine, config, tensor_injector, settings, undo),
+        at_rest=_at_rest(engine, config, tensor_injector, settings, undo) if not problem else None,
     )
     undo.append(guard.uninstall)
     if context is not None:
@@ -161,7 +161,7 @@ def _announce(engine: Any, reporter: Reporter, rank: int) -> str:
     off = support.problems(profile_of(engine, is_first_engine=True))
     if not off:
         return ""
-    text = f"replay off: {', '.join(off)}; {support.INSTEAD}"
+    text = f"replay off: {', '.join(off)}; {support.INSTEAD}; weights and optimizer state are not checked at rest"
     if rank == 0:
         print(f"resilience: {text}", file=sys.stderr, flush=True)
         reporter.note("replay_off", text)
@@ -169,12 +169,12 @@ def _announce(engine: Any, reporter: Reporter, rank: int) -> str:
 
 
 def _injectors(
-    context: RunContext | None, settings: Settings, reporter: Reporter
+    context: RunContext | None, settings: Settings, reporter: Reporter, problem: str
 ) -> tuple[TensorInjector | None, ProcessInjector | None]:
     if context is None or context.fault_plan is None:
         return None, None
     plan = load_plan(context.fault_plan)
-    _require_protected_sites(plan, context.config.detection.strength)
+    _require_protected_sites(plan, context.config.detection.strength, problem)
     ledger = Ledger(context.run_dir, settings.rank)
     for strike in ledger.strikes():
         # The coordinator may have died, or this rank, before it heard of them; it knows them by their ids.
@@ -191,8 +191,11 @@ def _injectors(
     return tensor, process
 
 
-def _require_protected_sites(plan: FaultPlan, strength: str) -> None:
+def _require_protected_sites(plan: FaultPlan, strength: str, problem: str) -> None:
     """A fault that can never strike is a mistake in the plan."""
+    state = [fault.site for fault in plan.fault if fault.site in STATE_SITES]
+    if state and problem:
+        raise FaultPlanError(f"site {state[0]!r}: state is not known well enough to be struck, because of {problem}")
     outside = ("gradient", *STATE_SITES)
     inside = [fault.site for fault in plan.fault if fault.strikes_tensor and fault.site not in outside]
     if inside and strength in ("off", "screen"):
@@ -233,8 +236,14 @@ def _at_rest(
     if not is_on and injector is None:
         return None
     share = detection.at_rest_share if is_on else 0.0
-    at_rest = AtRest(lambda: holdings(engine), share=share, injector=injector, clock=settings.clock)
-    undo.append(watch_edits(engine, at_rest.forget))
+    holdings = Holdings(engine)
+    at_rest = AtRest(holdings, share=share, injector=injector, clock=settings.clock)
+
+    def edited() -> None:
+        holdings.forget()
+        at_rest.forget()
+
+    undo.append(watch_edits(engine, edited))
     return at_rest
 
 

@@ -54,8 +54,7 @@ class Mark:
 
     def hash_now(self) -> torch.Tensor:
         """Hash of the piece as it is now; int64 scalar on its device."""
-        elements = self.elements()
-        return bit_hash(elements, offset=self.start * elements.element_size() // WORD_BYTES)
+        return _hash(self.held, self.start, self.stop)
 
     @property
     def is_explained(self) -> bool:
@@ -119,7 +118,8 @@ class AtRest:
 
     def look(self, roles: Iterable[Role] = tuple(Role)) -> int:
         """Compare the pieces of these roles with what they were; returns how many differences wait to be settled."""
-        wanted = [mark for mark in self._marks if mark.held.role in set(roles)]
+        among = frozenset(roles)
+        wanted = [mark for mark in self._marks if mark.held.role in among]
         explained = [mark for mark in wanted if mark.is_explained]
         if explained:
             self.was_edited = True
@@ -163,15 +163,13 @@ class AtRest:
         return True if any(mark.held.name == name for mark in self._marks) else None
 
     def _mark(self, held: Sequence[Held], step: int) -> None:
-        tensors = [item.read() for item in held]
-        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        for place, start, stop in pieces(sizes, self._share, step):
-            item, width = held[place], tensors[place].element_size()
+        for place, start, stop in pieces([item.length * item.width for item in held], self._share, step):
+            item = held[place]
             key = (item.name, start, stop)
             mark = self._still.get(key)
             if mark is None or mark.is_explained:
-                mark = Mark(item, start // width, stop // width, None, item.versions())
-                mark = dataclasses.replace(mark, hash=mark.hash_now())
+                first, last = start // item.width, stop // item.width
+                mark = Mark(item, first, last, _hash(item, first, last), item.versions())
             if item.is_frozen:
                 # No step changes it: it is held against what it was when it was first seen.
                 self._still[key] = mark
@@ -194,6 +192,10 @@ class AtRest:
         if missed:
             address = missed[0].param or f"layer {missed[0].layer}"
             raise FaultPlanError(f"site {missed[0].site!r}: rank {missed[0].rank} keeps nothing of {address!r}")
+
+
+def _hash(held: Held, start: int, stop: int) -> torch.Tensor:
+    return bit_hash(held.read()[start:stop], offset=start * held.width // WORD_BYTES)
 
 
 def integers(scalars: Sequence[torch.Tensor | int]) -> list[int]:

@@ -107,7 +107,8 @@ def as_markdown() -> str:
         "# What the guard supports",
         "",
         "Drawn from `resilience/guard/support.py`. Where replay is off, that is printed when training starts, and "
-        f"{INSTEAD}. Detection goes on all the same.",
+        f"{INSTEAD}, and weights and optimizer state are not checked at rest. Detection within the step goes on all "
+        "the same.",
         "",
         "| configuration | supported | how it is held |",
         "|---|---|---|",

@@ -27,9 +27,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 def held(
     name: str, tensor: torch.Tensor, *, role: Role = Role.WEIGHT, parameter: str = "w", frozen: bool = False
 ) -> Held:
-    def owner() -> torch.Tensor:
-        return tensor
-
     return Held(
         name=name,
         parameter=parameter,
@@ -37,10 +34,11 @@ def held(
         role=role,
         offset=0,
         length=tensor.numel(),
+        width=tensor.element_size(),
         replicated=True,
         is_frozen=frozen,
         read=lambda: tensor.detach().view(-1),
-        owner=owner,
+        owners=lambda: (tensor,),
     )
 
 
