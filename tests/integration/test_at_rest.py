@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import digest, launched
-
 WORKERS = Path(__file__).parent / "workers"
 WEIGHT = "attention.0.q_proj.weight"
 SHARDED = [f"zero{zero}-{precision}" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
@@ -121,40 +119,3 @@ def test_replicas_that_differ_are_found_and_the_masters_blame(results: dict[str,
     assert found["detections"] == [[3, 1, "weight", "replica", WEIGHT, True]]
     assert found["actions"] == ["3:mended"]
     assert found["equal"]
-
-
-FAULTS = """
-[[fault]]
-step = 1
-rank = 1
-site = "weight"
-param = "mlp.0.0.weight"
-kind = "bitflip"
-bit = 14
-
-[[fault]]
-step = 6
-rank = 1
-site = "optimizer"
-param = "head.weight"
-kind = "bitflip"
-bit = 30
-"""
-
-
-def test_a_run_goes_back_to_its_checkpoint_and_ends_in_the_fault_free_weights(tmp_path: Path) -> None:
-    steps = {"script_args": ["--steps", "8"]}
-    with launched(tmp_path / "plain", plain=True, **steps) as run:
-        assert run.wait() == 0, run.output()[-4000:]
-    directory = tmp_path / "struck"
-    with launched(directory, faults=FAULTS, resilience="[detection]\nat_rest_share = 1.0\n", **steps) as run:
-        assert run.wait() == 0, run.output()[-4000:]
-        report = run.report()
-        run.assert_nothing_left()
-    assert digest(directory) == digest(tmp_path / "plain")
-    assert [(f["step"], f["site"]) for f in report["faults_injected"]] == [(1, "weight"), (6, "optimizer")]
-    found = [(d["step"], d["rank"], d["site"], d["verdict"]) for d in report["detections"]]
-    assert found == [(2, 1, "weight", "transient"), (7, 1, "optimizer", "transient")]
-    assert [(d["step"], d["action"]) for d in report["decisions"]] == [(2, "corrected"), (7, "restart")]
-    assert "master of head.weight" in report["decisions"][1]["reason"]
-    assert report["num_generations"] == 2

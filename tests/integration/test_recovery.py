@@ -84,6 +84,39 @@ def test_three_faults_under_zero3_in_fp32(tmp_path: Path) -> None:
     assert digest(tmp_path / "faulted") == digest(tmp_path / "plain")
 
 
+STRUCK_AT_REST = """
+[[fault]]
+step = 1
+rank = 1
+site = "weight"
+param = "mlp.0.0.weight"
+kind = "bitflip"
+bit = 14
+
+[[fault]]
+step = 6
+rank = 1
+site = "optimizer"
+param = "head.weight"
+kind = "bitflip"
+bit = 30
+"""
+
+
+def test_damaged_masters_lead_back_to_the_checkpoint(tmp_path: Path, fault_free: Path) -> None:
+    with launched(tmp_path, faults=STRUCK_AT_REST, resilience="[detection]\nat_rest_share = 1.0\n") as run:
+        assert run.wait() == 0, run.output()[-4000:]
+        report = run.report()
+        run.assert_nothing_left()
+    assert digest(tmp_path) == digest(fault_free)
+    assert [(f["step"], f["site"]) for f in report["faults_injected"]] == [(1, "weight"), (6, "optimizer")]
+    found = [(d["step"], d["rank"], d["site"], d["verdict"]) for d in report["detections"]]
+    assert found == [(2, 1, "weight", "transient"), (7, 1, "optimizer", "transient")]
+    assert [(d["step"], d["action"]) for d in report["decisions"]] == [(2, "corrected"), (7, "restart")]
+    assert "master of head.weight" in report["decisions"][1]["reason"]
+    assert report["num_generations"] == 2
+
+
 def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path) -> None:
     faults = (
         '[[fault]]\nstep = 3\nrank = 1\nsite = "linear.out"\nlayer = 1\nkind = "scale"\nfactor = 64.0\nrepeat = -1\n'
