@@ -47,7 +47,7 @@ class _Section(pydantic.BaseModel):
 class DetectionConfig(_Section):
     """What is checked, how strongly, how often."""
 
-    strength: Literal["off", "screen", "invariants", "checksum"] = "checksum"
+    strength: Literal["off", "screen", "invariants", "checksum", "kernel"] = "checksum"
     """Strongest check in use; a stronger one includes the weaker ones."""
     share: Annotated[float, Field(gt=0, le=1)] | Literal["adaptive"] = 1.0
     """Share of protected calls that are checked; `adaptive` sets it for each site, to reach `coverage_target`."""

@@ -88,7 +88,8 @@ def _measure(shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
     grouped = shape.heads != shape.key_heads
 
     def vendor() -> torch.Tensor:
-        return F.scaled_dot_product_attention(*leaves, is_causal=shape.causal, enable_gqa=grouped)
+        query, key, value = leaves
+        return F.scaled_dot_product_attention(query, key, value, is_causal=shape.causal, enable_gqa=grouped)
 
     def forward(how: api.Checks | None) -> api.Forward:
         return api.attention_forward(q, k, v, causal=shape.causal, checks=how, ring=ring)

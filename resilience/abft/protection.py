@@ -6,6 +6,7 @@ arithmetic on tensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from resilience.abft.frequency import Frequency
 from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
 from resilience.abft.gemm import GEMM_OPERATORS
 from resilience.abft.handlers import Context, GemmHandlers, Injector
+from resilience.abft.in_kernel import REPLACED_OPERATORS, InKernelAttention
 from resilience.abft.labels import Labels, Observer
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
@@ -28,12 +30,15 @@ from resilience.config import DetectionConfig
 
 __all__ = ["Protection"]
 
+_log = logging.getLogger(__name__)
+
 
 class Protection:
     """Checks around the GEMMs, softmaxes and fused attentions of one process.
 
     Strengths: `off` and `screen` override nothing here (the screen of gradients is the guard's); `invariants` checks
-    fused attention; `checksum` adds every GEMM and eager attention's softmax.
+    fused attention; `checksum` adds every GEMM and eager attention's softmax; `kernel` computes fused attention on a
+    CUDA device by a kernel that checks and repairs itself, and is `checksum` elsewhere.
 
     On a CPU a check is read at once, and a faulty operation is run again in place, verified again, and reported as
     mended. On a GPU nothing is read while the model runs: a fault is reported by `drain` at the boundary, to be
@@ -64,11 +69,18 @@ class Protection:
         context = Context(config, self._labels, self._record, injector, profile)
         self._gemms = GemmHandlers(context)
         self._step = -1
-        if config.strength in ("invariants", "checksum"):
+        self._attention = InKernelAttention(context) if config.strength == "kernel" else None
+        if self._attention is not None and not torch.cuda.is_available():
+            _log.warning("strength kernel: no CUDA device; fused attention is held by its invariants, as at checksum")
+        if config.strength in ("invariants", "checksum", "kernel"):
             for operator in FUSED_OPERATORS:
                 self._seam.add(operator, fused_forward_handler(context, operator))
                 self._seam.add(f"{operator}_backward", fused_backward_handler(context, operator))
-        if config.strength == "checksum":
+        if self._attention is not None:
+            for operator in REPLACED_OPERATORS:
+                self._seam.add(operator, self._attention.forward(operator), keys=("CUDA",))
+                self._seam.add(f"{operator}_backward", self._attention.backward(operator), keys=("CUDA",))
+        if config.strength in ("checksum", "kernel"):
             self._seam.add("_softmax", softmax_handler(context))
             self._seam.add("_softmax_backward_data", softmax_backward_handler(context))
             for operator in GEMM_OPERATORS:
@@ -120,6 +132,8 @@ class Protection:
 
         On a CPU complete at any time. With work on a GPU it waits for the device: call it at the boundary only.
         """
+        if self._attention is not None:
+            self._attention.drain()
         return self._record.drain()
 
     def checks(self) -> dict[str, int]:

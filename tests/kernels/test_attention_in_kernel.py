@@ -20,6 +20,7 @@ from resilience.abft.fused import bind
 from resilience.abft.handlers import Context
 from resilience.abft.in_kernel import REPLACED_OPERATORS, InKernelAttention
 from resilience.abft.labels import Labels
+from resilience.abft.protection import Protection
 from resilience.abft.record import Record
 from resilience.abft.seam import Gate, Seam
 from resilience.clock import SystemClock
@@ -225,3 +226,19 @@ def test_log_sum_exps_of_all_forms_are_read_alike(operator: str) -> None:
     read = in_kernel._plain_lse(packed, query)
     assert torch.equal(read, lse)
     assert read.is_contiguous()
+
+
+def test_without_a_gpu_strength_kernel_is_checksum_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    kernel = Protection(DetectionConfig(strength="kernel"))
+    assert "no CUDA device" in caplog.text
+    assert kernel._seam.operators == Protection(DetectionConfig())._seam.operators
+    kernel.install()
+    try:
+        with kernel.active():
+            step(Gate(), operands())
+    finally:
+        kernel.uninstall()
+    assert kernel.drain() == []
+    assert kernel.checks()["attention.context"] == 1
