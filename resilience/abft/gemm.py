@@ -42,7 +42,8 @@ class Gemm:
     repeated.
     """
     repeatable: bool = True
-    """Whether the same call can be made again: what it reads can be had as it was."""
+    """Whether the same call can be made again: what it reads can be had as it was. Else `addend` is still a copy of
+    what the call read, and the result can be rebuilt from checksums."""
 
     @property
     def m(self) -> int:
@@ -60,7 +61,9 @@ class Gemm:
 def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gemm | None:
     """What a call of one of `GEMM_OPERATORS` computes; None where it has nothing that could be checked.
 
-    An addend that the call overwrites is copied first. Integer and complex products, and empty ones, are not checked.
+    An addend that the call overwrites is copied first. Integer and complex products, and empty ones, are not checked;
+    nor is a product written over its own operands, whose result is undefined: here it was wrong by orders of magnitude
+    for some shapes and dtypes.
     """
     left, right = _operands(operator, args)
     if left.dtype not in _CHECKED_DTYPES or left.numel() == 0 or right.numel() == 0:
@@ -70,20 +73,19 @@ def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     base, _, form = operator.partition(".")
     with_addend = _has_addend(base)
     target = args[0] if base.endswith("_") else kwargs.get("out") if form == "out" else None
-    repeatable = target is None or not (_overlap(target, left) or _overlap(target, right))
+    if target is not None and (_overlap(target, left) or _overlap(target, right)):
+        return None
     if not with_addend:
-        return Gemm(left, right, repeatable=repeatable)
+        return Gemm(left, right)
     addend, beta, alpha = args[0], float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
     if beta == 0.0:
-        return Gemm(left, right, None, beta, alpha, repeatable=repeatable)
+        return Gemm(left, right, None, beta, alpha)
     if target is None or not _overlap(target, addend):
-        return Gemm(left, right, addend, beta, alpha, repeatable=repeatable)
+        return Gemm(left, right, addend, beta, alpha)
     same = (
         target.data_ptr() == addend.data_ptr() and target.shape == addend.shape and target.stride() == addend.stride()
     )
-    return Gemm(
-        left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=repeatable and same
-    )
+    return Gemm(left, right, addend.clone(), beta, alpha, overwritten=addend if same else None, repeatable=same)
 
 
 def unchecked_reason(operator: str, args: tuple[Any, ...]) -> str:
@@ -95,6 +97,8 @@ def unchecked_reason(operator: str, args: tuple[Any, ...]) -> str:
         return f"product of {left.dtype}"
     if left.numel() == 0 or right.numel() == 0:
         return "empty product"
+    if left.dim() == right.dim() >= 2:
+        return "product written over its own operand"
     return "operands that do not fit"
 
 
@@ -108,4 +112,13 @@ def _has_addend(operator: str) -> bool:
 
 
 def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    """Whether the spans of memory of two tensors meet."""
+    (first, end), (other_first, other_end) = _span(one), _span(other)
+    return one.device == other.device and first < other_end and other_first < end
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

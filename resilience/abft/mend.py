@@ -1,4 +1,4 @@
-"""Repair in place: the same call again, on the same inputs. Bit-exact, and the only repair of this form.
+"""Repair in place: the same call again, on the same inputs, which is bit-exact; or from checksums, which is not.
 
 Never blocks of rows: a library GEMM of another shape need not give the same bits.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
+from resilience.abft.carried import encode_gemm
+from resilience.abft.eec import rebuild
 from resilience.abft.gemm import Gemm
 
-__all__ = ["repeat_until_clean", "restore_overwritten"]
+__all__ = ["rebuilt", "repeat_until_clean", "restore_overwritten"]
 
 Result = TypeVar("Result")
 
@@ -34,3 +38,12 @@ def restore_overwritten(gemm: Gemm) -> None:
     if gemm.overwritten is not None:
         assert gemm.addend is not None
         gemm.overwritten.copy_(gemm.addend)
+
+
+def rebuilt(gemm: Gemm, out: torch.Tensor, *, tolerance_scale: float = 1.0) -> bool:
+    """Rebuild what is wrong in the result of a GEMM from its checksums; whether something was, and all sums agree now.
+
+    Waits for the device. Otherwise `out` is as it was: too many elements are wrong, or the operands are not finite.
+    """
+    repair = rebuild(encode_gemm(gemm, out), tolerance_scale=tolerance_scale)
+    return repair.clean and repair.num_rebuilt > 0

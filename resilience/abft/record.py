@@ -137,9 +137,10 @@ class Record:
         started: float,
         *,
         mended: bool = False,
+        bit_exact: bool = True,
         inputs_bad: bool = False,
     ) -> None:
-        """Note an alarm; a repair is always by the same call again, hence bit-exact."""
+        """Note an alarm. A repair is bit-exact, by the same call again, unless it is said to be none."""
         if self.on_ratio is not None and not inputs_bad:
             self.on_ratio(label.site, ratio, True)
         if len(self._findings) >= _MAX_FINDINGS:
@@ -152,7 +153,7 @@ class Record:
                 kind=kind,
                 residual_ratio=ratio if math.isfinite(ratio) else math.inf,
                 mended=mended,
-                bit_exact=mended,
+                bit_exact=mended and bit_exact,
                 inputs_bad=inputs_bad,
                 detected_at=self._clock.wall(),
                 latency_ms=(self._clock.monotonic() - started) * 1e3,
