@@ -77,7 +77,7 @@ def _device_faults(roots: Iterable[Detection]) -> set[tuple[str, str, int, int]]
     return {
         (d.device, str(d.verdict), d.generation, d.step)
         for d in roots
-        if d.verdict in hardware and d.check is not Check.PROCESS
+        if d.verdict in hardware and d.check is not Check.PROCESS and (d.mended or d.check is not Check.REPLICA)
     }
 
 

@@ -42,7 +42,9 @@ def settle(state: State, detection_id: str, verdict: Verdict, at: float) -> list
     if detection.verdict is verdict:
         return []
     state.detections[detection_id] = dataclasses.replace(detection, verdict=verdict)
-    if verdict in _OF_A_DEVICE and detection.check is not Check.PROCESS:
+    # Copies that differ and could not be rebuilt tell of no device: either may be the right one.
+    blames = detection.check is not Check.PROCESS and (detection.mended or detection.check is not Check.REPLICA)
+    if verdict in _OF_A_DEVICE and blames:
         fault_id = f"g{detection.generation}-s{detection.step}"
         return [RememberFault(fault_id, detection.device, detection.node, verdict, at)]
     return []

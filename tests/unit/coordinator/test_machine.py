@@ -15,6 +15,7 @@ from resilience.coordinator.machine.facts import FACTS
 from resilience.coordinator.machine.pulse import sample_interval_s
 from resilience.events import (
     Action,
+    Check,
     CheckpointFact,
     CheckpointKind,
     Decision,
@@ -75,6 +76,17 @@ def test_a_verdict_may_come_before_its_detection(run: FakeRun) -> None:
     run.report("rank:0", detections=(detection(step=2, mended=True),))
     assert run.state.detections["g1-r0-1"].verdict is Verdict.TRANSIENT
     assert [fault.verdict for fault in run.remembered] == [Verdict.TRANSIENT]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("check", "mended", "blames"),
+    [(Check.AT_REST, False, True), (Check.REPLICA, True, True), (Check.REPLICA, False, False)],
+)
+def test_copies_that_differ_are_held_against_no_device(run: FakeRun, check: Check, mended: bool, blames: bool) -> None:
+    run.conclude(corrected(0, 1))
+    run.report("rank:0", detections=(detection(step=2, site="weight", check=check, mended=mended),))
+    assert run.state.detections["g1-r0-1"].verdict is Verdict.TRANSIENT
+    assert bool(run.remembered) is blames
 
 
 def test_facts_that_are_sent_again_are_told_once(run: FakeRun) -> None:
