@@ -212,16 +212,6 @@ def test_every_form_of_the_operators_is_mended(protect: Any, striker: Any, form:
     assert torch.equal(target, expected)
 
 
-def test_a_call_that_overwrites_its_operand_is_not_repeated(protect: Any, striker: Any) -> None:
-    protection = protect()
-    striker.arm("matmul", 0, infinite)
-    both = operand(6, 6)
-    with protection.active():
-        both.addmm_(both, operand(6, 6))
-    (finding,) = protection.drain()
-    assert not finding.mended
-
-
 @pytest.mark.parametrize("strength", ["off", "screen"])
 def test_weak_strengths_override_nothing(gpt: Any, protect: Any, striker: Any, strength: str) -> None:
     model = gpt()
