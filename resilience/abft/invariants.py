@@ -6,13 +6,15 @@ logsumexp (b, hq, tq). With P the attention probabilities (after dropout where t
     range   min_j V_j ≤ O_i ≤ max_j V_j in every component                       forward, no dropout
     dv      Σ_j dV_j = Σ_i dO_i                                                  backward, no dropout
     dk      Σ_j dK_j = 0            since Σ_j dS_ij = 0                           backward
-    dq      ⟨dQ, Q⟩ = ⟨dK, K⟩       both are ⟨dS, S⟩                               backward
-    out     ⟨dV, V⟩ = Σ_i D_i       both are Σ_ij P_ij dO_i·V_j                   backward; sees a fault of the
-    forward's O
+    dq      Σ_i dQ_ic Q_ic = Σ_j dK_jc K_jc     both are scale·Σ_ij dS_ij Q_ic K_jc        backward
+    out     Σ_j dV_jc V_jc = Σ_i dO_ic O_ic     both are Σ_ij P_ij dO_ic V_jc              backward; sees a fault of
+    the forward's O
 
-Under a causal or additive mask all of them hold; rows that see no key have O_i = 0 and are left out of `dv`. With
-fewer key heads than query heads, sums over queries run over the heads that share a key head. In float32 they see
-nearly everything that is above round-off; in bfloat16 dK and dV well, O and dQ only gross errors.
+The last two hold for every component c by itself, which is sharper than their sums ⟨dQ, Q⟩ and ⟨dV, V⟩ by the root of
+the width: a fault stands against the round-off of one component. Under a causal or additive mask all of them hold; rows
+that see no key have O_i = 0 and are left out of `dv`. With fewer key heads than query heads, sums over queries run over
+the heads that share a key head. In float32 they see nearly everything that is above round-off; in bfloat16 what is
+several times the rms of a gradient or of O.
 
 Pure arithmetic on tensors: no state, no verdicts.
 """
@@ -128,7 +130,8 @@ _SCREEN_SHARE = 0.8
 @torch.no_grad()
 def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
     """As `_exact_ratios`, reading each tensor once. Sums of squares are estimated: the squared sum of terms under
-    random signs is their sum of squares on average, and its mean over a head's components is within some 20 % of that.
+    random signs is their sum of squares on average. Half of the estimate is the component's own, of three sets of
+    signs, and half the mean of its head's: neither a component far above the others nor a low estimate widens the gap.
     Scores do not widen tolerances, and rows without keys count: the exact form has the last word.
     """
     chunk = max(1, _CHUNK_BYTES * call.query.shape[0] // max(1, call.query.nbytes))
@@ -152,7 +155,8 @@ def _screened_chunk(call: AttentionBackward) -> torch.Tensor:
         context = bound.ratio(_product_sums(call.d_value, call.value), weighted.shared(heads))
     if call.d_key is not None:
         # As in the exact form, with the noise of the rows and the size of their queries taken as independent.
-        noise = weighted.squares.unsqueeze(2) * _estimated(call.query).squares * (call.scale**2 / call.query.shape[2])
+        of_rows = weighted.squares.sum(2, keepdim=True) * (call.scale**2 / call.query.shape[2])
+        noise = of_rows * _estimated(call.query).squares
         squares = _share(noise, heads)
         dk = bound.ratio(_estimated(call.d_key), _Sums(torch.zeros_like(squares), squares))
         if call.d_query is not None:
@@ -161,19 +165,19 @@ def _screened_chunk(call: AttentionBackward) -> torch.Tensor:
 
 
 def _estimated(x: torch.Tensor) -> _Sums:
-    """Sums over the length of x (b, h, t, d), (b, h, d) each; squares are the mean of the head's components."""
+    """Sums over the length of x (b, h, t, d), (b, h, d) each."""
     batch, heads, length, width = x.shape
-    columns = sweep(_by_memory(x), left=_signs(length)).columns
+    signs = _signs(length)
+    columns = sweep(_by_memory(x), left=signs).columns
     assert columns is not None
-    sums = columns.reshape(batch, heads, width, 2)
-    squares = sums[..., 1].square().mean(2, keepdim=True).expand(-1, -1, width)
-    return _Sums(sums[..., 0], squares)
+    sums = columns.view(batch, heads, width, signs.shape[1])
+    own = sums[..., 1:].square().mean(3)
+    return _Sums(sums[..., 0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
 
 
 def _product_sums(one: torch.Tensor, other: torch.Tensor) -> _Sums:
-    """Sums of the products of elements over length and width, (b, h) each."""
-    sums = _estimated(torch.mul(one, other, out=_scratch(one)))
-    return _Sums(sums.total.sum(2), sums.squares.sum(2))
+    """Sums of the products of elements over the length, (b, h, d) each."""
+    return _estimated(torch.mul(one, other, out=_scratch(one)))
 
 
 class _Scratch(threading.local):
@@ -211,10 +215,10 @@ def _heads_in_rows(x: torch.Tensor) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _signs(length: int) -> torch.Tensor:
-    """(length, 2): ones, and fixed pseudo-random signs."""
+    """(length, 4): ones, and three columns of fixed pseudo-random signs."""
     generator = torch.Generator().manual_seed(length)
-    signs = torch.randint(0, 2, (length,), generator=generator) * 2.0 - 1.0
-    return torch.stack([torch.ones(length), signs]).T
+    signs = torch.randint(0, 2, (3, length), generator=generator) * 2.0 - 1.0
+    return torch.cat([torch.ones(1, length), signs]).T
 
 
 def _chunk(call: AttentionBackward, begin: int, size: int) -> AttentionBackward:
@@ -243,28 +247,33 @@ def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
     if d_value is not None:
         if not call.dropout:
             seen = d_out * out.any(dim=3, keepdim=True) if call.masked else d_out
-            dv = bound.ratio(_Sums.of(d_value, (2,)), _Sums.of(seen, (2,)).shared(heads))
-        context = bound.ratio(_Sums.of(d_value * value, (2, 3)), _Sums.of(weighted, (2, 3)).shared(heads))
+            dv = bound.ratio(_Sums.of(d_value), _Sums.of(seen).shared(heads))
+        context = bound.ratio(_Sums.of(d_value * value, _floor(call, value)), _Sums.of(weighted).shared(heads))
     if d_key is not None:
         # Each row of dS sums to the round-off of D_i, which Q_i then multiplies.
         noise = weighted.square().sum(3, keepdim=True) * (call.scale * query).square()
         squares = _share(noise.sum(2), heads)
-        dk = bound.ratio(_Sums.of(d_key, (2,)), _Sums(torch.zeros_like(squares), squares))
+        dk = bound.ratio(_Sums.of(d_key), _Sums(torch.zeros_like(squares), squares))
         if d_query is not None:
-            dq = bound.ratio(_Sums.of(d_key * key, (2, 3)), _Sums.of(d_query * query, (2, 3)).shared(heads))
+            of_query = _Sums.of(d_query * query, _floor(call, query))
+            dq = bound.ratio(_Sums.of(d_key * key, _floor(call, key)), of_query.shared(heads))
     return torch.stack([dv, dk, dq, context])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sums:
-    """One side of an identity, per batch and head: the sum of its terms and the sum of their squares."""
+    """One side of an identity, (b, h, d): the sum of its terms over the length and the sum of their squares."""
 
     total: torch.Tensor
     squares: torch.Tensor
 
     @classmethod
-    def of(cls, terms: torch.Tensor, dimensions: tuple[int, ...]) -> _Sums:
-        return cls(terms.sum(dimensions), terms.square().sum(dimensions))
+    def of(cls, terms: torch.Tensor, floor: torch.Tensor | None = None) -> _Sums:
+        """`floor`: what the terms would be of elements at the smallest normal number; below it, round-off stops
+        shrinking with them, which matters in float16 only.
+        """
+        squares = terms.square().sum(2)
+        return cls(terms.sum(2), squares if floor is None else squares + floor.square().sum(2))
 
     def shared(self, key_heads: int) -> _Sums:
         return _Sums(_share(self.total, key_heads), _share(self.squares, key_heads))
@@ -296,6 +305,12 @@ class _Bound:
         squares = one.squares + other.squares
         tolerance = self.random * squares.sqrt() + self.coherent * torch.minimum(one.total.abs(), other.total.abs())
         return (residual / (tolerance + _TINY) + squares * 0.0).max()
+
+
+def _floor(call: AttentionBackward, operand: torch.Tensor) -> torch.Tensor | None:
+    if call.out.dtype != torch.float16:
+        return None
+    return operand * torch.finfo(torch.float16).smallest_normal
 
 
 def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
