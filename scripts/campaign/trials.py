@@ -109,14 +109,10 @@ class Striker:
         self._draw = draw
         self.begin("")
 
-    def begin(self, operator: str) -> None:
-        """An operator of aten is about to run."""
+    def begin(self, operator: str, site: str | None = None) -> None:
+        """An operator of aten is about to run; with `site`, only its result of that name may be struck."""
         self.num_strikes = 0
-        self._wanted: str | None = None
-        if operator == f"{FUSED}_backward" and self._schedule is not None:
-            # Three results, one trial.
-            left = [site for site in FUSED_SITES if self._schedule.left(f"{site} (fused)")]
-            self._wanted = self._draw.choice(left) if left else "none left"
+        self._wanted = site
         self.operator = operator
         self.trial: Trial | None = None
         self.clean: torch.Tensor | None = None
@@ -198,10 +194,17 @@ class Trials(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operator = func._overloadpacket.__name__
+        sites: tuple[str | None, ...] = (None,)
         if operator == f"{FUSED}_backward":
             self._look_again(func, args, kwargs)
+            sites = FUSED_SITES  # it runs once for each of its results, a trial each
+        for site in sites:
+            result = self._run(operator, site, func, args, kwargs)
+        return result
+
+    def _run(self, operator: str, site: str | None, func: Any, args: Any, kwargs: Any) -> Any:
         striker = self._striker
-        striker.begin(operator)
+        striker.begin(operator, site)
         result = func(*args, **kwargs)
         if not striker.num_strikes:
             return result
