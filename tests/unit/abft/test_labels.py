@@ -225,3 +225,25 @@ def test_an_exception_in_a_module_leaves_no_label_behind(gpt: Any, protect: Any,
     with protection.active():
         torch.randn(3, 4) @ torch.randn(4, 2)
     assert striker.seen[-1][0] == "matmul"
+
+
+@pytest.mark.parametrize("before", ["raises", "without_gradients"])
+def test_a_forward_that_does_not_count_takes_no_numbers(gpt: Any, protect: Any, striker: Any, before: str) -> None:
+    """One that runs out of memory and is tried again, or an evaluation in the middle of a micro-step."""
+    model = gpt(layers=2, checkpointing="non_reentrant")
+    protection = protect()
+    expected = labels_of(protection, striker, model, lambda: model(TOKENS))
+
+    def run() -> torch.Tensor:
+        if before == "raises":
+            handle = model.mlps[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(TOKENS)
+            handle.remove()
+        else:
+            with torch.no_grad():
+                model(TOKENS)
+        striker.seen.clear()
+        return model(TOKENS)
+
+    assert labels_of(protection, striker, model, run) == expected
