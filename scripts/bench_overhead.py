@@ -25,6 +25,7 @@ __all__ = ["main"]
 
 SCRIPTS = Path(__file__).parent
 CHECKSUM = {"strength": "checksum"}
+ADAPTIVE = {"strength": "checksum", "share": "adaptive", "overhead_budget_ratio": 0.02}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ CASES = (
     *(Case(name=f"{model}-eager-fp32", model=model) for model in FOUR),
     # SDPA has no GPT-Neo in transformers.
     *(Case(name=f"{model}-sdpa-fp32", model=model, attention="sdpa") for model in FOUR if model != "gpt-neo"),
-    Case(name="gpt2-eager-fp32-checkpointing", model="gpt2", checkpointing=True),
+    Case(name="gpt2-checkpointing-fp32", model="gpt2", checkpointing=True),
+    Case(name="gpt2-adaptive-fp32", model="gpt2", detections=(ADAPTIVE,)),
+    Case(name="bert-adaptive-fp32", model="bert", detections=(ADAPTIVE,)),
     Case(name="gpt2-eager-bf16", model="gpt2", precision="bf16"),
     Case(name="gpt2-sdpa-bf16", model="gpt2", attention="sdpa", precision="bf16"),
 )
@@ -120,6 +123,8 @@ def show(results: list[dict[str, Any]]) -> None:
             spread = [f"{value:.3f}" for value in (row["median_ratio"], min(ratios), max(ratios))]
             pairs = " ".join(f"{ratio:.3f}" for ratio in ratios)
             share = str(row.get("share", 1))
+            if "coverage" in row:
+                share += f", coverage {row['coverage']:.4f}"
             table.add_row(result["name"], row["strength"], share, f"{row['plain_step_ms']:.0f} ms", *spread, pairs)
     Console(width=150).print(table)
     print(

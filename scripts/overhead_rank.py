@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from overhead_models import MODELS, Trained, build
 
+from resilience.abft.frequency import MEASURED_STEPS
 from resilience.config import Config, GuardConfig
 from resilience.deepspeed import hook
 
@@ -39,8 +40,9 @@ class Trainer:
             self.engine.backward(self._loss(self.engine, step, micro_step))
             self.engine.step()
 
-    def seconds_per_step(self, num_steps: int) -> float:
-        self.step()
+    def seconds_per_step(self, num_steps: int, *, num_untimed: int = 1) -> float:
+        for _ in range(num_untimed):
+            self.step()
         self._wait()
         started_at = time.perf_counter()
         for _ in range(num_steps):
@@ -61,13 +63,19 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
         {"detection": detection, "guard": GuardConfig(measure_determinism=False)}
     )
 
+    # An adaptive share is set once costs were measured.
+    num_untimed = MEASURED_STEPS + 1 if config.detection.share == "adaptive" else 1
+    coverages = []
+
     def plain() -> float:
         return trainer.seconds_per_step(num_steps)
 
     def protected() -> float:
         hook.protect(trainer.engine, config)
         try:
-            return trainer.seconds_per_step(num_steps)
+            seconds = trainer.seconds_per_step(num_steps, num_untimed=num_untimed)
+            coverages.append(coverage(trainer.engine))
+            return seconds
         finally:
             hook.release(trainer.engine)
 
@@ -81,10 +89,18 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
         ratios.append(with_protection / without)
     return {
         **detection,
+        **({"coverage": min(coverages)} if num_untimed > 1 else {}),
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
         "plain_step_ms": 1000 * statistics.median(plain_seconds),
     }
+
+
+def coverage(engine: Any) -> float:
+    """Of the adaptive share that `engine` runs with; 1 where everything is checked."""
+    guarded = hook.guarded(engine)
+    frequency = guarded.protection.frequency if guarded is not None and guarded.protection is not None else None
+    return 1.0 if frequency is None else frequency.coverage
 
 
 def machine() -> str:

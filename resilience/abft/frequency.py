@@ -46,6 +46,8 @@ class Frequency:
         self._started_s = 0.0
         self.solution: Solution | None = None
         """The newest; None before there is one."""
+        self.told: Callable[[Solution], None] | None = None
+        """Told of every new one."""
 
     def step_begins(self) -> None:
         """Count a step; set new shares when it is time."""
@@ -69,3 +71,5 @@ class Frequency:
             budget_ratio=config.overhead_budget_ratio,
         )
         self._use(self.solution.shares)
+        if self.told is not None:
+            self.told(self.solution)

@@ -157,6 +157,11 @@ class Protection:
         """The newest shares of an adaptive frequency, and what they give; None without one."""
         return None if self._frequency is None else self._frequency.solution
 
+    def tell_shares(self, told: Callable[[Solution], None]) -> None:
+        """Tell of the new shares whenever an adaptive frequency sets some."""
+        if self._frequency is not None:
+            self._frequency.told = told
+
     def residual_sample(self) -> list[float]:
         """Residual ÷ threshold of up to 64 clean operations since the last call, drawn uniformly."""
         return self._record.sample()

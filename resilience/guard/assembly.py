@@ -52,6 +52,8 @@ class Guarded:
     guard: Guard
     uninstall: Callable[[], None]
     """Puts the engine, its module and torch back as they were."""
+    protection: Protection | None = None
+    """The checks of its operations; None where nothing of the kind is on."""
 
 
 def guard_engine(
@@ -82,6 +84,9 @@ def guard_engine(
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter, problem)
     protection = _protection(adapter, settings, context, tensor_injector, undo)
+    if protection is not None and rank == 0:
+        # Other ranks may have others: costs are measured by each.
+        protection.tell_shares(lambda found: reporter.note("checks", f"share of checks on rank 0: {found.reason}"))
     screen = GradientScreen(
         adapter.module,
         config.detection,
@@ -112,7 +117,7 @@ def guard_engine(
         for step in reversed(undo):
             step()
 
-    return Guarded(guard, uninstall)
+    return Guarded(guard, uninstall, protection)
 
 
 def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:
