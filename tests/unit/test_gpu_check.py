@@ -32,11 +32,15 @@ def test_without_a_device_it_ends_with_one_line_and_69(words: list[str]) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("name", ["checksum", "hash"])
+@pytest.mark.parametrize("name", ["attention", "checksum", "hash"])
 def test_a_kernels_benchmark_says_what_it_lacks(name: str) -> None:
     command = [sys.executable, "-m", f"resilience.kernels.{name}.bench"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (answer.returncode, answer.stdout, answer.stderr) == (69, "", "needs a CUDA device\n")
+
+
+def test_every_kernel_has_a_benchmark(gpu_check: dict[str, Any]) -> None:
+    assert set(gpu_check["BENCHMARKS"]) == {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
 
 
 def test_every_part_becomes_a_table(gpu_check: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
