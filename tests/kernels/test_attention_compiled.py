@@ -43,9 +43,8 @@ def count(body: list[str], word: str) -> int:
         ("sm_90", "dq", 128, 16),
         ("sm_90", "dkdv", 128, 400),
         ("sm_90", "dkdv", 64, 400),
-        ("sm_90", "forward", 256, 256),
+        ("sm_90", "dkdv", 256, 400),
         ("sm_80", "forward", 64, 128),
-        ("sm_80", "dq", 128, 64),
         ("sm_80", "dkdv", 128, 400),
     ],
 )
@@ -85,7 +84,7 @@ def test_summaries_do_not_spill(kernel: str) -> None:
 
 
 def test_packed_sequences_padded_heads_and_float16_compile() -> None:
-    usage = compile_attention("sm_90", "forward", 96, packed=True, dtype="fp16", causal=False)
+    usage = compile_attention("sm_90", "dq", 96, packed=True, dtype="fp16", causal=False)
     assert usage.count("HGMMA") > 0
 
 
@@ -94,5 +93,5 @@ def test_the_multiprocessor_is_asked_for_its_number() -> None:
 
 
 def test_the_injecting_variant_is_another_kernel() -> None:
-    plain, injecting = (compile_attention("sm_80", "forward", 64, inject=inject).assembly for inject in (0, 1))
+    plain, injecting = (compile_attention("sm_90", "dq", 128, inject=inject).assembly for inject in (0, 6))
     assert plain != injecting
