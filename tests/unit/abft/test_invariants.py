@@ -148,6 +148,14 @@ def test_few_clean_calls_reach_the_exact_form() -> None:
     assert sum(suspected) <= 1
 
 
+def test_large_scores_raise_no_alarm_and_need_no_exact_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in models that were trained for a while: scores of 100 and more, a few keys that take all the mass."""
+    monkeypatch.setattr("resilience.abft.invariants._exact_ratios", lambda call: pytest.fail("computed exactly"))
+    for seed in range(20):
+        call = attention("causal", torch.float32, seed=seed, spread=4.0, length=64)
+        assert float(backward_ratios(call).max()) <= 1.0
+
+
 def test_a_batch_in_parts_has_the_ratios_of_its_worst_part(monkeypatch: pytest.MonkeyPatch) -> None:
     call = corrupted(attention("causal", torch.float32), "d_key", rms=5.0, place=-1)
     whole = _screened_ratios(call)
