@@ -33,7 +33,7 @@ TENSOR_KINDS = ("inf", "nan", "near_inf", "zero", "bitflip", "multibit", "stride
 
 TENSOR_SITES = (
     *(f"attention.{name}" for name in ("q", "k", "v", "scores", "probs", "context", "out")),
-    *(f"attention.{name}" for name in ("dq", "dk", "dv", "dp")),
+    *(f"attention.{name}" for name in ("dq", "dk", "dv", "dp", "ds")),
     *(f"linear.{name}" for name in ("out", "dgrad", "wgrad")),
     "gradient",
     "weight",
@@ -52,7 +52,7 @@ PROCESS_SITES = ("process", "coordinator")
 STATE_SITES = ("weight", "optimizer")
 """What is kept between the steps: struck at rest, after the optimizer step of step s and the hashes that follow it."""
 
-_SITES_TO_COME = ("attention.ds", "node", "storage")
+_SITES_TO_COME = ("node", "storage")
 
 _PARAMETER_OF_KIND = {"bit": "bitflip", "bits": "multibit", "factor": "scale", "exit_code": "exit"}
 """Which kind each of these keys belongs to; `exit_code` alone has a default."""
