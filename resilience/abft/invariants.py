@@ -256,8 +256,9 @@ def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
             dv = bound.ratio(_Sums.of(d_value), _Sums.of(seen).shared(heads))
         context = bound.ratio(_Sums.of(d_value * value, _floor(call, value)), _Sums.of(weighted).shared(heads))
     if d_key is not None:
-        # Each row of dS sums to the round-off of D_i, which Q_i then multiplies.
-        noise = weighted.square().sum(3, keepdim=True) * (call.scale * query).square()
+        # Each row of dS sums to the round-off of D_i, and to D_i times that of Σ P, which Q_i then multiplies.
+        of_rows = weighted.square().sum(3, keepdim=True) + weighted.sum(3, keepdim=True).square()
+        noise = of_rows * (call.scale * query).square()
         squares = _share(noise.sum(2), heads)
         dk = bound.ratio(_Sums.of(d_key), _Sums(torch.zeros_like(squares), squares))
         if d_query is not None:
