@@ -82,7 +82,10 @@ def settle(at_rest: AtRest, exchange: Exchange, *, repair: bool, check: Check = 
     results: list[tuple[Mark, _Result]] = []
     for number, (rank, claim) in enumerate(asked):
         told = [answer[number] for answer in answers]
-        is_edit = not claim.of_replicas and _is_the_scripts([answer.unchanged for answer in told])
+        is_edit = not claim.of_replicas and (
+            _is_the_scripts([answer.unchanged for answer in told])
+            or (exchange.world_size == 1 and _has_no_equal(claim, held.values()))
+        )
         plan = _plan(rank, claim, told) if repair and not is_edit else None
         content = _carry(plan, rank, held, claim, exchange) if plan is not None else None
         if rank == exchange.rank:
@@ -150,6 +153,14 @@ def _priority(at_rest: AtRest, item: Held, claim: Claim) -> int | None:
 def _is_the_scripts(unchanged: Sequence[bool | None]) -> bool:
     """Hardware does not change the same tensor on all ranks that keep it at once."""
     return sum(value is False for value in unchanged) > 1 and not any(unchanged)
+
+
+def _has_no_equal(claim: Claim, held: Iterable[Held]) -> bool:
+    """Whether a weight exists once, without a master: on one rank nothing tells an upset from the script's own write,
+    and clipping weights through `.data` is common.
+    """
+    masters = {item.parameter for item in held if item.role is Role.MASTER}
+    return claim.role is Role.WEIGHT and claim.parameter not in masters
 
 
 def _plan(claimant: int, claim: Claim, answers: Sequence[Answer]) -> list[Supply] | None:

@@ -98,6 +98,20 @@ def test_damaged_optimizer_state_is_named_once(name: str, attribute: str) -> Non
     assert state.at_rest.look() == 0
 
 
+def test_the_only_copy_of_a_weight_on_the_only_rank_may_be_written_through_data() -> None:
+    state = State()
+    only = [held("w", state.weight), held("exp_avg of w", state.moment, role=Role.MOMENT)]
+    state.at_rest = AtRest(lambda: only, share=1.0)
+    state.at_rest.after_step(1)
+    state.weight.data.clamp_(-0.5, 0.5)
+    assert state.at_rest.look([Role.WEIGHT]) == 1
+    assert settled(state) == []
+    assert state.at_rest.was_edited
+    flip(state.moment, 5)
+    assert state.at_rest.look() == 1
+    assert settled(state) == [("optimizer", "exp_avg of w", False)]
+
+
 def test_a_weight_whose_master_is_damaged_too_is_not_rebuilt_from_it() -> None:
     state = State()
     state.at_rest.after_step(1)
