@@ -83,10 +83,7 @@ def guard_engine(
         reporter = _line(context, settings, versions or {}, last_place) if context is not None else SilentReporter()
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter, problem)
-    protection = _protection(adapter, settings, context, tensor_injector, undo)
-    if protection is not None and rank == 0:
-        # Other ranks may have others: costs are measured by each.
-        protection.tell_shares(lambda found: reporter.note("checks", f"share of checks on rank 0: {found.reason}"))
+    protection = _protection(adapter, settings, context, tensor_injector, reporter, undo)
     screen = GradientScreen(
         adapter.module,
         config.detection,
@@ -215,6 +212,7 @@ def _protection(
     settings: Settings,
     context: RunContext | None,
     injector: TensorInjector | None,
+    reporter: Reporter,
     undo: list[Callable[[], None]],
 ) -> Protection | None:
     detection = settings.config.detection
@@ -224,6 +222,9 @@ def _protection(
     protection.install()
     undo.append(protection.uninstall)
     protection.attach(adapter.module)
+    if settings.rank == 0:
+        # Other ranks may have other shares: each measures its own costs.
+        protection.tell_shares(lambda found: reporter.note("checks", f"share of checks on rank 0: {found.reason}"))
     if context is not None and detection.calibrate:
         _calibrate(protection, context, settings.rank, undo)
     return protection
