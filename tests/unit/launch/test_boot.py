@@ -90,9 +90,9 @@ def installed_line() -> str:
 def test_line_is_installed_as_setup_writes_it() -> None:
     tree = ast.parse((Path(__file__).parents[3] / "setup.py").read_text())
     written = {
-        statement.targets[0].id: ast.literal_eval(statement.value)
+        ast.unparse(statement.targets[0]): ast.literal_eval(statement.value)
         for statement in tree.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]).startswith("PTH_")
     }
     assert installed_line() == written["PTH_LINE"]
     assert written["PTH_NAME"] == "deepspeed_resilience.pth"
