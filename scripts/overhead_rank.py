@@ -135,6 +135,8 @@ def main() -> None:
     model = trained.model
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
     trainer = Trainer(engine, trained)
+    for _ in range(3):
+        trainer.step()  # an engine's first steps pay for its memory
     rows = [
         measure(trainer, detection, num_pairs=arguments.pairs, num_steps=arguments.steps)
         for detection in arguments.detections
