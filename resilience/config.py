@@ -31,6 +31,7 @@ __all__ = [
     "GuardConfig",
     "LaunchConfig",
     "PolicyConfig",
+    "SnapshotConfig",
     "load_config",
 ]
 
@@ -101,12 +102,51 @@ class PolicyConfig(_Section):
     """Restarts of the processes within `restart_window_s`."""
     restart_window_s: Positive = 3600.0
     """Window of the restart budget, in seconds."""
+    max_rewinds: Count = 3
+    """Rewinds to a memory snapshot within `restart_window_s`."""
+    loss_spike_factor: Annotated[float, Field(ge=0)] = 0.0
+    """A loss this many robust deviations above the median of the last steps counts as committed corruption; 0, the
+    default, does not look: losses of healthy runs do spike."""
     max_failures_without_progress: Annotated[int, Field(ge=1)] = 2
     """Failures in a row at the same step, with the same exit code, before the run is not requeued."""
     max_skips_in_a_row: Annotated[int, Field(ge=1)] = 5
     """Optimizer steps in a row that DeepSpeed may skip for non-finite gradients, outside the loss scaler's search."""
     hang_timeout_s: Positive = 600.0
     """Seconds without a finished micro-step on any rank before the run counts as hanging."""
+
+
+class SnapshotConfig(_Section):
+    """Copies of the training state in memory, for rewinding and for fast restarts."""
+
+    interval_steps: Count | Literal["auto"] = "auto"
+    """Steps between two snapshots; `auto` takes them as often as `overhead_budget_ratio` allows, 0 never."""
+    overhead_budget_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """For `auto`: most of a step's time that copying may take, on average."""
+    dir: Path = Path("/dev/shm")
+    """Folder on tmpfs, on every node, in which a run keeps its arena."""
+    slots: Annotated[int, Field(ge=3)] | None = None
+    """Copies of each rank's shard that the arena has room for, the one being written included; unset is 4, or 6 where
+    nodes keep parity for each other."""
+    verify_steps: Annotated[int, Field(ge=1)] = 2
+    """Steps after a snapshot that must be verified before it counts as clean."""
+    parity_losses: Count | None = None
+    """Lost nodes of a group that the others can make up for; unset is 1 where there are several nodes."""
+    parity_group_size: Annotated[int, Field(ge=2)] = 8
+    """Most nodes that keep parity together."""
+    failure_domains: Mapping[str, str] = {}
+    """Node → what it fails with (a rack, a switch): nodes of a domain are spread over the groups."""
+    flush_interval_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds between two snapshots that are written to `flush_dir` as DeepSpeed checkpoints; 0 writes none."""
+    flush_dir: Path | None = None
+    """Folder for these, on storage that all nodes share; unset is `snapshots` in the run directory."""
+    flush_mib_per_s: Positive = 256.0
+    """Most that each node writes there, in MiB/s."""
+    fast_forward: bool = True
+    """After a restart, lead the script through the steps that a snapshot already holds."""
+    trail_max_mib: Positive = 256.0
+    """Most memory a rank spends on what that needs: hashes of inputs, losses, random states."""
+    history_max_mib: Positive = 1024.0
+    """Most memory a rank spends on the inputs of the steps since the oldest snapshot, for rewinding."""
 
 
 class CheckpointConfig(_Section):
@@ -144,6 +184,12 @@ class LaunchConfig(_Section):
     """Name of the run; unset makes one from the time and the launcher's pid."""
     dir: Path | None = None
     """Directory of the run; unset is `./resilience-runs/<run id>`."""
+    num_spare_nodes: Count = 0
+    """Nodes of the launch that wait until another one is lost; the last ones of the hostfile."""
+    node_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a run waits for a lost node to come back, where no spare is left."""
+    warm_standby: bool = True
+    """Keep a process for each rank that has imported what the rank had, to take its place if it dies."""
     stop_grace_s: Positive = 5.0
     """Seconds between SIGTERM and SIGKILL for a rank."""
     live: Literal["auto", "always", "never"] = "auto"
@@ -161,6 +207,8 @@ class Config(_Section):
     """The step transaction."""
     policy: PolicyConfig = PolicyConfig()
     """The limits of the decision table."""
+    snapshot: SnapshotConfig = SnapshotConfig()
+    """The memory tier."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Verified checkpoints."""
     coordinator: CoordinatorConfig = CoordinatorConfig()

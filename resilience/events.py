@@ -25,6 +25,8 @@ __all__ = [
     "Outcome",
     "Progress",
     "RankExit",
+    "SnapshotFact",
+    "SnapshotKind",
     "Strike",
     "Verdict",
 ]
@@ -61,12 +63,24 @@ class Check(enum.StrEnum):
     PROCESS = "process"
     AT_REST = "at_rest"
     REPLICA = "replica"
+    LOSS = "loss"
+    OPERATOR = "operator"
 
 
 class CheckpointKind(enum.StrEnum):
     """What happened to a checkpoint."""
 
     PUBLISHED = "published"
+    LOADED = "loaded"
+    REFUSED = "refused"
+
+
+class SnapshotKind(enum.StrEnum):
+    """What happened to a memory snapshot, or to a node's part of it."""
+
+    TAKEN = "taken"
+    PROTECTED = "protected"
+    FLUSHED = "flushed"
     LOADED = "loaded"
     REFUSED = "refused"
 
@@ -79,6 +93,7 @@ class DetectionKind(enum.StrEnum):
     NEAR_INF = "near_inf"
     MISMATCH = "mismatch"
     NORM_SPIKE = "norm_spike"
+    LOSS_SPIKE = "loss_spike"
     EXIT = "exit"
     HANG = "hang"
 
@@ -168,6 +183,11 @@ class Evidence:
     """Why not, in words, where `replay_available` is false."""
     bit_equal: bool = False
     """Whether this attempt's local gradients equalled the previous attempt's bit for bit on every rank."""
+    rewind_step: int | None = None
+    """Step of the newest memory snapshot that is known to be from before the damage, and whose steps since can be run
+    again on every rank; None where there is none."""
+    rewind_reason: str = ""
+    """Why there is none, in words."""
     loss_scale_search: bool = False
     """Whether the fp16 loss scaler is searching: non-finite gradients are then its business."""
     consecutive_skips: int = 0
@@ -279,5 +299,32 @@ class CheckpointFact:
     """With `refused`: what is wrong with it, in words."""
     seconds: float = 0.0
     """How long saving and hashing, or verifying and loading, took."""
+    at: float = 0.0
+    """Seconds since the Unix epoch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotFact:
+    """Something happened to a memory snapshot."""
+
+    kind: SnapshotKind
+    step: int
+    generation: int
+    """Generation that took it."""
+    node: str
+    """Whose part of it this is about; empty for all of it."""
+    tier: str = "memory"
+    """memory, peer (a copy or parity of another node's), or disk (flushed)."""
+    world_size: int = 0
+    num_bytes: int = 0
+    """Of this node's part."""
+    clean_through: int = 0
+    """Newest step that was known to be clean when this was said."""
+    redundancy: int = 0
+    """Lost nodes that the others can make up for."""
+    reason: str = ""
+    """With `refused`: what is wrong with it, in words."""
+    seconds: float = 0.0
+    """How long training was blocked by taking it; for the other kinds how long that took."""
     at: float = 0.0
     """Seconds since the Unix epoch."""

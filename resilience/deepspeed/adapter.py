@@ -45,6 +45,7 @@ class EngineAdapter:
         self.forward: Callable[..., Any] = engine.forward
         self.backward: Callable[..., Any] = engine.backward
         self.take_model_step: Callable[..., Any] = engine._take_model_step
+        self.step: Callable[..., Any] = engine.step
 
     def wrap(
         self,
@@ -52,9 +53,10 @@ class EngineAdapter:
         forward: Callable[..., Any],
         backward: Callable[..., Any],
         take_model_step: Callable[..., Any],
+        step: Callable[..., Any],
     ) -> Callable[[], None]:
         """Put wrappers in the place of the engine's own methods; the returned callable takes them out again."""
-        wrappers = {"forward": forward, "backward": backward, "_take_model_step": take_model_step}
+        wrappers = {"forward": forward, "backward": backward, "_take_model_step": take_model_step, "step": step}
         for name, wrapper in wrappers.items():
             # In the instance's dict, below nn.Module's bookkeeping: the class stays untouched.
             self.engine.__dict__[name] = wrapper

@@ -89,6 +89,8 @@ class Client:
         self.restart: pb.Restart | None = None
         """The coordinator's order to leave for a new generation, if there is one."""
         self.drain: pb.Drain | None = None
+        self.rewind: pb.Rewind | None = None
+        self.take_snapshot: pb.TakeSnapshot | None = None
         """The coordinator's order to leave after the next checkpoint, if there is one."""
         self.joined = threading.Event()
         """Set once the coordinator has accepted this rank; its answer is in `join_response`."""
@@ -288,6 +290,10 @@ class Client:
             self.restart = directive.restart
         elif order == "drain":
             self.drain = directive.drain
+        elif order == "rewind":
+            self.rewind = directive.rewind
+        elif order == "take_snapshot":
+            self.take_snapshot = directive.take_snapshot
 
     def _has_news(self) -> bool:
         return self._outbox.has_news or any(name not in self._concluding for name in self._unconcluded)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, Strike
+from resilience.events import Decision, Evidence
 from resilience.guard.client import Client
-from resilience.guard.reporter import Orders
+from resilience.guard.reporter import Fact, Orders
 
 __all__ = ["LineToCoordinator"]
 
@@ -29,11 +29,18 @@ class LineToCoordinator:
             restart=restart is not None,
             fenced=fenced is not None,
             drain=drain is not None,
+            rewind=1 + client.rewind.step if client.rewind is not None else 0,
+            snapshot=client.take_snapshot is not None,
             reason=order.reason if order is not None else fenced or "",
             inherited_skips=joined.consecutive_skips if joined is not None else 0,
         )
 
-    def report(self, fact: Detection | Strike | Decision | CheckpointFact, /) -> None:
+    def order_done(self, name: str) -> None:
+        """Forget the order `rewind` or `take_snapshot`: it was carried out, or cannot be."""
+        assert name in ("rewind", "take_snapshot"), name
+        setattr(self._client, name, None)
+
+    def report(self, fact: Fact, /) -> None:
         """See `Client.report`."""
         self._client.report(fact)
 

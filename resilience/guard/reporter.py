@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, SnapshotFact, Strike
 
-__all__ = ["NO_ORDERS", "Orders", "Reporter", "SilentReporter"]
+__all__ = ["NO_ORDERS", "Fact", "Orders", "Reporter", "SilentReporter"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,10 @@ class Orders:
     """A newer generation has begun already: neither step nor publish."""
     drain: bool = False
     """Leave with 75 after the next checkpoint."""
+    rewind: int = 0
+    """1 + the step of the snapshot that an operator wants to go back to; 1 for the newest clean one, 0 for no order."""
+    snapshot: bool = False
+    """Take a memory snapshot at the end of the step."""
     reason: str = ""
     inherited_skips: int = 0
     """Steps skipped in a row that an earlier generation ended with."""
@@ -30,13 +34,18 @@ class Orders:
 
 NO_ORDERS = Orders()
 
+Fact = Detection | Strike | Decision | CheckpointFact | SnapshotFact
+"""What a rank tells the coordinator of."""
+
 
 class Reporter(Protocol):
     """`resilience.guard.line.LineToCoordinator`, or `SilentReporter`. No method but `decide` and `leave` waits."""
 
     def orders(self) -> Orders: ...
 
-    def report(self, fact: Detection | Strike | Decision | CheckpointFact, /) -> None: ...
+    def order_done(self, name: str) -> None: ...
+
+    def report(self, fact: Fact, /) -> None: ...
 
     def note(self, kind: str, message: str, *, step: int = 0) -> None: ...
 
@@ -67,7 +76,7 @@ class SilentReporter:
         self,
         *,
         on_decision: Callable[[Decision], None] | None = None,
-        on_fact: Callable[[Detection | Strike | Decision | CheckpointFact], None] | None = None,
+        on_fact: Callable[[Fact], None] | None = None,
     ) -> None:
         self._on_decision = on_decision
         self._on_fact = on_fact
@@ -75,7 +84,10 @@ class SilentReporter:
     def orders(self) -> Orders:
         return NO_ORDERS
 
-    def report(self, fact: Detection | Strike | Decision | CheckpointFact, /) -> None:
+    def order_done(self, name: str) -> None:
+        """There are none."""
+
+    def report(self, fact: Fact, /) -> None:
         if self._on_fact is not None:
             self._on_fact(fact)
 

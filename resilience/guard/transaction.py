@@ -23,6 +23,7 @@ from resilience.guard.at_rest import AtRest
 from resilience.guard.at_rest_watch import StateWatch
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
+from resilience.guard.memory import FastForwarding, Snapshots, Trail
 from resilience.guard.recorder import Recorder
 from resilience.guard.replicas import Replicas
 from resilience.guard.reporter import Reporter
@@ -73,6 +74,9 @@ class Guard:
         listeners: told of each micro-step as it begins.
         replay_problem: why no step of this engine can be run again; empty where it can.
         at_rest: hashes of what is kept between the steps; None where they are off.
+        snapshots: copies of the state in memory; None where they are off.
+        trail: what a successor of this process needs to catch up; None where it is off.
+        fast_forwarding: leads a restarted script to its snapshot; None where there is nothing to catch up with.
     """
 
     def __init__(
@@ -86,6 +90,9 @@ class Guard:
         listeners: Listeners = (),
         replay_problem: str = "",
         at_rest: AtRest | None = None,
+        snapshots: Snapshots | None = None,
+        trail: Trail | None = None,
+        fast_forwarding: FastForwarding | None = None,
     ) -> None:
         self.settings = settings
         self.reporter = reporter
@@ -114,8 +121,14 @@ class Guard:
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
+        self._snapshots = snapshots
+        self._trail = trail
+        self._fast_forwarding = fast_forwarding
         self._unwrap = adapter.wrap(
-            forward=self._forward, backward=self._backward, take_model_step=self._take_model_step
+            forward=self._forward,
+            backward=self._backward,
+            take_model_step=self._take_model_step,
+            step=self._engine_step,
         )
 
     # ------ what checkpoints read (resilience.deepspeed.checkpoint.GuardState)
@@ -139,8 +152,13 @@ class Guard:
     # ------ the wrappers
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fast_forwarding is not None and self._fast_forwarding.active:
+            return self._fast_forwarding.forward(args, kwargs)
         if not torch.is_grad_enabled():
-            return self._adapter.forward(*args, **kwargs)
+            outputs = self._adapter.forward(*args, **kwargs)
+            if self._trail is not None:
+                self._trail.forward(self.step, self.recorder.micro_step, None, (args, kwargs), outputs)
+            return outputs
         self.boundary.leave_if_drained()
         if self._state is not None and self._adapter.module.training:
             self._findings += self._state.before_forward(self._adapter.global_steps)
@@ -153,9 +171,13 @@ class Guard:
         except BaseException:
             self.recorder.forget(event)
             raise
+        if self._trail is not None:
+            self._trail.forward(self.step, event.micro_step, event, (args, kwargs), outputs)
         return self.recorder.after_forward(event, outputs)
 
     def _backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._fast_forwarding is not None and self._fast_forwarding.active:
+            return self._fast_forwarding.backward(loss, args, kwargs)
         with self.protected():
             returned = self._adapter.backward(loss, *args, **kwargs)
         scaled = kwargs.get("scale_wrt_gas", args[1] if len(args) > 1 else True)
@@ -179,7 +201,31 @@ class Guard:
             self._state.after_step(self._adapter.global_steps)
         return taken
 
+    def _engine_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fast_forwarding is not None and self._fast_forwarding.active:
+            return self._fast_forwarding.step(args, kwargs)
+        before = self._adapter.global_steps
+        returned = self._adapter.step(*args, **kwargs)
+        step = self._adapter.global_steps
+        if step != before:
+            # Whatever the script does between its steps is its own to do again: a snapshot is from here.
+            if self._trail is not None:
+                self._trail.step_taken(step)
+            if self._snapshots is not None and self.boundary.snapshot_is_due:
+                self._snapshots.take(step, clean_through=self.boundary.clean_through)
+        return returned
+
     # ------ what the boundary uses
+
+    @property
+    def can_take_snapshot(self) -> bool:
+        """Whether this rank could take a snapshot at the end of the step."""
+        return self._snapshots is not None and self._snapshots.can_take
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether it is time for one."""
+        return self._snapshots is not None and self._snapshots.wants(self.step)
 
     @property
     def step(self) -> int:

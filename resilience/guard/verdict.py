@@ -95,6 +95,10 @@ class _Flags:
     restart: int
     fenced: int
     drain: int
+    rewind: int
+    snapshot: int
+    no_snapshot: int
+    snapshot_not_due: int
 
 
 class Boundary:
@@ -124,6 +128,7 @@ class Boundary:
         config = self._settings.config
         self._is_measured = not config.guard.measure_determinism or config.detection.strength == "off"
         self._draining = self._is_saved = False
+        self._snapshot_is_due = False
 
     @property
     def consecutive_skips(self) -> int:
@@ -161,6 +166,19 @@ class Boundary:
         elif flags.mended:
             self._record_mended(inspection)
         self._inspection = inspection
+        if flags.snapshot and not flags.no_snapshot:
+            self._reporter.order_done("take_snapshot")
+        self._snapshot_is_due = not flags.no_snapshot and bool(flags.snapshot or not flags.snapshot_not_due)
+
+    @property
+    def snapshot_is_due(self) -> bool:
+        """Whether all ranks take a snapshot at the end of the step that was settled last."""
+        return self._snapshot_is_due
+
+    @property
+    def clean_through(self) -> int:
+        """Newest step that is known to be clean: so many further steps were verified."""
+        return max(0, self.last_verified_step - self._settings.config.snapshot.verify_steps)
 
     def step_taken(self) -> None:
         """The optimizer step was taken, or DeepSpeed skipped it."""
@@ -237,6 +255,10 @@ class Boundary:
             restart=orders.restart,
             fenced=orders.fenced,
             drain=orders.drain,
+            rewind=orders.rewind,
+            snapshot=orders.snapshot,
+            no_snapshot=not self._guard.can_take_snapshot,
+            snapshot_not_due=not self._guard.wants_snapshot,
         )
         return _Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
 

@@ -52,6 +52,7 @@ _MESSAGE_OF: dict[type, type[Message]] = {
     events.Strike: pb.Strike,
     events.RankExit: pb.RankExit,
     events.CheckpointFact: pb.CheckpointFact,
+    events.SnapshotFact: pb.SnapshotFact,
 }
 _VALUE_OF = {message: value for value, message in _MESSAGE_OF.items()}
 
@@ -62,8 +63,10 @@ _ENUMS: dict[str, type[enum.StrEnum]] = {
     "Verdict": events.Verdict,
     "Origin": events.Origin,
     "Outcome": events.Outcome,
-    "Kind": events.CheckpointKind,
+    "CheckpointFact.Kind": events.CheckpointKind,
+    "SnapshotFact.Kind": events.SnapshotKind,
 }
+_PACKAGE = pb.DESCRIPTOR.package
 _DEFAULTS: dict[str, enum.StrEnum] = {
     "Verdict": events.Verdict.PENDING,
     "Origin": events.Origin.COORDINATOR,
@@ -84,6 +87,8 @@ def to_proto(value: events.Strike) -> pb.Strike: ...
 def to_proto(value: events.RankExit) -> pb.RankExit: ...
 @overload
 def to_proto(value: events.CheckpointFact) -> pb.CheckpointFact: ...
+@overload
+def to_proto(value: events.SnapshotFact) -> pb.SnapshotFact: ...
 def to_proto(value: Any) -> Any:
     """The message that mirrors `value`. Strings that are too long are cut, with an ellipsis."""
     message = _MESSAGE_OF[type(value)]()
@@ -115,6 +120,8 @@ def from_proto(message: pb.Strike) -> events.Strike: ...
 def from_proto(message: pb.RankExit) -> events.RankExit: ...
 @overload
 def from_proto(message: pb.CheckpointFact) -> events.CheckpointFact: ...
+@overload
+def from_proto(message: pb.SnapshotFact) -> events.SnapshotFact: ...
 def from_proto(message: Any) -> Any:
     """The value that `message` mirrors.
 
@@ -214,7 +221,9 @@ def _member(field: Any, number: int, message_name: str) -> enum.StrEnum:
         raise BoundsError(
             f"{message_name}.{field.name} = {number} is not set or not known; is the sender of another version?"
         )
-    return _ENUMS[field.enum_type.name][found.name.removeprefix(f"{_prefix(field.enum_type.name)}_")]
+    return _ENUMS[field.enum_type.full_name.removeprefix(f"{_PACKAGE}.")][
+        found.name.removeprefix(f"{_prefix(field.enum_type.name)}_")
+    ]
 
 
 def _prefix(name: str) -> str:

@@ -29,6 +29,8 @@ class Check(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECK_PROCESS: _ClassVar[Check]
     CHECK_AT_REST: _ClassVar[Check]
     CHECK_REPLICA: _ClassVar[Check]
+    CHECK_LOSS: _ClassVar[Check]
+    CHECK_OPERATOR: _ClassVar[Check]
 
 class DetectionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -40,6 +42,7 @@ class DetectionKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DETECTION_KIND_NORM_SPIKE: _ClassVar[DetectionKind]
     DETECTION_KIND_EXIT: _ClassVar[DetectionKind]
     DETECTION_KIND_HANG: _ClassVar[DetectionKind]
+    DETECTION_KIND_LOSS_SPIKE: _ClassVar[DetectionKind]
 
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -82,6 +85,8 @@ CHECK_NORM: Check
 CHECK_PROCESS: Check
 CHECK_AT_REST: Check
 CHECK_REPLICA: Check
+CHECK_LOSS: Check
+CHECK_OPERATOR: Check
 DETECTION_KIND_UNSPECIFIED: DetectionKind
 DETECTION_KIND_INF: DetectionKind
 DETECTION_KIND_NAN: DetectionKind
@@ -90,6 +95,7 @@ DETECTION_KIND_MISMATCH: DetectionKind
 DETECTION_KIND_NORM_SPIKE: DetectionKind
 DETECTION_KIND_EXIT: DetectionKind
 DETECTION_KIND_HANG: DetectionKind
+DETECTION_KIND_LOSS_SPIKE: DetectionKind
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_PENDING: Verdict
 VERDICT_TRANSIENT: Verdict
@@ -152,7 +158,7 @@ class Detection(_message.Message):
     def __init__(self, detection_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., micro_step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., site: _Optional[str] = ..., layer: _Optional[int] = ..., check: _Optional[_Union[Check, str]] = ..., kind: _Optional[_Union[DetectionKind, str]] = ..., residual_ratio: _Optional[float] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., mended: _Optional[bool] = ..., bit_exact: _Optional[bool] = ..., caused_by: _Optional[str] = ..., param: _Optional[str] = ..., detected_at: _Optional[float] = ..., latency_ms: _Optional[float] = ...) -> None: ...
 
 class Evidence(_message.Message):
-    __slots__ = ("run_id", "generation", "step", "attempt", "world_size", "detections", "previous", "deterministic", "replay_available", "replay_reason", "bit_equal", "loss_scale_search", "consecutive_skips")
+    __slots__ = ("run_id", "generation", "step", "attempt", "world_size", "detections", "previous", "deterministic", "replay_available", "replay_reason", "bit_equal", "loss_scale_search", "consecutive_skips", "rewind_step", "rewind_reason")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +172,8 @@ class Evidence(_message.Message):
     BIT_EQUAL_FIELD_NUMBER: _ClassVar[int]
     LOSS_SCALE_SEARCH_FIELD_NUMBER: _ClassVar[int]
     CONSECUTIVE_SKIPS_FIELD_NUMBER: _ClassVar[int]
+    REWIND_STEP_FIELD_NUMBER: _ClassVar[int]
+    REWIND_REASON_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     generation: int
     step: int
@@ -179,7 +187,9 @@ class Evidence(_message.Message):
     bit_equal: bool
     loss_scale_search: bool
     consecutive_skips: int
-    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., previous: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., replay_available: _Optional[bool] = ..., replay_reason: _Optional[str] = ..., bit_equal: _Optional[bool] = ..., loss_scale_search: _Optional[bool] = ..., consecutive_skips: _Optional[int] = ...) -> None: ...
+    rewind_step: int
+    rewind_reason: str
+    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., previous: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., replay_available: _Optional[bool] = ..., replay_reason: _Optional[str] = ..., bit_equal: _Optional[bool] = ..., loss_scale_search: _Optional[bool] = ..., consecutive_skips: _Optional[int] = ..., rewind_step: _Optional[int] = ..., rewind_reason: _Optional[str] = ...) -> None: ...
 
 class SettledVerdict(_message.Message):
     __slots__ = ("detection_id", "verdict")
@@ -282,7 +292,7 @@ class Device(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., device: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class AgentInfo(_message.Message):
-    __slots__ = ("node", "node_rank", "num_nodes", "address", "devices", "pid", "last_generation", "exits", "reason", "master_port")
+    __slots__ = ("node", "node_rank", "num_nodes", "address", "devices", "pid", "last_generation", "exits", "reason", "master_port", "snapshots", "guardian_address")
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +303,8 @@ class AgentInfo(_message.Message):
     EXITS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    GUARDIAN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     node: str
     node_rank: int
     num_nodes: int
@@ -303,7 +315,9 @@ class AgentInfo(_message.Message):
     exits: _containers.RepeatedCompositeFieldContainer[RankExit]
     reason: str
     master_port: int
-    def __init__(self, node: _Optional[str] = ..., node_rank: _Optional[int] = ..., num_nodes: _Optional[int] = ..., address: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., pid: _Optional[int] = ..., last_generation: _Optional[int] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ...) -> None: ...
+    snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotCopy]
+    guardian_address: str
+    def __init__(self, node: _Optional[str] = ..., node_rank: _Optional[int] = ..., num_nodes: _Optional[int] = ..., address: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., pid: _Optional[int] = ..., last_generation: _Optional[int] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotCopy, _Mapping]]] = ..., guardian_address: _Optional[str] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("generation", "rank", "local_rank", "world_size", "node", "device", "pid", "versions")
@@ -344,8 +358,50 @@ class JoinRequest(_message.Message):
     wait_s: float
     def __init__(self, run_id: _Optional[str] = ..., agent: _Optional[_Union[AgentInfo, _Mapping]] = ..., rank: _Optional[_Union[RankInfo, _Mapping]] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
+class SnapshotCopy(_message.Message):
+    __slots__ = ("step", "generation", "world_size", "ranks", "clean_through", "parity_nodes", "parity_losses", "num_bytes", "at")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    CLEAN_THROUGH_FIELD_NUMBER: _ClassVar[int]
+    PARITY_NODES_FIELD_NUMBER: _ClassVar[int]
+    PARITY_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    generation: int
+    world_size: int
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    clean_through: int
+    parity_nodes: _containers.RepeatedScalarFieldContainer[str]
+    parity_losses: int
+    num_bytes: int
+    at: float
+    def __init__(self, step: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., clean_through: _Optional[int] = ..., parity_nodes: _Optional[_Iterable[str]] = ..., parity_losses: _Optional[int] = ..., num_bytes: _Optional[int] = ..., at: _Optional[float] = ...) -> None: ...
+
+class Restore(_message.Message):
+    __slots__ = ("step", "generation", "peers")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    generation: int
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    def __init__(self, step: _Optional[int] = ..., generation: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("node", "guardian_address", "ranks")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    GUARDIAN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    guardian_address: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, node: _Optional[str] = ..., guardian_address: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("generation", "node_index", "num_nodes", "world_size", "first_rank", "slots", "master_addr", "reason", "master_port")
+    __slots__ = ("generation", "node_index", "num_nodes", "world_size", "first_rank", "slots", "master_addr", "reason", "master_port", "restore", "peers")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     NODE_INDEX_FIELD_NUMBER: _ClassVar[int]
     NUM_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -355,6 +411,8 @@ class Assignment(_message.Message):
     MASTER_ADDR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     generation: int
     node_index: int
     num_nodes: int
@@ -364,7 +422,9 @@ class Assignment(_message.Message):
     master_addr: str
     reason: str
     master_port: int
-    def __init__(self, generation: _Optional[int] = ..., node_index: _Optional[int] = ..., num_nodes: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., master_addr: _Optional[str] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ...) -> None: ...
+    restore: Restore
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    def __init__(self, generation: _Optional[int] = ..., node_index: _Optional[int] = ..., num_nodes: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., master_addr: _Optional[str] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
     __slots__ = ("status", "assignment", "exit_code", "reason", "last_verified_step", "consecutive_skips")
@@ -458,6 +518,48 @@ class CheckpointFact(_message.Message):
     at: float
     def __init__(self, kind: _Optional[_Union[CheckpointFact.Kind, str]] = ..., directory: _Optional[str] = ..., tag: _Optional[str] = ..., step: _Optional[int] = ..., generation: _Optional[int] = ..., last_verified_step: _Optional[int] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., at: _Optional[float] = ...) -> None: ...
 
+class SnapshotFact(_message.Message):
+    __slots__ = ("kind", "step", "generation", "node", "tier", "world_size", "num_bytes", "clean_through", "redundancy", "reason", "seconds", "at")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[SnapshotFact.Kind]
+        TAKEN: _ClassVar[SnapshotFact.Kind]
+        PROTECTED: _ClassVar[SnapshotFact.Kind]
+        FLUSHED: _ClassVar[SnapshotFact.Kind]
+        LOADED: _ClassVar[SnapshotFact.Kind]
+        REFUSED: _ClassVar[SnapshotFact.Kind]
+    KIND_UNSPECIFIED: SnapshotFact.Kind
+    TAKEN: SnapshotFact.Kind
+    PROTECTED: SnapshotFact.Kind
+    FLUSHED: SnapshotFact.Kind
+    LOADED: SnapshotFact.Kind
+    REFUSED: SnapshotFact.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLEAN_THROUGH_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANCY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    kind: SnapshotFact.Kind
+    step: int
+    generation: int
+    node: str
+    tier: str
+    world_size: int
+    num_bytes: int
+    clean_through: int
+    redundancy: int
+    reason: str
+    seconds: float
+    at: float
+    def __init__(self, kind: _Optional[_Union[SnapshotFact.Kind, str]] = ..., step: _Optional[int] = ..., generation: _Optional[int] = ..., node: _Optional[str] = ..., tier: _Optional[str] = ..., world_size: _Optional[int] = ..., num_bytes: _Optional[int] = ..., clean_through: _Optional[int] = ..., redundancy: _Optional[int] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., at: _Optional[float] = ...) -> None: ...
+
 class Note(_message.Message):
     __slots__ = ("kind", "message", "step", "at")
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -471,7 +573,7 @@ class Note(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., at: _Optional[float] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("run_id", "generation", "member", "sequence", "heartbeat", "detections", "decisions", "strikes", "exits", "checkpoints", "notes", "deterministic", "badput_seconds", "num_skipped_steps")
+    __slots__ = ("run_id", "generation", "member", "sequence", "heartbeat", "detections", "decisions", "strikes", "exits", "checkpoints", "notes", "deterministic", "badput_seconds", "snapshots", "num_skipped_steps")
     class BadputSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -492,6 +594,7 @@ class ReportRequest(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     BADPUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     NUM_SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     generation: int
@@ -506,22 +609,27 @@ class ReportRequest(_message.Message):
     notes: _containers.RepeatedCompositeFieldContainer[Note]
     deterministic: bool
     badput_seconds: _containers.ScalarMap[str, float]
+    snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotFact]
     num_skipped_steps: int
-    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., member: _Optional[str] = ..., sequence: _Optional[int] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., strikes: _Optional[_Iterable[_Union[Strike, _Mapping]]] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointFact, _Mapping]]] = ..., notes: _Optional[_Iterable[_Union[Note, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., badput_seconds: _Optional[_Mapping[str, float]] = ..., num_skipped_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., member: _Optional[str] = ..., sequence: _Optional[int] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., strikes: _Optional[_Iterable[_Union[Strike, _Mapping]]] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointFact, _Mapping]]] = ..., notes: _Optional[_Iterable[_Union[Note, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., badput_seconds: _Optional[_Mapping[str, float]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., num_skipped_steps: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
-    __slots__ = ("directive_id", "expires_at", "restart", "stop", "drain")
+    __slots__ = ("directive_id", "expires_at", "restart", "stop", "drain", "rewind", "take_snapshot")
     DIRECTIVE_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
     RESTART_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
+    REWIND_FIELD_NUMBER: _ClassVar[int]
+    TAKE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     directive_id: str
     expires_at: float
     restart: Restart
     stop: Stop
     drain: Drain
-    def __init__(self, directive_id: _Optional[str] = ..., expires_at: _Optional[float] = ..., restart: _Optional[_Union[Restart, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ...) -> None: ...
+    rewind: Rewind
+    take_snapshot: TakeSnapshot
+    def __init__(self, directive_id: _Optional[str] = ..., expires_at: _Optional[float] = ..., restart: _Optional[_Union[Restart, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., rewind: _Optional[_Union[Rewind, _Mapping]] = ..., take_snapshot: _Optional[_Union[TakeSnapshot, _Mapping]] = ...) -> None: ...
 
 class Restart(_message.Message):
     __slots__ = ("ended_generation", "reason")
@@ -540,6 +648,20 @@ class Stop(_message.Message):
     def __init__(self, exit_code: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Drain(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class Rewind(_message.Message):
+    __slots__ = ("reason", "step")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    step: int
+    def __init__(self, reason: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class TakeSnapshot(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
     reason: str

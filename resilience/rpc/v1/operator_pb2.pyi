@@ -218,3 +218,59 @@ class DrainRunRequest(_message.Message):
 class DrainRunResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ListSnapshotsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SnapshotState(_message.Message):
+    __slots__ = ("step", "generation", "tier", "num_bytes", "clean_through", "redundancy", "complete", "at", "seconds", "node")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLEAN_THROUGH_FIELD_NUMBER: _ClassVar[int]
+    REDUNDANCY_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    generation: int
+    tier: str
+    num_bytes: int
+    clean_through: int
+    redundancy: int
+    complete: bool
+    at: float
+    seconds: float
+    node: str
+    def __init__(self, step: _Optional[int] = ..., generation: _Optional[int] = ..., tier: _Optional[str] = ..., num_bytes: _Optional[int] = ..., clean_through: _Optional[int] = ..., redundancy: _Optional[int] = ..., complete: _Optional[bool] = ..., at: _Optional[float] = ..., seconds: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
+
+class ListSnapshotsResponse(_message.Message):
+    __slots__ = ("snapshots",)
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotState]
+    def __init__(self, snapshots: _Optional[_Iterable[_Union[SnapshotState, _Mapping]]] = ...) -> None: ...
+
+class TakeSnapshotNowRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class TakeSnapshotNowResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RewindRunRequest(_message.Message):
+    __slots__ = ("reason", "step")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    step: int
+    def __init__(self, reason: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+
+class RewindRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

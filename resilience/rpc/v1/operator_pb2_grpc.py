@@ -64,6 +64,11 @@ class OperatorStub:
                 request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.ListSnapshots = channel.unary_unary(
+                '/resilience.rpc.v1.Operator/ListSnapshots',
+                request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsRequest.SerializeToString,
+                response_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsResponse.FromString,
+                _registered_method=True)
         self.StreamEvents = channel.unary_stream(
                 '/resilience.rpc.v1.Operator/StreamEvents',
                 request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.StreamEventsRequest.SerializeToString,
@@ -83,6 +88,16 @@ class OperatorStub:
                 '/resilience.rpc.v1.Operator/DrainRun',
                 request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunRequest.SerializeToString,
                 response_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunResponse.FromString,
+                _registered_method=True)
+        self.TakeSnapshotNow = channel.unary_unary(
+                '/resilience.rpc.v1.Operator/TakeSnapshotNow',
+                request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowRequest.SerializeToString,
+                response_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowResponse.FromString,
+                _registered_method=True)
+        self.RewindRun = channel.unary_unary(
+                '/resilience.rpc.v1.Operator/RewindRun',
+                request_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunRequest.SerializeToString,
+                response_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunResponse.FromString,
                 _registered_method=True)
 
 
@@ -126,6 +141,12 @@ class OperatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSnapshots(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamEvents(self, request, context):
         """All events after `after_sequence`, then, with `follow`, each new one as it comes.
         """
@@ -148,6 +169,20 @@ class OperatorServicer:
 
     def DrainRun(self, request, context):
         """Asks all ranks to finish their step and leave with 75 after the next checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeSnapshotNow(self, request, context):
+        """Asks all ranks to take a memory snapshot at the end of their step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RewindRun(self, request, context):
+        """Asks all ranks to rewind at the next boundary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,6 +221,11 @@ def add_OperatorServicer_to_server(servicer, server):
                     request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListCheckpointsResponse.SerializeToString,
             ),
+            'ListSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSnapshots,
+                    request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsRequest.FromString,
+                    response_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
             'StreamEvents': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamEvents,
                     request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.StreamEventsRequest.FromString,
@@ -205,6 +245,16 @@ def add_OperatorServicer_to_server(servicer, server):
                     servicer.DrainRun,
                     request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunRequest.FromString,
                     response_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunResponse.SerializeToString,
+            ),
+            'TakeSnapshotNow': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeSnapshotNow,
+                    request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowRequest.FromString,
+                    response_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowResponse.SerializeToString,
+            ),
+            'RewindRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewindRun,
+                    request_deserializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunRequest.FromString,
+                    response_serializer=resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -380,6 +430,33 @@ class Operator:
             _registered_method=True)
 
     @staticmethod
+    def ListSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resilience.rpc.v1.Operator/ListSnapshots',
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsRequest.SerializeToString,
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def StreamEvents(request,
             target,
             options=(),
@@ -477,6 +554,60 @@ class Operator:
             '/resilience.rpc.v1.Operator/DrainRun',
             resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunRequest.SerializeToString,
             resilience_dot_rpc_dot_v1_dot_operator__pb2.DrainRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeSnapshotNow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resilience.rpc.v1.Operator/TakeSnapshotNow',
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowRequest.SerializeToString,
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.TakeSnapshotNowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewindRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/resilience.rpc.v1.Operator/RewindRun',
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunRequest.SerializeToString,
+            resilience_dot_rpc_dot_v1_dot_operator__pb2.RewindRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

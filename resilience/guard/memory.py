@@ -1,0 +1,53 @@
+"""What the step transaction asks of the memory tier: the seam behind which snapshots and fast-forwarding live.
+
+Never here: files, arenas, state of an engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from resilience.guard.recorder import ForwardEvent
+
+__all__ = ["FastForwarding", "Snapshots", "Trail"]
+
+
+class Snapshots(Protocol):
+    """Copies of this rank's state. All ranks call `take` for the same steps, because the boundary agreed on them."""
+
+    @property
+    def can_take(self) -> bool:
+        """Whether a slot is free: none is while a guardian still needs what they hold."""
+
+    def wants(self, step: int) -> bool:
+        """Whether it is time for a snapshot after `step`, by this rank's own measure."""
+
+    def take(self, step: int, *, clean_through: int) -> None:
+        """Copy the state as it is at the end of `engine.step()`. Collective."""
+
+
+class Trail(Protocol):
+    """What a rank leaves for its successor: enough to lead the same script past the steps that a snapshot holds."""
+
+    def forward(self, step: int, micro_step: int, event: ForwardEvent | None, args: Any, outputs: Any) -> None:
+        """A forward of the engine has run; `event` is None for one without gradients (evaluation)."""
+
+    def step_taken(self, step: int) -> None:
+        """`engine.step()` is about to return after the optimizer step `step`."""
+
+
+class FastForwarding(Protocol):
+    """Leads a restarted script to the step of its snapshot, in the place of the engine."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the script is still behind the snapshot; False for good once it has caught up."""
+
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        """What the recorded forward returned."""
+
+    def backward(self, loss: Any, args: Any, kwargs: Any) -> Any:
+        """Nothing but what `engine.backward` returns."""
+
+    def step(self, args: Any, kwargs: Any) -> Any:
+        """Advance counters and scheduler; at the snapshot's step install its state."""
