@@ -16,10 +16,12 @@ from resilience.config import Config
 from resilience.errors import ConfigError
 
 __all__ = [
+    "ARENA_VARIABLE",
     "CONTEXT_VARIABLE",
     "DEVICE_VARIABLE",
     "GENERATION_VARIABLE",
     "NODE_VARIABLE",
+    "RESTORE_VARIABLE",
     "RunContext",
 ]
 
@@ -27,6 +29,10 @@ CONTEXT_VARIABLE = "RESILIENCE_CONTEXT"
 GENERATION_VARIABLE = "RESILIENCE_GENERATION"
 NODE_VARIABLE = "RESILIENCE_NODE"
 DEVICE_VARIABLE = "RESILIENCE_DEVICE"
+ARENA_VARIABLE = "RESILIENCE_ARENA"
+"""The node's arena (resilience/snapshot/arena.py); absent where there is no memory tier."""
+RESTORE_VARIABLE = "RESILIENCE_RESTORE"
+"""The folder in it that was prepared for this generation; absent where there is nothing to restore."""
 
 
 class RunContext(pydantic.BaseModel):

@@ -9,6 +9,7 @@
     ├── FencedError                 75  this process belongs to a generation that has ended
     ├── ResourcesLostError          75  devices or nodes are gone; requeue elsewhere
     ├── CheckpointError              1  a checkpoint is missing, torn or corrupt
+    ├── SnapshotError                1  a memory snapshot is missing, torn or corrupt, or has no room
     └── DoNotRequeueError           93  the same failure would come again
 
 The message names the thing, the value and the fix. Invariants of our own use `assert`, never these.
@@ -28,6 +29,7 @@ __all__ = [
     "FencedError",
     "ResilienceError",
     "ResourcesLostError",
+    "SnapshotError",
     "UnsupportedVersionError",
     "UsageError",
 ]
@@ -90,6 +92,10 @@ class ResourcesLostError(ResilienceError):
 
 class CheckpointError(ResilienceError):
     """A checkpoint that was asked for cannot be trusted or read."""
+
+
+class SnapshotError(ResilienceError):
+    """A memory snapshot cannot be trusted or read, or there is no room for it."""
 
 
 class DoNotRequeueError(ResilienceError):
