@@ -27,6 +27,7 @@ import math
 from collections.abc import Mapping
 
 __all__ = [
+    "GROUPS",
     "MIN_SHARE",
     "Measured",
     "SiteCost",
@@ -42,6 +43,13 @@ __all__ = [
 
 MIN_SHARE = 1.0 / 64.0
 """Share of a site's calls that is always checked."""
+
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("linear.out", "attention.q", "attention.k", "attention.v", "attention.out", "linear.dgrad", "linear.wgrad"),
+    ("attention.scores", "attention.dq", "attention.dk"),
+    ("attention.context", "attention.dp", "attention.dv"),
+)
+"""Sites that have one share: a product's gradients are checked if the product is, for that costs a pass less."""
 
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
@@ -219,18 +227,49 @@ def shares(
     """
     rate_per_s = rate_per_hour / 3600.0
     horizon_steps = horizon_hours * 3600.0 / step_s
+    leaders = _leaders(costs)
+    costs = {
+        leader: _together([costs[site] for site in costs if leaders[site] == leader]) for leader in leaders.values()
+    }
     wanted = for_target(
         costs, coverage_target=coverage_target, rate_per_s=rate_per_s, horizon_steps=horizon_steps, min_share=min_share
     )
     if budget_ratio is None or wanted.overhead_ratio <= budget_ratio:
-        return wanted
+        return _spread(wanted, leaders)
     best = for_budget(
         costs, budget_ratio=budget_ratio, rate_per_s=rate_per_s, horizon_steps=horizon_steps, min_share=min_share
     )
+    best = _spread(best, leaders)
     if best.coverage >= coverage_target and best.reachable:
         return best
     reason = f"{best.reason}; the target of {coverage_target:g} would cost {wanted.overhead_ratio:.4f}"
     return dataclasses.replace(best, reachable=False, reason=reason)
+
+
+def _leaders(costs: Mapping[str, SiteCost]) -> dict[str, str]:
+    """The first site of its group that was called, for each site."""
+    found = {}
+    for site in costs:
+        group = next((group for group in GROUPS if site in group), (site,))
+        found[site] = next(member for member in group if member in costs)
+    return found
+
+
+def _together(costs: list[SiteCost]) -> SiteCost:
+    """Several sites as one; what matters of them is weighted by their time."""
+    operation_s = math.fsum(cost.operation_s for cost in costs)
+    weight = operation_s or 1.0
+    return SiteCost(
+        operation_s=operation_s,
+        check_s=math.fsum(cost.check_s for cost in costs),
+        vulnerability=math.fsum(c.vulnerability * c.operation_s for c in costs) / weight if operation_s else 1.0,
+        power=math.fsum(c.power * c.operation_s for c in costs) / weight if operation_s else 1.0,
+    )
+
+
+def _spread(solution: Solution, leaders: Mapping[str, str]) -> Solution:
+    """Each site of a group has the group's share."""
+    return dataclasses.replace(solution, shares={site: solution.shares[leader] for site, leader in leaders.items()})
 
 
 def is_due(call: int, share: float, offset: float = 0.0) -> bool:

@@ -99,7 +99,7 @@ class GemmHandlers:
                 return out
 
             out = record.operation(label.site, run)
-            if not record.due(label.site):
+            if not self._is_due(label.site, node, in_forward):
                 return out
             with record.timed(label.site) as started:
                 expect = self._expectations.forward if in_forward else self._expectations.backward
@@ -107,6 +107,20 @@ class GemmHandlers:
                 return self._check(_Call(label, gemm, node, expectation, run, started), out)
 
         return handle
+
+    def _is_due(self, site: str, node: int, in_forward: bool) -> bool:
+        """Whether a product is among the share that is checked; its gradients are, where it was.
+
+        What their checks need was read with the product's operands; a gradient checked for itself costs a pass more.
+        """
+        record = self._context.record
+        if in_forward:
+            is_due = record.due(site)
+            if not is_due:
+                self._expectations.pass_over(node)
+            return is_due
+        followed = self._expectations.was_checked(node)
+        return record.due(site) if followed is None else record.follows(site, followed)
 
     def _check(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         record = self._context.record

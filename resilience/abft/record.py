@@ -91,6 +91,12 @@ class Record:
         self.checks[site] += 1
         return True
 
+    def follows(self, site: str, is_due: bool) -> bool:
+        """The same for a call that is checked if, and only if, the one that it belongs to was."""
+        self.calls[site] += 1
+        self.checks[site] += is_due
+        return is_due
+
     def count_unprotected(self, reason: str) -> None:
         """Note an operation that no check understands."""
         self.unprotected[reason] += 1

@@ -129,18 +129,34 @@ def test_without_faults_every_site_keeps_the_least_share() -> None:
 def test_hours_become_steps_and_the_budget_wins_over_the_target() -> None:
     costs = {
         "linear.out": SiteCost(operation_s=0.5, check_s=0.05),
-        "linear.dgrad": SiteCost(operation_s=0.5, check_s=0.1),
+        "attention.probs": SiteCost(operation_s=0.5, check_s=0.1),
     }
     options = {"coverage_target": 0.95, "rate_per_hour": 1e-6, "horizon_hours": 1e6, "step_s": 1.0}
     found = shares(costs, **options)
     # One fault is expected: 5 % of it may be missed, −ln 0.95 = 0.0513 of the time stays unchecked, of the dearer site.
     assert found.shares["linear.out"] == 1.0
-    assert found.shares["linear.dgrad"] == pytest.approx(1.0 + math.log(0.95) / 0.5)
+    assert found.shares["attention.probs"] == pytest.approx(1.0 + math.log(0.95) / 0.5)
     assert found.reachable
     tight = shares(costs, **options, budget_ratio=0.06)
     assert not tight.reachable
     assert tight.overhead_ratio == pytest.approx(0.06)
     assert "0.95 would cost 0.1397" in tight.reason
+
+
+def test_a_product_and_its_gradients_have_one_share() -> None:
+    costs = {
+        "attention.q": SiteCost(operation_s=0.25, check_s=0.01),
+        "linear.dgrad": SiteCost(operation_s=0.25, check_s=0.1),
+        "attention.scores": SiteCost(operation_s=0.25, check_s=0.3),
+        "attention.dk": SiteCost(operation_s=0.25, check_s=0.3),
+    }
+    options = {"coverage_target": 0.7, "rate_per_hour": 1e-6, "horizon_hours": 1e6, "step_s": 1.0}
+    found = shares(costs, **options)
+    assert found.shares["attention.q"] == found.shares["linear.dgrad"] == 1.0
+    # −ln 0.7 = 0.357 of the time may stay unchecked: it is of the dearer pair, which takes half of it.
+    assert found.shares["attention.scores"] == found.shares["attention.dk"] == pytest.approx(1.0 + math.log(0.7) / 0.5)
+    assert found.coverage == pytest.approx(coverage(costs, found.shares, rate_per_s=1e-6 / 3600, horizon_steps=3.6e9))
+    assert found.overhead_ratio == pytest.approx(overhead_ratio(costs, found.shares))
 
 
 def test_costs_come_from_what_was_counted() -> None:
