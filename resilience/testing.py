@@ -28,6 +28,7 @@ from resilience.coordinator.machine.facts import Agent, Device, Opened
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.vetoes import decision_id
 from resilience.events import Action, Check, Decision, Detection, DetectionKind, Evidence, Mode, Outcome, RankExit
+from resilience.policy import Copy
 
 __all__ = ["Delivery", "FakeClock", "FakeLink", "FakeRun", "FaultScript", "detection", "evidence"]
 
@@ -226,6 +227,8 @@ class FakeRun:
         self.nodes = [chr(ord("a") + index) for index in range(num_nodes)]
         self.num_devices = num_devices
         self.script = FaultScript()
+        self.copies: dict[str, tuple[Copy, ...]] = {}
+        """Node -> what its guardian holds; told when its agent asks for a place."""
         self.link = link or FakeLink()
         self.journal: list[tuple[str, str, float]] = []
         self.remembered: list[RememberFault | RememberCordon] = []
@@ -301,18 +304,36 @@ class FakeRun:
         )
 
     def join_agent(
-        self, node: str, *, last_generation: int = 0, exits: Sequence[RankExit] = (), reason: str = ""
+        self,
+        node: str,
+        *,
+        last_generation: int = 0,
+        exits: Sequence[RankExit] = (),
+        reason: str = "",
+        pid: int | None = None,
     ) -> JoinAnswer:
-        """The agent of `node` asks for a place."""
+        """The agent of `node` asks for a place; with a `pid`, one that was started anew."""
+        known = self.agent(node)
         command = c.JoinAgent(
             run_id=self.run_id,
-            agent=self.agent(node),
+            agent=known if pid is None else dataclasses.replace(known, pid=pid),
             last_generation=last_generation,
             exits=tuple(exits),
             reason=reason,
+            copies=self.copies.get(node, ()),
+            guardian_address=f"guardian-of-{node}:7000",
         )
         self.link.send(lambda: self.submit(command))
         return answer_join(self.state, node, last_generation)
+
+    def holds(self, node: str, *, step: int, generation: int | None = None, **fields: object) -> None:
+        """From now on the guardian of `node` holds its part of a snapshot; other fields as in `policy.Copy`."""
+        taken_by = self.generation if generation is None else generation
+        places = dict(self.state.generations[taken_by - 1].places)
+        known = {"world_size": sum(len(ranks) for ranks in places.values()), "ranks": places[node], **fields}
+        copy = Copy(step=step, generation=taken_by, **known)  # type: ignore[arg-type]  # a test's own fields
+        kept = (c for c in self.copies.get(node, ()) if (c.step, c.generation) != (step, taken_by))
+        self.copies[node] = (*kept, copy)
 
     def join_rank(self, rank: int, *, generation: int | None = None) -> None:
         """A rank announces itself."""

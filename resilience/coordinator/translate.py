@@ -5,6 +5,7 @@ from __future__ import annotations
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.answers import Directive, DirectiveKind, JoinAnswer, JoinStatus
 from resilience.coordinator.machine.facts import Agent, Device, Note
+from resilience.policy import Copy
 from resilience.rpc.codec import BoundsError, clip, from_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
@@ -38,6 +39,22 @@ def join_agent_command(request: pb.JoinRequest) -> c.JoinAgent:
         exits=tuple(from_proto(e) for e in info.exits),
         reason=info.reason,
         master_port=info.master_port,
+        copies=tuple(_copy(copy) for copy in info.snapshots),
+        guardian_address=info.guardian_address,
+    )
+
+
+def _copy(copy: pb.SnapshotCopy) -> Copy:
+    return Copy(
+        step=copy.step,
+        generation=copy.generation,
+        world_size=copy.world_size,
+        ranks=tuple(sorted(copy.ranks)),
+        clean_through=copy.clean_through,
+        parity_nodes=tuple(copy.parity_nodes),
+        parity_losses=copy.parity_losses,
+        num_bytes=copy.num_bytes,
+        at=copy.at,
     )
 
 
@@ -69,6 +86,7 @@ def report_command(request: pb.ReportRequest) -> c.Report:
         strikes=tuple(from_proto(s) for s in request.strikes),
         exits=tuple(from_proto(e) for e in request.exits),
         checkpoints=tuple(from_proto(fact) for fact in request.checkpoints),
+        snapshots=tuple(from_proto(fact) for fact in request.snapshots),
         notes=tuple(Note(kind=n.kind, message=n.message, step=n.step, at=n.at) for n in request.notes),
         deterministic=request.deterministic if request.HasField("deterministic") else None,
         badput_seconds=tuple(sorted(request.badput_seconds.items())),
@@ -130,10 +148,27 @@ def join_response(answer: JoinAnswer) -> pb.JoinResponse:
                 master_addr=answer.master_addr,
                 master_port=answer.master_port,
                 reason=clip(answer.reason),
+                restore=_restore(answer),
+                peers=[
+                    pb.Peer(node=node, guardian_address=answer.guardians.get(node, ""), ranks=ranks)
+                    for node, ranks in answer.places
+                ],
             ),
         )
     status = pb.JoinResponse.STOP if answer.status is JoinStatus.STOP else pb.JoinResponse.PENDING
     return pb.JoinResponse(status=status, exit_code=answer.exit_code, reason=clip(answer.reason))
+
+
+def _restore(answer: JoinAnswer) -> pb.Restore | None:
+    """None leaves the state to the script."""
+    choice = answer.restore
+    if choice is None or not choice.is_snapshot:
+        return None
+    peers = [
+        pb.Peer(node=holder.node, guardian_address=answer.guardians.get(holder.node, ""), ranks=holder.ranks)
+        for holder in choice.holders
+    ]
+    return pb.Restore(step=choice.step, generation=choice.generation, peers=peers)
 
 
 def directive_message(directive: Directive) -> pb.Directive:

@@ -6,15 +6,22 @@ the documentation. Nothing here reads a clock, a file or an environment, and not
 
 from resilience.policy.failures import EXIT_RULES, Failure, FailureKind, decide_exit, restarts_left, root_exit
 from resilience.policy.ladder import Ruling, decide, decide_locally, judge
+from resilience.policy.restore import Ancestor, Choice, Copy, Holder, Tier, choose_restore
 from resilience.policy.table import RULES, Rule
 
 __all__ = [
     "EXIT_RULES",
     "RULES",
+    "Ancestor",
+    "Choice",
+    "Copy",
     "Failure",
     "FailureKind",
+    "Holder",
     "Rule",
     "Ruling",
+    "Tier",
+    "choose_restore",
     "decide",
     "decide_exit",
     "decide_locally",

@@ -7,6 +7,9 @@ A line is what happens, or begins with `expect` and is what must be so; `#` begi
     agent a joins [after generation 1] [with 1:-9 0:-15]           rank:code of the ranks that ended
     agent a of pid 7 joins
     agent a reports exits 1:-9
+    agent a holds 54:1 clean=52 parity=a,b losses=1               its part of the snapshot of step 54 of generation 1
+    agent a has lost 54:1 | agent a has lost everything
+    agent a | rank 0 refuses 54:1 [on a] because …
     agent a | rank 0 leaves with 0
     launcher leaves with 75 because …
     ranks join | rank 0 of generation 1 joins
@@ -24,6 +27,9 @@ A line is what happens, or begins with `expect` and is what must be so; `#` begi
     expect decision g1-s3-a0 replay [outcome] [because …]
     expect decisions 2
     expect detection g1-r1-exit transient
+    expect restore memory | peer | disk 54 [because …]            where the newest generation's state comes from
+    expect passed over 54 because …        a newer snapshot that was not taken
+    expect peers a:0,1 b:- of step 54      what Assignment.restore says of the nodes
     expect refused because …               the line before was refused
     expect run training | … | finished 0 | failed 75 [because …]
     expect restarts left 2 | expect step 5 | expect device-1 cordoned
@@ -44,7 +50,7 @@ from resilience.coordinator import queries
 from resilience.coordinator.machine import Refused
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.answers import answer_join, directives_for
-from resilience.events import Action, Check, DetectionKind, Mode, Origin, Outcome
+from resilience.events import Action, Check, DetectionKind, Mode, Origin, Outcome, SnapshotFact, SnapshotKind
 from resilience.policy import restarts_left
 from resilience.testing import FakeRun, evidence
 
@@ -95,9 +101,8 @@ class Scenario:
         self.run.join_agent(node, last_generation=int(after or 0), exits=self._exits(exits, int(after or 0)))
 
     def join_other_agent(self, node: str, pid: str) -> None:
-        agent = dataclasses.replace(self.run.agent(node), pid=int(pid))
         self.last_generation[node] = 0
-        self.run.submit(c.JoinAgent(run_id="run", agent=agent))
+        self.run.join_agent(node, pid=int(pid))
 
     def report_exits(self, node: str, exits: str) -> None:
         self.run.report(f"agent:{node}", exits=self._exits(exits, self.run.generation))
@@ -105,6 +110,28 @@ class Scenario:
     def _exits(self, exits: str | None, generation: int) -> tuple[Any, ...]:
         pairs = [pair.split(":") for pair in (exits or "").split()]
         return tuple(self.run.exit_of(int(rank), int(code), generation=generation) for rank, code in pairs)
+
+    def hold(self, node: str, step: str, generation: str, words: str) -> None:
+        given = dict(word.split("=") for word in words.split())
+        self.run.holds(
+            node,
+            step=int(step),
+            generation=int(generation),
+            clean_through=int(given.get("clean", 0)),
+            parity_nodes=tuple(given["parity"].split(",")) if "parity" in given else (),
+            parity_losses=int(given.get("losses", 0)),
+        )
+
+    def lose(self, node: str, step: str | None, generation: str | None) -> None:
+        lost = None if step is None else (int(step), int(generation or 0))
+        kept = [c for c in self.run.copies[node] if lost is not None and (c.step, c.generation) != lost]
+        self.run.copies[node] = tuple(kept)
+
+    def refuse(self, kind: str, name: str, step: str, generation: str, node: str | None, why: str) -> None:
+        fact = SnapshotFact(
+            kind=SnapshotKind.REFUSED, step=int(step), generation=int(generation), node=node or "", reason=why
+        )
+        self.run.report(f"{kind}:{name}", snapshots=(fact,))
 
     def leave(self, kind: str, name: str, code: str) -> None:
         member = f"{kind}:{name}"
@@ -210,6 +237,27 @@ class Scenario:
     def expect_detection(self, name: str, verdict: str) -> None:
         assert str(self.run.state.detections[name].verdict) == verdict
 
+    def expect_restore(self, tier: str, step: str, why: str | None) -> None:
+        choice = self.run.state.generations[-1].restore
+        assert choice is not None, "the first generation begins from nothing"
+        assert (str(choice.tier), choice.step) == (tier, int(step)), choice
+        _contains(choice.reason, why)
+
+    def expect_passed_over(self, step: str, why: str) -> None:
+        choice = self.run.state.generations[-1].restore
+        assert choice is not None
+        told = [line for line in choice.passed_over if line.startswith(f"snapshot of step {step} ")]
+        assert told, choice.passed_over
+        _contains(" ".join(told), why)
+
+    def expect_peers(self, words: str, step: str) -> None:
+        answer = answer_join(self.run.state, next(iter(dict(self.run.state.generations[-1].places))), 0)
+        assert answer.restore is not None
+        assert answer.restore.step == int(step)
+        told = [f"{h.node}:{','.join(map(str, h.ranks)) or '-'}" for h in answer.restore.holders]
+        assert told == words.split()
+        assert all(answer.guardians[name] for name, _ in answer.places)
+
     def expect_refused(self, why: str) -> None:
         refused, self.refused = self.refused, None
         assert refused is not None, "the line before was not refused"
@@ -250,6 +298,13 @@ LINES: list[tuple[str, Handler]] = [
     ),
     (r"agent (?P<node>\w) of pid (?P<pid>\d+) joins", Scenario.join_other_agent),
     (r"agent (?P<node>\w) reports exits (?P<exits>[-\d: ]+)", Scenario.report_exits),
+    (r"agent (?P<node>\w) holds (?P<step>\d+):(?P<generation>\d+)(?P<words>(?: \w+=\S+)*)", Scenario.hold),
+    (r"agent (?P<node>\w) has lost (?:everything|(?P<step>\d+):(?P<generation>\d+))", Scenario.lose),
+    (
+        r"(?P<kind>agent|rank) (?P<name>\w+) refuses (?P<step>\d+):(?P<generation>\d+)(?: on (?P<node>\w))?"
+        r" because (?P<why>.+)",
+        Scenario.refuse,
+    ),
     (r"(?P<kind>agent|rank) (?P<name>\w+) leaves with (?P<code>\d+)", Scenario.leave),
     (rf"launcher leaves with (?P<code>\d+){WHY}", Scenario.launcher_leaves),
     (r"ranks join", Scenario.join_ranks),
@@ -276,6 +331,9 @@ LINES: list[tuple[str, Handler]] = [
         rf"expect decision (?P<name>g\S+) (?P<action>\w+)(?: (?P<outcome>(?!because)\w+))?{WHY}",
         Scenario.expect_decision,
     ),
+    (rf"expect restore (?P<tier>memory|peer|disk) (?P<step>\d+){WHY}", Scenario.expect_restore),
+    (r"expect passed over (?P<step>\d+) because (?P<why>.+)", Scenario.expect_passed_over),
+    (r"expect peers (?P<words>.+) of step (?P<step>\d+)", Scenario.expect_peers),
     (r"expect decisions (?P<count>\d+)", Scenario.expect_num_decisions),
     (r"expect detection (?P<name>\S+) (?P<verdict>\w+)", Scenario.expect_detection),
     (r"expect refused because (?P<why>.+)", Scenario.expect_refused),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 from resilience.coordinator.machine.facts import Seat
 from resilience.coordinator.machine.state import State
+from resilience.policy import Choice
 
 __all__ = ["Directive", "DirectiveKind", "JoinAnswer", "JoinStatus", "answer_join", "directives_for", "skips_in_a_row"]
 
@@ -34,6 +36,12 @@ class JoinAnswer:
     master_port: int = 0
     exit_code: int = 0
     reason: str = ""
+    restore: Choice | None = None
+    """Where the generation's state comes from."""
+    places: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """All nodes of the generation in their order, with their ranks."""
+    guardians: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Node of the generation -> address of its guardian."""
 
 
 class DirectiveKind(enum.StrEnum):
@@ -67,7 +75,8 @@ def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
         return JoinAnswer(
             status=JoinStatus.PENDING, reason=f"waiting for the agents of {missing} of {state.num_nodes} nodes"
         )
-    nodes = list(dict.fromkeys(seat.seat.node for seat in state.seats.values()))
+    record = state.generations[-1]
+    nodes = [name for name, _ in record.places]
     return JoinAnswer(
         status=JoinStatus.READY,
         generation=state.generation,
@@ -77,7 +86,10 @@ def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
         seats=own,
         master_addr=state.nodes[nodes[0]].agent.address,
         master_port=state.nodes[nodes[0]].master_port,
-        reason=state.generations[-1].reason,
+        reason=record.reason,
+        restore=record.restore,
+        places=record.places,
+        guardians={name: state.nodes[name].guardian_address for name in nodes},
     )
 
 

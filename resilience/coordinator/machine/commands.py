@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from resilience.coordinator.machine.facts import Agent, Note
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, RankExit, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, RankExit, SnapshotFact, Strike
+from resilience.policy import Copy
 
 __all__ = [
     "Close",
@@ -38,6 +39,9 @@ class JoinAgent:
     exits: tuple[RankExit, ...] = ()
     reason: str = ""
     master_port: int = 0
+    copies: tuple[Copy, ...] = ()
+    """What its guardian holds of memory snapshots."""
+    guardian_address: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ class Report:
     strikes: tuple[Strike, ...] = ()
     exits: tuple[RankExit, ...] = ()
     checkpoints: tuple[CheckpointFact, ...] = ()
+    snapshots: tuple[SnapshotFact, ...] = ()
     notes: tuple[Note, ...] = ()
     deterministic: bool | None = None
     badput_seconds: tuple[tuple[str, float], ...] = ()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 
 from resilience.config import PolicyConfig
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, Mode, Outcome, Strike
-from resilience.policy import Failure
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, Mode, Outcome, SnapshotFact, Strike
+from resilience.policy import Choice, Copy, Failure
 
 __all__ = [
     "FACTS",
@@ -25,6 +25,7 @@ __all__ = [
     "FailureSeen",
     "Finished",
     "GenerationBegan",
+    "InventoryTold",
     "MemberLeft",
     "Note",
     "Observations",
@@ -146,12 +147,24 @@ class AgentWaits:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InventoryTold:
+    """An agent said what its guardian holds, where that is not what it said before."""
+
+    node: str
+    guardian_address: str
+    """Where guardians of other nodes reach its own; empty where there is none."""
+    copies: tuple[Copy, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationBegan:
     """All agents were there: ranks have their places."""
 
     generation: int
     seats: tuple[Seat, ...]
     reason: str
+    restore: Choice | None = None
+    """Where its state comes from; None for the first one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +186,7 @@ class Reported:
     detections: tuple[Detection, ...] = ()
     strikes: tuple[Strike, ...] = ()
     checkpoints: tuple[CheckpointFact, ...] = ()
+    snapshots: tuple[SnapshotFact, ...] = ()
     notes: tuple[Note, ...] = ()
     deterministic: bool | None = None
     num_skipped_steps: int = 0
@@ -279,6 +293,7 @@ Fact = (
     | CordonSet
     | AgentJoined
     | AgentWaits
+    | InventoryTold
     | GenerationBegan
     | RankJoined
     | Reported
@@ -302,6 +317,7 @@ FACTS: dict[str, type] = {
         CordonSet,
         AgentJoined,
         AgentWaits,
+        InventoryTold,
         GenerationBegan,
         RankJoined,
         Reported,

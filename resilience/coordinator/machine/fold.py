@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resilience.coordinator.machine import facts as f
-from resilience.coordinator.machine import ledger
+from resilience.coordinator.machine import ledger, snapshots
 from resilience.coordinator.machine.effects import Effect, Finish, RememberCordon
 from resilience.coordinator.machine.state import (
     MAX_DURATIONS,
@@ -22,6 +22,7 @@ from resilience.coordinator.machine.state import (
     Order,
     RankSeat,
     State,
+    places_of,
 )
 from resilience.coordinator.machine.story import tell
 from resilience.events import Action, CheckpointFact, CheckpointKind, Decision, Outcome, Verdict
@@ -72,11 +73,19 @@ def _agent_waits(state: State, fact: f.AgentWaits, at: float) -> list[Effect]:
     return []
 
 
+def _inventory_told(state: State, fact: f.InventoryTold, at: float) -> list[Effect]:
+    node = state.nodes[fact.node]
+    node.guardian_address, node.copies = fact.guardian_address, fact.copies
+    return []
+
+
 def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[Effect]:
     assert fact.generation == state.generation + 1, "generations only grow, one at a time"
     state.generation, state.generation_ended, state.order = fact.generation, False, None
     state.seats = {seat.rank: RankSeat(seat) for seat in fact.seats}
-    state.generations.append(GenerationRecord(fact.generation, at, len(fact.seats), fact.reason))
+    record = GenerationRecord(fact.generation, at, len(fact.seats), fact.reason, restore=fact.restore)
+    record.places = places_of(fact.seats)
+    state.generations.append(record)
     state.telemetry.rank_checks.clear()
     for node in state.nodes.values():
         node.waiting = node.is_done = False
@@ -98,6 +107,7 @@ def _reported(state: State, fact: f.Reported, at: float) -> list[Effect]:
     state.checkpoints.extend(fact.checkpoints)
     if fact.member == "rank:0":
         _account_checkpoints(state, fact.checkpoints)
+    snapshots.note(state, fact)
     state.notes.extend(fact.notes)
     if fact.deterministic is not None:
         state.deterministic = fact.deterministic
@@ -149,6 +159,7 @@ def _order_taken(state: State, fact: f.OrderTaken, at: float) -> list[Effect]:
     if decision.action is Action.RESTART:
         if not any(failure.generation == decision.generation for failure in state.failures):
             state.failures.append(_veto(state, decision, at))
+            state.generations[-1].damaged = True
         # Rank 0 said that it left; whether the restart succeeded shows in the next generation.
         state.decisions[fact.decision_id] = dataclasses.replace(decision, outcome=Outcome.PENDING)
         _end_generation(state, decision.reason, at)
@@ -217,6 +228,8 @@ def _restart_settled(state: State, fact: f.RestartSettled, at: float) -> list[Ef
     state.decisions[fact.decision_id] = decision
     ledger.note_execution(state, decision)
     effects: list[Effect] = []
+    if fact.outcome is Outcome.SUCCEEDED:
+        state.generations[-1].resumed_after = fact.resumed_step
     if fact.outcome is Outcome.SUCCEEDED:
         for name in decision.evidence:
             effects += ledger.settle(state, name, Verdict.TRANSIENT, at)
@@ -292,6 +305,7 @@ _FOLDS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     f.CordonSet: _cordon_set,
     f.AgentJoined: _agent_joined,
     f.AgentWaits: _agent_waits,
+    f.InventoryTold: _inventory_told,
     f.GenerationBegan: _generation_began,
     f.RankJoined: _rank_joined,
     f.Reported: _reported,

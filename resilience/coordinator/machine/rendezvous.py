@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from resilience.coordinator.machine import facts as f
+from resilience.coordinator.machine import snapshots
 from resilience.coordinator.machine.commands import JoinAgent, JoinRank, Leave
 from resilience.coordinator.machine.effects import RefusalKind, Refused
 from resilience.coordinator.machine.members import check_generation, check_run, check_running, seat_of
@@ -35,6 +36,7 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
     known = state.nodes.get(agent.node)
     if known is None or known.agent != agent or known.left is not None:
         yield f.AgentJoined(agent=agent)
+    yield from _take_inventory(state, command)
     if not state.generation_ended:
         is_seated = any(seat.seat.node == agent.node for seat in state.seats.values())
         if known is not None and known.agent.pid != agent.pid and is_seated:
@@ -55,6 +57,12 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
     if not state.nodes[agent.node].waiting:
         yield f.AgentWaits(node=agent.node, reason=command.reason, master_port=command.master_port)
     yield from _begin(state, pulse, now)
+
+
+def _take_inventory(state: State, command: JoinAgent) -> Iterator[f.Fact]:
+    node = state.nodes[command.agent.node]
+    if (node.guardian_address, node.copies) != (command.guardian_address, command.copies):
+        yield f.InventoryTold(node=command.agent.node, guardian_address=command.guardian_address, copies=command.copies)
 
 
 def _is_done(command: JoinAgent) -> bool:
@@ -114,15 +122,14 @@ def _begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
         yield from stop_before(state, FailureKind.CORDONED, reason, now)
         return
     reason = state.generations[-1].ended_by if state.generations else "the run starts"
+    placed = tuple(
+        f.Seat(rank=rank, node=node, slot=device.slot, device=device.device)
+        for rank, (node, device) in enumerate(seats)
+    )
     yield from flush(state, pulse, now)
     pulse.begin_generation(now)
     yield f.GenerationBegan(
-        generation=state.generation + 1,
-        seats=tuple(
-            f.Seat(rank=rank, node=node, slot=device.slot, device=device.device)
-            for rank, (node, device) in enumerate(seats)
-        ),
-        reason=reason,
+        generation=state.generation + 1, seats=placed, reason=reason, restore=snapshots.choose(state, placed)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable
 
 from resilience.config import PolicyConfig
 from resilience.coordinator.machine.facts import Agent, Note, Seat
@@ -19,9 +20,20 @@ from resilience.events import (
     Verdict,
 )
 from resilience.metrics import BY_NAME
-from resilience.policy import Failure
+from resilience.policy import Ancestor, Choice, Copy, Failure
 
-__all__ = ["Cordon", "Ending", "GenerationRecord", "Histogram", "Node", "Order", "RankSeat", "State", "StoryLine"]
+__all__ = [
+    "Cordon",
+    "Ending",
+    "GenerationRecord",
+    "Histogram",
+    "Node",
+    "Order",
+    "RankSeat",
+    "State",
+    "StoryLine",
+    "places_of",
+]
 
 MAX_DURATIONS = 4096
 """Steps whose durations are kept one by one, so that lost work can be told exactly that far back."""
@@ -40,6 +52,9 @@ class Node:
     """All its ranks of the current generation ended with 0."""
     master_port: int = 0
     """Port that it offered with that, for the ranks to meet at."""
+    guardian_address: str = ""
+    copies: tuple[Copy, ...] = ()
+    """What its guardian held when it last asked for a place."""
     left: int | None = None
     """The code that it left with …"""
     left_at: float = 0.0
@@ -72,6 +87,33 @@ class GenerationRecord:
     """Seconds of loading checkpoints before its first step."""
     ended_at: float | None = None
     ended_by: str = ""
+    places: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Its nodes in their order, with their ranks."""
+    restore: Choice | None = None
+    """Where its state came from, as it was chosen; None for the first one."""
+    resumed_after: int | None = None
+    """The step after which it went on, once that is known."""
+    damaged: bool = False
+    """Whether it ended because its state could not be trusted."""
+
+    @property
+    def ancestor(self) -> Ancestor:
+        """What the choice of a later generation's state asks about this one."""
+        chosen = self.restore.step if self.restore is not None and self.restore.is_snapshot else None
+        return Ancestor(
+            generation=self.generation,
+            places=self.places,
+            resumed_after=chosen if self.resumed_after is None else self.resumed_after,
+            damaged=self.damaged,
+        )
+
+
+def places_of(seats: Iterable[Seat]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The nodes of `seats` in their order, with their ranks."""
+    found: dict[str, list[int]] = {}
+    for seat in seats:
+        found.setdefault(seat.node, []).append(seat.rank)
+    return tuple((node, tuple(ranks)) for node, ranks in found.items())
 
 
 @dataclasses.dataclass
@@ -178,6 +220,8 @@ class State:
     """By decision."""
     strikes: dict[str, Strike] = dataclasses.field(default_factory=dict)
     checkpoints: list[CheckpointFact] = dataclasses.field(default_factory=list)
+    refusals: set[tuple[int, int, str, int]] = dataclasses.field(default_factory=set)
+    """(step, generation that took it, node, generation that refused it) of memory snapshots that were not loaded."""
     notes: list[Note] = dataclasses.field(default_factory=list)
     cordons: dict[str, Cordon] = dataclasses.field(default_factory=dict)
 

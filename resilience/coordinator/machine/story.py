@@ -53,7 +53,11 @@ def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> None:
 
 
 def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> None:
-    state.tell(at, "generation", f"generation {fact.generation} begins on {len(fact.seats)} ranks: {fact.reason}")
+    origin = "" if fact.restore is None else f" from {fact.restore.reason}"
+    text = f"generation {fact.generation} begins on {len(fact.seats)} ranks{origin}: {fact.reason}"
+    state.tell(at, "generation", text)
+    for line in () if fact.restore is None else fact.restore.passed_over:
+        state.tell(at, "snapshot", f"not taken: {line}")
 
 
 def _reported(state: State, fact: f.Reported, at: float) -> None:
