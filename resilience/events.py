@@ -188,6 +188,10 @@ class Evidence:
     again on every rank; None where there is none."""
     rewind_reason: str = ""
     """Why there is none, in words."""
+    rewound_to: int | None = None
+    """The snapshot that the attempt before this one went back to; None where it was no rewind."""
+    num_rewinds: int = 0
+    """Rewinds of this generation so far: steps that are run again after one are decided about anew."""
     loss_scale_search: bool = False
     """Whether the fp16 loss scaler is searching: non-finite gradients are then its business."""
     consecutive_skips: int = 0
@@ -199,7 +203,8 @@ class Decision:
     """What to do about one attempt of one step, or about one failure of processes, and why."""
 
     decision_id: str
-    """`g<generation>-s<step>-a<attempt>` for a step, `g<generation>-exit` for a failure of processes."""
+    """`g<generation>-s<step>-a<attempt>` for a step, with `-w<rewinds>` before the attempt once the generation has
+    rewound; `g<generation>-exit` for a failure of processes."""
     generation: int
     step: int
     attempt: int

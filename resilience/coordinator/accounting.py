@@ -3,7 +3,7 @@
 init             from the launch to the first step of the first generation
 recovery         from a failure to the first step of the next generation, without loading the checkpoint
 lost_work        steps that were taken again after a restart
-replay, check    seconds of steps that ranks spent on running iterations again and on checks
+replay, rewind, check   seconds of steps that ranks spent on running iterations again, on rewinding, and on checks
 checkpoint_save, checkpoint_load   by what rank 0 says of its checkpoints
 other            the rest: data, evaluation, waiting
 """
@@ -16,7 +16,7 @@ from resilience.coordinator.machine.state import State
 
 __all__ = ["Account", "account", "settled_badput_s"]
 
-_WITHIN_STEPS = ("replay", "check")
+_WITHIN_STEPS = ("replay", "rewind", "check")
 """Causes whose seconds the duration of a step contains."""
 
 

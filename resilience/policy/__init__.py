@@ -5,7 +5,7 @@ the documentation. Nothing here reads a clock, a file or an environment, and not
 """
 
 from resilience.policy.failures import EXIT_RULES, Failure, FailureKind, decide_exit, restarts_left, root_exit
-from resilience.policy.ladder import Ruling, decide, decide_locally, judge
+from resilience.policy.ladder import Ruling, decide, decide_locally, decision_id, judge
 from resilience.policy.restore import Ancestor, Choice, Copy, Holder, Tier, choose_restore
 from resilience.policy.table import RULES, Rule
 
@@ -25,6 +25,7 @@ __all__ = [
     "decide",
     "decide_exit",
     "decide_locally",
+    "decision_id",
     "judge",
     "restarts_left",
     "root_exit",

@@ -9,7 +9,7 @@ from resilience.events import Action, Decision, Evidence, Mode, Origin, Outcome,
 from resilience.policy.case import Case
 from resilience.policy.table import RULES, Rule, Settles
 
-__all__ = ["Ruling", "decide", "decide_locally", "judge"]
+__all__ = ["Ruling", "decide", "decide_locally", "decision_id", "judge"]
 
 _LOCAL = frozenset({Action.CONTINUE, Action.CORRECTED, Action.REPLAY, Action.REWIND})
 """What a rank may do on its own word."""
@@ -26,6 +26,12 @@ class Ruling:
     rule: Rule
     considered: tuple[str, ...]
     """Cheaper rungs that were ruled out, each with its reason."""
+
+
+def decision_id(evidence: Evidence) -> str:
+    """What the decision about `evidence` is called. A step that is run again after a rewind is another question."""
+    course = f"-w{evidence.num_rewinds}" if evidence.num_rewinds else ""
+    return f"g{evidence.generation}-s{evidence.step}{course}-a{evidence.attempt}"
 
 
 def judge(
@@ -50,7 +56,7 @@ def judge(
     case = Case(evidence, limits, left)
     rule = next(rule for rule in RULES if rule.when(case))
     decision = Decision(
-        decision_id=f"g{evidence.generation}-s{evidence.step}-a{evidence.attempt}",
+        decision_id=decision_id(evidence),
         generation=evidence.generation,
         step=evidence.step,
         attempt=evidence.attempt,

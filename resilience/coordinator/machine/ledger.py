@@ -107,7 +107,7 @@ def observe(state: State, metric: str, value: float) -> None:
 
 def _settle_replay(state: State, decision: Decision, outcome: Outcome) -> None:
     """The attempt after a replay shows how the replay ended."""
-    name = f"g{decision.generation}-s{decision.step}-a{decision.attempt - 1}"
+    name = f"{decision.decision_id.rpartition('-a')[0]}-a{decision.attempt - 1}"
     replay = state.decisions.get(name)
     if replay is not None and replay.action is Action.REPLAY and replay.outcome is Outcome.PENDING:
         state.decisions[name] = dataclasses.replace(replay, outcome=outcome)

@@ -19,7 +19,7 @@ __all__ = ["Pulse", "sample", "sample_interval_s"]
 _RANKS_PER_SECOND = 64
 """Ranks whose steps one second's worth of journal may carry."""
 
-_MEASURED_BY_RANKS = frozenset({"replay", "check"})
+_MEASURED_BY_RANKS = frozenset({"replay", "rewind", "check"})
 """Causes of badput that ranks report. The coordinator knows the others by itself, from first steps and checkpoints, and
 causes are labels of a metric, so no rank may invent one."""
 

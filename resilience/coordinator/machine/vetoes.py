@@ -13,6 +13,7 @@ from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.supervision import take_order
 from resilience.events import Decision, Detection, Mode
 from resilience.policy import decide as decide_by_table
+from resilience.policy import decision_id as id_of_evidence
 from resilience.policy import restarts_left
 
 __all__ = ["check_detections", "conclude", "conclude_decision", "decide", "decision_id"]
@@ -20,8 +21,7 @@ __all__ = ["check_detections", "conclude", "conclude_decision", "decide", "decis
 
 def decision_id(command: Decide) -> str:
     """The id of the answer to `command`."""
-    evidence = command.evidence
-    return f"g{evidence.generation}-s{evidence.step}-a{evidence.attempt}"
+    return id_of_evidence(command.evidence)
 
 
 def decide(state: State, pulse: Pulse, command: Decide, now: float) -> Iterator[f.Fact]:

@@ -158,7 +158,7 @@ class Detection(_message.Message):
     def __init__(self, detection_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., micro_step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., site: _Optional[str] = ..., layer: _Optional[int] = ..., check: _Optional[_Union[Check, str]] = ..., kind: _Optional[_Union[DetectionKind, str]] = ..., residual_ratio: _Optional[float] = ..., verdict: _Optional[_Union[Verdict, str]] = ..., mended: _Optional[bool] = ..., bit_exact: _Optional[bool] = ..., caused_by: _Optional[str] = ..., param: _Optional[str] = ..., detected_at: _Optional[float] = ..., latency_ms: _Optional[float] = ...) -> None: ...
 
 class Evidence(_message.Message):
-    __slots__ = ("run_id", "generation", "step", "attempt", "world_size", "detections", "previous", "deterministic", "replay_available", "replay_reason", "bit_equal", "loss_scale_search", "consecutive_skips", "rewind_step", "rewind_reason")
+    __slots__ = ("run_id", "generation", "step", "attempt", "world_size", "detections", "previous", "deterministic", "replay_available", "replay_reason", "bit_equal", "loss_scale_search", "consecutive_skips", "rewind_step", "rewind_reason", "rewound_to", "num_rewinds")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +174,8 @@ class Evidence(_message.Message):
     CONSECUTIVE_SKIPS_FIELD_NUMBER: _ClassVar[int]
     REWIND_STEP_FIELD_NUMBER: _ClassVar[int]
     REWIND_REASON_FIELD_NUMBER: _ClassVar[int]
+    REWOUND_TO_FIELD_NUMBER: _ClassVar[int]
+    NUM_REWINDS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     generation: int
     step: int
@@ -189,7 +191,9 @@ class Evidence(_message.Message):
     consecutive_skips: int
     rewind_step: int
     rewind_reason: str
-    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., previous: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., replay_available: _Optional[bool] = ..., replay_reason: _Optional[str] = ..., bit_equal: _Optional[bool] = ..., loss_scale_search: _Optional[bool] = ..., consecutive_skips: _Optional[int] = ..., rewind_step: _Optional[int] = ..., rewind_reason: _Optional[str] = ...) -> None: ...
+    rewound_to: int
+    num_rewinds: int
+    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., previous: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., replay_available: _Optional[bool] = ..., replay_reason: _Optional[str] = ..., bit_equal: _Optional[bool] = ..., loss_scale_search: _Optional[bool] = ..., consecutive_skips: _Optional[int] = ..., rewind_step: _Optional[int] = ..., rewind_reason: _Optional[str] = ..., rewound_to: _Optional[int] = ..., num_rewinds: _Optional[int] = ...) -> None: ...
 
 class SettledVerdict(_message.Message):
     __slots__ = ("detection_id", "verdict")
