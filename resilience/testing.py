@@ -115,6 +115,10 @@ def evidence(
     bit_equal: bool = False,
     loss_scale_search: bool = False,
     consecutive_skips: int = 0,
+    rewind_step: int | None = None,
+    rewind_reason: str = "",
+    rewound_to: int | None = None,
+    num_rewinds: int = 0,
 ) -> Evidence:
     """Evidence of one attempt of a step."""
     return Evidence(
@@ -131,6 +135,10 @@ def evidence(
         bit_equal=bit_equal,
         loss_scale_search=loss_scale_search,
         consecutive_skips=consecutive_skips,
+        rewind_step=rewind_step,
+        rewind_reason=rewind_reason,
+        rewound_to=rewound_to,
+        num_rewinds=num_rewinds,
     )
 
 

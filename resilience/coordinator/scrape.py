@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.host import Host
 from resilience.coordinator.machine import Machine
+from resilience.coordinator.machine.ledger import blames_a_device
 from resilience.coordinator.machine.state import Histogram, State
 from resilience.events import Action, Check, CheckpointKind, Detection, Mode, Outcome, Verdict
 from resilience.metrics import METRICS, PREFIX, Kind
@@ -75,9 +76,7 @@ def _device_faults(roots: Iterable[Detection]) -> set[tuple[str, str, int, int]]
     """(device, verdict, generation, step): alarms of one device in one step are one fault."""
     hardware = (Verdict.TRANSIENT, Verdict.PERSISTENT)
     return {
-        (d.device, str(d.verdict), d.generation, d.step)
-        for d in roots
-        if d.verdict in hardware and d.check is not Check.PROCESS and (d.mended or d.check is not Check.REPLICA)
+        (d.device, str(d.verdict), d.generation, d.step) for d in roots if d.verdict in hardware and blames_a_device(d)
     }
 
 

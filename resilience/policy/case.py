@@ -14,8 +14,8 @@ __all__ = ["ARITHMETIC", "FORWARD_SITES", "NON_FINITE", "Case", "describe"]
 ARITHMETIC = frozenset({Check.CHECKSUM, Check.INVARIANT})
 """Checks of arithmetic: they know what the result of finite inputs must be, so they blame the device."""
 
-OF_STATE = frozenset({Check.AT_REST, Check.REPLICA})
-"""Checks of what is kept between the steps: is it still what was written?"""
+OF_STATE = frozenset({Check.AT_REST, Check.REPLICA, Check.SCREEN})
+"""Checks of what is kept between the steps: is it still what was written, and is it finite?"""
 
 STATE_SITES = frozenset({"weight", "optimizer"})
 
@@ -38,7 +38,13 @@ class Case:
     @cached_property
     def alarms(self) -> tuple[Detection, ...]:
         """Unmended root causes. An alarm whose cause was mended, or is not known, counts as a cause itself."""
-        return tuple(d for d in self.evidence.detections if not d.mended and not self._is_propagated(d))
+        unmended = (d for d in self.evidence.detections if not d.mended and d.check is not Check.OPERATOR)
+        return tuple(d for d in unmended if not self._is_propagated(d))
+
+    @cached_property
+    def is_ordered(self) -> bool:
+        """Whether an operator asks for a rewind."""
+        return any(d.check is Check.OPERATOR for d in self.evidence.detections)
 
     @cached_property
     def mended(self) -> tuple[Detection, ...]:
@@ -62,16 +68,32 @@ class Case:
     @property
     def may_replay(self) -> bool:
         left = self.evidence.attempt < self.limits.max_replays_per_step
-        return self.evidence.replay_available and left and not self.state_is_damaged
+        is_settled = self.state_is_damaged or (self.loss_spiked and self.is_deterministic)
+        return self.evidence.replay_available and left and not is_settled
 
     @property
     def may_restart(self) -> bool:
         return self.restarts_left > 0
 
+    @property
+    def may_rewind(self) -> bool:
+        """Whether there is a snapshot from before. The ranks have weighed what rules one out, their budget among it."""
+        return self.evidence.rewind_step is not None
+
     @cached_property
     def state_is_damaged(self) -> bool:
         """Whether weights or optimizer state are wrong and could not be rebuilt: a replay would start from them."""
         return any(d.check in OF_STATE and d.site in STATE_SITES for d in self.alarms)
+
+    @cached_property
+    def loss_spiked(self) -> bool:
+        """Whether a loss far above those before it is all that is wrong."""
+        return bool(self.alarms) and all(d.check is Check.LOSS for d in self.alarms)
+
+    @cached_property
+    def loss_spiked_again(self) -> bool:
+        """Whether it is the same on replay, so that the weights or the data are at fault and not the iteration."""
+        return self.loss_spiked and not self.may_replay
 
     @cached_property
     def all_non_finite(self) -> bool:

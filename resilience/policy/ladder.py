@@ -137,7 +137,7 @@ def _considered(case: Case, rule: Rule) -> tuple[str, ...]:
         if case.state_is_damaged
         else "correct in place: the operation could not be mended, or has no inputs left to run again",
         Action.REPLAY: _why_no_replay(case),
-        Action.REWIND: "rewind: no memory snapshots are kept in this version",
+        Action.REWIND: _why_no_rewind(case),
         Action.RESTART: f"restart: the budget of {case.limits.max_restarts} restarts is used up"
         if not case.may_restart
         else "restart: a device that computes wrongly would be used again",
@@ -145,6 +145,12 @@ def _considered(case: Case, rule: Rule) -> tuple[str, ...]:
     if rule.action is Action.CONTINUE:
         return ()
     return tuple(text for action, text in reasons.items() if order.index(action) < order.index(rule.action))
+
+
+def _why_no_rewind(case: Case) -> str:
+    if not (case.state_is_damaged or case.loss_spiked):
+        return "rewind: nothing wrong was committed, the same step would be run again"
+    return f"rewind: {case.evidence.rewind_reason or 'no memory snapshot is kept'}"
 
 
 def _why_no_replay(case: Case) -> str:

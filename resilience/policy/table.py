@@ -65,7 +65,32 @@ def _unavailable(case: Case) -> str:
     return f"{_replays(case)} of {_step(case)} did not help"
 
 
+def _rewind(case: Case) -> str:
+    evidence = case.evidence
+    first = (evidence.rewind_step or 0) + 1
+    steps = f"step {first} is" if first == evidence.step else f"steps {first} to {evidence.step} are"
+    return f"the memory snapshot of step {evidence.rewind_step} is loaded and {steps} run again"
+
+
+def _no_rewind(case: Case) -> str:
+    return f"no rewind ({case.evidence.rewind_reason or 'no memory snapshot is kept'})"
+
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        name="ordered-rewind",
+        text="an operator asks for a rewind, and there is a snapshot to go back to: load it, run the steps since again",
+        when=lambda c: c.is_ordered and c.may_rewind,
+        action=Action.REWIND,
+        reason=lambda c: f"an operator ordered a rewind: {_rewind(c)}",
+    ),
+    Rule(
+        name="order-refused",
+        text="an operator asks for a rewind that cannot be done, and nothing else is wrong: take the step",
+        when=lambda c: c.is_ordered and not c.alarms and c.is_first_attempt,
+        action=Action.CONTINUE,
+        reason=lambda c: f"an operator ordered a rewind: {_no_rewind(c)}; training goes on",
+    ),
     Rule(
         name="clean",
         text="nothing was detected: take the step",
@@ -82,6 +107,17 @@ RULES: tuple[Rule, ...] = (
         reason=lambda c: f"{describe(c.mended)} was mended in place and verified again",
     ),
     Rule(
+        name="rewound-clean",
+        text="the snapshot was loaded, the steps since were run again, and no alarm is left: take the step",
+        when=lambda c: not c.alarms and c.evidence.rewound_to is not None,
+        action=Action.CONTINUE,
+        verdict=Verdict.TRANSIENT,
+        settles=Settles.PREVIOUS,
+        reason=lambda c: (
+            f"after the rewind to step {c.evidence.rewound_to} no alarm is left in {_step(c)}: no step is lost"
+        ),
+    ),
+    Rule(
         name="replayed-clean",
         text="the replay raised no alarm that was not mended: the fault was transient, take the step",
         when=lambda c: not c.alarms,
@@ -91,17 +127,43 @@ RULES: tuple[Rule, ...] = (
         reason=lambda c: f"{_replays(c)} of {_step(c)} cleared the alarm: the fault was transient",
     ),
     Rule(
+        name="rewind",
+        text=(
+            "weights or optimizer state are wrong and cannot be rebuilt, and there is a memory snapshot from before:"
+            " load it, run the steps since again"
+        ),
+        when=lambda c: c.state_is_damaged and c.may_rewind,
+        action=Action.REWIND,
+        reason=lambda c: f"{describe(c.alarms)}: nothing is left to rebuild it from; {_rewind(c)}",
+    ),
+    Rule(
         name="state-damaged",
         text=(
-            "weights or optimizer state changed while nobody wrote them, and cannot be rebuilt: no replay can help;"
-            " new generation from the last verified checkpoint"
+            "weights or optimizer state are wrong and cannot be rebuilt, and no rewind is possible: no replay can help;"
+            " new generation from the newest snapshot or checkpoint that can be trusted"
         ),
         when=lambda c: c.state_is_damaged and c.may_restart,
         action=Action.RESTART,
         reason=lambda c: (
-            f"{describe(c.alarms)}: it changed while nobody wrote it, nothing is left to rebuild it from, and"
-            f" {_unavailable(c)}: restart from the last verified checkpoint"
+            f"{describe(c.alarms)}: nothing is left to rebuild it from, {_unavailable(c)}, and {_no_rewind(c)}:"
+            " restart from the newest snapshot or checkpoint that can be trusted"
         ),
+    ),
+    Rule(
+        name="loss-rewind",
+        text="a loss far above those before it, the same on replay, and a clean snapshot from before: go back to it",
+        when=lambda c: c.loss_spiked_again and c.may_rewind,
+        action=Action.REWIND,
+        reason=lambda c: f"{describe(c.alarms)}, which no replay clears; {_rewind(c)}",
+    ),
+    Rule(
+        name="loss-spike",
+        text="a loss far above those before it, which neither replay nor rewind clears: the data, take the step",
+        when=lambda c: c.loss_spiked_again,
+        action=Action.CONTINUE,
+        verdict=Verdict.FALSE_POSITIVE,
+        settles=Settles.ALARMS,
+        reason=lambda c: f"{describe(c.alarms)}, and {_no_rewind(c)}: left as it is, losses of healthy runs do spike",
     ),
     Rule(
         name="scale-search",
@@ -215,10 +277,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="restart",
-        text="no replay can help and restarts are left: new generation from the last verified checkpoint",
+        text=(
+            "no replay can help and restarts are left: new generation from the newest snapshot or checkpoint that can"
+            " be trusted"
+        ),
         when=lambda c: c.may_restart,
         action=Action.RESTART,
-        reason=lambda c: f"{describe(c.alarms)}, and {_unavailable(c)}: restart from the last verified checkpoint",
+        reason=lambda c: (
+            f"{describe(c.alarms)}, and {_unavailable(c)}: restart from the newest snapshot or checkpoint that can be"
+            " trusted"
+        ),
     ),
     Rule(
         name="nothing-left",

@@ -62,7 +62,7 @@ def test_a_struck_master_is_not_saved_and_leads_to_a_restart(results: dict[str, 
     assert found["actions"] == ["3:state-damaged"]
     assert f"master of {parameter}" in found["reasons"][0]
     assert "on rank 1" in found["reasons"][0]
-    assert "restart from the last verified checkpoint" in found["reasons"][0]
+    assert "restart from the newest snapshot or checkpoint" in found["reasons"][0]
     assert (found["code"], found["step"]) == (LEFT_FOR_RESTART, 2)
     assert not found["saved"], "damaged state was written into a checkpoint"
 

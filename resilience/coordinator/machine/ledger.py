@@ -9,9 +9,9 @@ from resilience.coordinator.machine.state import State
 from resilience.events import Action, Check, Decision, Detection, Outcome, Verdict
 from resilience.metrics import BY_NAME, bucket_of
 
-__all__ = ["merged", "note_decision", "note_detection", "note_execution", "settle"]
+__all__ = ["blames_a_device", "merged", "note_decision", "note_detection", "note_execution", "settle"]
 
-_CLEAR = frozenset({"", "clean", "mended", "replayed-clean"})
+_CLEAR = frozenset({"", "clean", "mended", "replayed-clean", "rewound-clean", "order-refused"})
 """Rules that say that the attempt raised no alarm; empty where a rank did not name one."""
 
 _OF_A_DEVICE = frozenset({Verdict.TRANSIENT, Verdict.PERSISTENT})
@@ -42,12 +42,23 @@ def settle(state: State, detection_id: str, verdict: Verdict, at: float) -> list
     if detection.verdict is verdict:
         return []
     state.detections[detection_id] = dataclasses.replace(detection, verdict=verdict)
-    # Copies that differ and could not be rebuilt tell of no device: either may be the right one.
-    blames = detection.check is not Check.PROCESS and (detection.mended or detection.check is not Check.REPLICA)
+    blames = blames_a_device(detection)
     if verdict in _OF_A_DEVICE and blames:
         fault_id = f"g{detection.generation}-s{detection.step}"
         return [RememberFault(fault_id, detection.device, detection.node, verdict, at)]
     return []
+
+
+def blames_a_device(detection: Detection) -> bool:
+    """Whether it tells of the device that it was seen on.
+
+    Copies that differ and could not be rebuilt do not: either may be the right one. What is not finite in the weights
+    is on every rank, whoever computed it; a loss says even less.
+    """
+    if detection.check in (Check.PROCESS, Check.LOSS, Check.OPERATOR):
+        return False
+    of_state = detection.check is Check.SCREEN and detection.site in ("weight", "optimizer")
+    return detection.mended or not (of_state or detection.check is Check.REPLICA)
 
 
 def note_decision(state: State, decision: Decision, at: float) -> list[Effect]:

@@ -284,7 +284,7 @@ def test_an_explanation_names_row_evidence_and_what_was_ruled_out(run: FakeRun) 
     explanation = queries.explain_decision(run.state, "g1-s1-a0")
     assert explanation is not None
     assert explanation.rule == "restart"
-    assert "new generation from the last verified checkpoint" in explanation.rule_text
+    assert "new generation from the newest snapshot or checkpoint that can be trusted" in explanation.rule_text
     assert [d.detection_id for d in explanation.detections] == ["g1-r1-1"]
     assert any("replay: off, pipeline parallelism" in text for text in explanation.considered)
     assert queries.explain_decision(run.state, "g9-s1-a0") is None

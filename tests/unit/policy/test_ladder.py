@@ -26,6 +26,10 @@ SPIKE = dataclasses.replace(NAN, check=Check.NORM, kind=DetectionKind.NORM_SPIKE
 SPIKE_AGAIN = dataclasses.replace(SPIKE, detection_id="g1-r0-2", attempt=1)
 OVERFLOW = dataclasses.replace(NAN, kind=DetectionKind.INF)
 REST = dataclasses.replace(ABFT, site="optimizer", layer=-1, check=Check.AT_REST, param="master of w")
+ORDER = dataclasses.replace(ABFT, site="operator", layer=-1, check=Check.OPERATOR)
+LOSS = dataclasses.replace(ABFT, site="loss", layer=-1, check=Check.LOSS, kind=DetectionKind.LOSS_SPIKE)
+LOSS_AGAIN = dataclasses.replace(LOSS, detection_id="g1-r1-2", attempt=1)
+NAN_WEIGHT = dataclasses.replace(NAN, site="weight", param="w")
 FORWARD_INF = dataclasses.replace(OVERFLOW, site="attention.scores", layer=1)
 
 
@@ -34,6 +38,22 @@ def ask(*found: Any, attempt: int = 0, left: int | None = None, **known: Any) ->
 
 
 CASES = [
+    ("ordered-rewind", Action.REWIND, None, ask(ORDER, rewind_step=3)),
+    ("ordered-rewind", Action.REWIND, None, ask(ORDER, REST, rewind_step=3)),
+    ("order-refused", Action.CONTINUE, None, ask(ORDER, rewind_reason="no snapshot is clean yet")),
+    # An order that cannot be carried out must not hide what is wrong besides.
+    ("replay", Action.REPLAY, None, ask(ORDER, dataclasses.replace(ABFT, detection_id="g1-r1-7"))),
+    ("rewound-clean", Action.CONTINUE, None, ask(attempt=1, previous=[ORDER], rewound_to=3)),
+    ("rewound-clean", Action.CONTINUE, None, ask(attempt=1, previous=[REST], rewound_to=3)),
+    ("rewind", Action.REWIND, None, ask(REST, rewind_step=3)),
+    ("rewind", Action.REWIND, None, ask(NAN_WEIGHT, rewind_step=3)),
+    ("state-damaged", Action.RESTART, None, ask(REST, rewind_reason="the history does not reach back")),
+    ("replay", Action.REPLAY, None, ask(LOSS, rewind_step=3)),
+    ("loss-rewind", Action.REWIND, None, ask(LOSS, rewind_step=3, replay_available=False)),
+    ("loss-rewind", Action.REWIND, None, ask(LOSS_AGAIN, attempt=1, previous=[LOSS], bit_equal=True, rewind_step=3)),
+    ("loss-rewind", Action.REWIND, None, ask(LOSS_AGAIN, attempt=2, previous=[LOSS], rewind_step=3)),
+    ("loss-spike", Action.CONTINUE, None, ask(LOSS_AGAIN, attempt=2, previous=[LOSS])),
+    ("loss-spike", Action.CONTINUE, None, ask(LOSS, replay_available=False, left=0)),
     ("clean", Action.CONTINUE, None, ask()),
     ("mended", Action.CORRECTED, None, ask(dataclasses.replace(ABFT, mended=True))),
     ("replay", Action.REPLAY, None, ask(ABFT)),
@@ -168,8 +188,8 @@ def cases(draw: st.DrawFn) -> Any:
                 rank=st.integers(0, 1),
                 number=st.integers(10 * of_attempt, 10 * of_attempt + 9),
                 attempt=st.just(of_attempt),
-                site=st.sampled_from(["linear.out", "gradient"]),
-                check=st.sampled_from([Check.CHECKSUM, Check.SCREEN, Check.NORM]),
+                site=st.sampled_from(["linear.out", "gradient", "optimizer", "loss"]),
+                check=st.sampled_from([*Check]),
                 kind=st.sampled_from(list(DetectionKind)[:5]),
                 mended=st.booleans(),
             ),
@@ -178,6 +198,9 @@ def cases(draw: st.DrawFn) -> Any:
         )
 
     known: dict[str, Any] = {
+        "rewind_step": draw(st.sampled_from([None, 3])),
+        "rewound_to": draw(st.sampled_from([None, 2])) if attempt else None,
+        "num_rewinds": draw(st.integers(0, 1)),
         "deterministic": draw(st.sampled_from([None, True, False])),
         "replay_available": draw(st.booleans()),
         "bit_equal": draw(st.booleans()),
@@ -201,6 +224,8 @@ def test_whatever_the_evidence(case: Any) -> None:
         assert found.attempt < LIMITS.max_replays_per_step, "replays end"
     if decision.action is Action.RESTART:
         assert left > 0
+    if decision.action is Action.REWIND:
+        assert found.rewind_step is not None, "there is something to go back to"
     assert (decision.exit_code is not None) == (decision.action is Action.STOP)
     assert not decision.cordon or decision.action is Action.STOP
     ids = {d.detection_id for d in (*found.detections, *found.previous)}
@@ -215,5 +240,28 @@ def test_whatever_the_evidence(case: Any) -> None:
 def test_damaged_state_is_named_and_no_replay_is_considered() -> None:
     ruling = ask(REST)
     assert "master of w" in ruling.decision.reason
-    assert "restart from the last verified checkpoint" in ruling.decision.reason
+    assert "restart from the newest snapshot or checkpoint" in ruling.decision.reason
+    assert "rewind: no memory snapshot is kept" in ruling.considered
     assert any("same damaged state" in text for text in ruling.considered)
+
+
+def test_a_rewind_says_from_where_it_goes_on_and_what_is_run_again() -> None:
+    reason = ask(REST, rewind_step=2).decision.reason
+    assert "the memory snapshot of step 2 is loaded and steps 3 to 5 are run again" in reason
+    assert "step 5 is run again" in ask(REST, rewind_step=4).decision.reason
+    assert any("same damaged state" in text for text in ask(REST, rewind_step=2).considered)
+
+
+def test_why_there_is_no_rewind_is_said() -> None:
+    ruling = ask(REST, rewind_reason="the history of rank 1 begins with step 4")
+    assert "the history of rank 1 begins with step 4" in ruling.decision.reason
+    assert "rewind: the history of rank 1 begins with step 4" in ruling.considered
+    assert "rewind: nothing wrong was committed" in "\n".join(ask(ABFT, replay_available=False).considered)
+
+
+def test_what_is_run_again_after_a_rewind_is_another_question() -> None:
+    assert ask(ABFT, num_rewinds=2).decision.decision_id == "g1-s5-w2-a0"
+
+
+def test_an_operators_rewind_is_no_alarm_of_a_device() -> None:
+    assert ask(ORDER, rewind_step=3).decision.verdicts == ()
