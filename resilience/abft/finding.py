@@ -33,3 +33,5 @@ class Finding:
     detected_at: float = 0.0
     """Seconds since the Unix epoch."""
     latency_ms: float = 0.0
+    clean_step: int | None = None
+    """Where state is wrong: newest step whose snapshot cannot hold what was found; None where that is not known."""

@@ -7,6 +7,7 @@ Never here: decisions, records of a step, communication of our own.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -171,6 +172,16 @@ class EngineAdapter:
         else:
             self.engine._manual_backward_expected = True
             torch.autograd.backward(list(outputs), list(cotangents))
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """A copy of everything that the optimizer's groups say, but the parameters: learning rates, betas, counters."""
+        groups = self.engine.optimizer.param_groups
+        return [{name: copy.deepcopy(value) for name, value in group.items() if name != "params"} for group in groups]
+
+    def set_hyperparameters(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Give the optimizer's groups what `hyperparameters` returned."""
+        for group, values in zip(self.engine.optimizer.param_groups, groups, strict=True):
+            group.update(copy.deepcopy(values))
 
     def finish_window(self) -> None:
         """What `step()` does before the optimizer where the caller owns the boundary."""

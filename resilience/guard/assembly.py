@@ -244,12 +244,8 @@ def _at_rest(
     share = detection.at_rest_share if is_on else 0.0
     holdings = Holdings(engine)
     at_rest = AtRest(holdings, share=share, injector=injector, clock=settings.clock)
-
-    def edited() -> None:
-        holdings.forget()
-        at_rest.forget()
-
-    undo.append(watch_edits(engine, edited))
+    at_rest.on_forget = holdings.forget
+    undo.append(watch_edits(engine, at_rest.forget))
     return at_rest
 
 

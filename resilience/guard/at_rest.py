@@ -20,7 +20,7 @@ from resilience.deepspeed.shards import Held, Role
 from resilience.errors import FaultPlanError
 from resilience.faults.plan import STATE_SITES
 from resilience.faults.tensor import TensorInjector
-from resilience.guard.at_rest_schedule import pieces
+from resilience.guard.at_rest_schedule import period, pieces
 from resilience.kernels.hashing import WORD_BYTES, bit_hash
 
 __all__ = ["AtRest", "Mark", "integers", "site_of"]
@@ -34,7 +34,7 @@ def site_of(role: Role) -> str:
     return "weight" if role is Role.WEIGHT else "optimizer"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class Mark:
     """What a piece of a tensor was when the step had been taken."""
 
@@ -46,7 +46,10 @@ class Mark:
     """On a device until it is compared; None where it is only known that not all ranks have the same."""
     versions: tuple[int, ...]
     of_replicas: bool = False
-    """Whether it was found by comparing ranks: since when it differs is not known then."""
+    """Whether it was found by comparing ranks."""
+    clean_step: int | None = None
+    """Newest step whose snapshot cannot hold a change that is found now: it was taken before the piece was last seen to
+    be what it was. None where that was never."""
 
     def elements(self) -> torch.Tensor:
         """The piece as it is now, (stop − start,), under a version counter of its own."""
@@ -59,11 +62,7 @@ class Mark:
     @property
     def is_explained(self) -> bool:
         """Whether somebody wrote to the tensor, or replaced it, in a way that shows."""
-        try:
-            return self.versions != self.held.versions()
-        except (AttributeError, IndexError, KeyError, RuntimeError):
-            # It is not where it was, or not in one piece: replaced from outside.
-            return True
+        return _was_edited(self.held, self.versions)
 
 
 class AtRest:
@@ -86,10 +85,19 @@ class AtRest:
     ) -> None:
         self.holdings = holdings
         self._share = share
+        self._turns = period(share)
         self._injector = injector
         self._clock = clock or SystemClock()
         self._marks: list[Mark] = []
         self._still: dict[tuple[str, int, int], Mark] = {}
+        self._step = 0
+        self._agreed: dict[int, int] = {}
+        self._is_forgotten = False
+        self._versions: list[tuple[Held, tuple[int, ...]]] | None = None
+        self.on_forget: Callable[[], None] = lambda: None
+        """Called where tensors may lie elsewhere from now on."""
+        self.watches_edits = False
+        """Whether edits are to be seen that touch nothing of the slice whose turn it is."""
         self._num_checks: Counter[str] = Counter()
         self.differences: list[Mark] = []
         """Pieces that are not what they were, to be settled with the other ranks."""
@@ -108,9 +116,11 @@ class AtRest:
         """Hash this step's slice, then let the faults of the plan strike. `step` has just been taken."""
         held = self.holdings()
         self.differences.clear()
-        self.was_edited = False
+        self.was_edited = self._is_forgotten = False
         self.has_begun = True
+        self._step = step
         self._marks = []
+        self._versions = [(item, item.versions()) for item in held] if self.watches_edits else None
         for roles in ((Role.WEIGHT,), (Role.MASTER, Role.MOMENT)):
             self._mark([item for item in held if item.role in roles], step)
         if self._injector is not None:
@@ -118,6 +128,7 @@ class AtRest:
 
     def look(self, roles: Iterable[Role] = tuple(Role)) -> int:
         """Compare the pieces of these roles with what they were; returns how many differences wait to be settled."""
+        self._look_for_edits()
         among = frozenset(roles)
         wanted = [mark for mark in self._marks if mark.held.role in among]
         explained = [mark for mark in wanted if mark.is_explained]
@@ -129,9 +140,29 @@ class AtRest:
         now = integers([mark.hash_now() for mark in marks])
         then = integers([mark.hash for mark in marks if mark.hash is not None])
         found = [mark for mark, a, b in zip(marks, now, then, strict=True) if a != b]
+        for mark in marks:
+            if mark not in found:
+                mark.clean_step = self._step
         if found:
             self.add_differences(found)
+        elif among == frozenset(Role) and not self._is_forgotten and self._turns:
+            self._agreed[self._step % self._turns] = self._step
         return len(self.differences)
+
+    @property
+    def agreed_through(self) -> int | None:
+        """Newest step since which every piece has had its turn and agreed; 0 while some has not. None: none ever has.
+
+        What changed in the state of a later step may not have been looked at yet.
+        """
+        if not self._turns:
+            return None
+        return min(self._agreed.values()) if len(self._agreed) == self._turns else 0
+
+    def rewound(self, step: int) -> None:
+        """All state was replaced by that of the end of `step`."""
+        self.forget()
+        self._agreed = {turn: min(agreed, step) for turn, agreed in self._agreed.items()}
 
     def milliseconds_since_detection(self) -> float:
         """Since the newest difference was seen."""
@@ -151,10 +182,12 @@ class AtRest:
 
     def forget(self) -> None:
         """The script has written weights or optimizer state through DeepSpeed: nothing is known of them any more."""
-        self.was_edited = True
+        self.was_edited = self._is_forgotten = True
         self._marks.clear()
         self._still.clear()
         self.differences.clear()
+        self._versions = None
+        self.on_forget()
 
     def is_unchanged(self, name: str) -> bool | None:
         """Whether the tensor of this name was just found to be what it was; None where it was not compared."""
@@ -169,11 +202,16 @@ class AtRest:
             mark = self._still.get(key)
             if mark is None or mark.is_explained:
                 first, last = start // item.width, stop // item.width
-                mark = Mark(item, first, last, _hash(item, first, last), item.versions())
+                mark = Mark(item, first, last, _hash(item, first, last), item.versions(), clean_step=step - 1)
             if item.is_frozen:
                 # No step changes it: it is held against what it was when it was first seen.
                 self._still[key] = mark
             self._marks.append(mark)
+
+    def _look_for_edits(self) -> None:
+        if self._versions is not None and any(_was_edited(item, versions) for item, versions in self._versions):
+            self.was_edited = True
+            self._versions = None
 
     def _strike(self, injector: TensorInjector, held: Sequence[Held], step: int) -> None:
         injector.begin(step, 0, 0)
@@ -192,6 +230,15 @@ class AtRest:
         if missed:
             address = missed[0].param or f"layer {missed[0].layer}"
             raise FaultPlanError(f"site {missed[0].site!r}: rank {missed[0].rank} keeps nothing of {address!r}")
+
+
+def _was_edited(held: Held, versions: tuple[int, ...]) -> bool:
+    """Whether somebody wrote to a tensor, or replaced it, since its versions were these."""
+    try:
+        return versions != held.versions()
+    except (AttributeError, IndexError, KeyError, RuntimeError):
+        # It is not where it was, or not in one piece: replaced from outside.
+        return True
 
 
 def _hash(held: Held, start: int, stop: int) -> torch.Tensor:

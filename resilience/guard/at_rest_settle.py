@@ -110,7 +110,8 @@ def spoiled_gradients(findings: Iterable[Finding]) -> list[Finding]:
     first = next((finding for finding in findings if finding.site == "weight" and finding.mended), None)
     if first is None:
         return []
-    return [dataclasses.replace(first, site="gradient", layer=-1, mended=False, bit_exact=False, param=None)]
+    alarm = dataclasses.replace(first, site="gradient", layer=-1, mended=False, bit_exact=False, param=None)
+    return [dataclasses.replace(alarm, clean_step=None)]
 
 
 def _claim(mark: Mark) -> Claim:
@@ -213,11 +214,12 @@ def _dtype(name: str) -> torch.dtype:
 
 def _findings(results: Sequence[tuple[Mark, _Result]], check: Check, at_rest: AtRest) -> list[Finding]:
     """One finding for each tensor that was hit."""
-    hit: dict[str, tuple[Mark, bool]] = {}
+    hit: dict[str, tuple[Mark, bool, int | None]] = {}
     for mark, result in results:
         if result in (_Result.MENDED, _Result.DAMAGED):
-            _, so_far = hit.get(mark.held.name, (mark, True))
-            hit[mark.held.name] = (mark, so_far and result is _Result.MENDED)
+            _, so_far, clean = hit.get(mark.held.name, (mark, True, mark.clean_step))
+            clean = None if clean is None or mark.clean_step is None else min(clean, mark.clean_step)
+            hit[mark.held.name] = (mark, so_far and result is _Result.MENDED, clean)
     return [
         Finding(
             site=site_of(mark.held.role),
@@ -230,6 +232,7 @@ def _findings(results: Sequence[tuple[Mark, _Result]], check: Check, at_rest: At
             param=name,
             detected_at=at_rest.detected_at,
             latency_ms=at_rest.milliseconds_since_detection(),
+            clean_step=clean,
         )
-        for name, (mark, mended) in hit.items()
+        for name, (mark, mended, clean) in hit.items()
     ]

@@ -46,6 +46,26 @@ class StateWatch:
         """Differences of this rank that wait to be settled."""
         return len(self._at_rest.differences)
 
+    @property
+    def was_edited(self) -> bool:
+        """Whether the script wrote to weights or optimizer state since the last step, as far as that shows."""
+        return self._at_rest.was_edited
+
+    @property
+    def agreed_through(self) -> int | None:
+        """See `AtRest.agreed_through`."""
+        return self._at_rest.agreed_through
+
+    def watch_edits(self) -> None:
+        """From the next step on, see edits of all state, not only of the slice whose turn it is."""
+        self._at_rest.watches_edits = True
+
+    def rewound(self, step: int) -> None:
+        """All state was replaced by that of the end of `step`: nothing is known of it but that."""
+        self._at_rest.rewound(step)
+        self._replicas.rewound(step)
+        self._is_due = False
+
     def checks(self) -> dict[str, int]:
         """See `AtRest.checks`."""
         return self._at_rest.checks()
@@ -94,7 +114,7 @@ class StateWatch:
             digest = self._replicas.digest(self._at_rest.holdings())
             largest, smallest = self._exchange.maximum([digest, -digest])
         if largest == -smallest:
-            self._replicas.agreed()
+            self._replicas.agreed(step)
             return findings
         return findings + self._settle_replicas()
 

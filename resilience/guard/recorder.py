@@ -7,9 +7,10 @@ are not recorded: they do not change within a step. Never here: decisions, commu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ class Recorder:
         self._enabled = enabled
         self._device_type = next((p.device.type for p in adapter.module.parameters()), "cpu")
         self._buffers = BufferWatch(adapter.module)
-        self._copy_inputs = False
+        self.copy_inputs = False
+        """Whether inputs are copied, however large: the script writes into the tensors that it passes."""
         self._window = 0
         self.on_backward: Callable[[int], None] = lambda graph_task: None
         """Called inside a backward pass that begins, with its number; set by the transaction."""
@@ -134,7 +136,7 @@ class Recorder:
         for forward in self._forwards():
             if not (unchanged(forward.args) and unchanged(forward.kwargs)):
                 # From the next step on each input is copied before the forward.
-                self._copy_inputs = True
+                self.copy_inputs = True
                 return "an input was changed in place after its forward began"
         for event in self.events:
             if isinstance(event, BackwardEvent) and not all(kept.is_unchanged() for _, _, kept, _ in event.cotangents):
@@ -157,8 +159,8 @@ class Recorder:
         )
         if self._enabled and not self.unavailable:
             try:
-                event.args = keep(args, copy=self._copy_inputs)
-                event.kwargs = keep(kwargs, copy=self._copy_inputs)
+                event.args = keep(args, copy=self.copy_inputs)
+                event.kwargs = keep(kwargs, copy=self.copy_inputs)
             except Unrecordable as error:
                 self.unavailable = str(error)
         self._num_forwards += 1
@@ -251,11 +253,37 @@ class Recorder:
         if isinstance(last, ForwardEvent) and last.can_be_forgotten:
             self.events.pop()
 
-    def run_forward(self, event: ForwardEvent) -> list[torch.Tensor]:
-        """Run a recorded forward again; returns its differentiable outputs."""
+    @contextlib.contextmanager
+    def revisiting(self, events: list[ForwardEvent | BackwardEvent]) -> Iterator[None]:
+        """The record is that of an earlier step, until the end of the block."""
+        now = self.events, self.num_backwards, self._num_forwards, self.unavailable, self.last_loss
+        self.events, self.unavailable = events, ""
+        self.num_backwards = sum(isinstance(event, BackwardEvent) for event in events)
+        try:
+            yield
+        finally:
+            self.events, self.num_backwards, self._num_forwards, self.unavailable, self.last_loss = now
+
+    def restore_buffers(self) -> None:
+        """Give the buffers back what they held before the first forward of the record."""
+        first = next(iter(self._forwards()), None)
+        if first is not None:
+            self._buffers.restore(first.buffers)
+
+    def run_forward(self, event: ForwardEvent, *, anew: bool = False) -> list[torch.Tensor]:
+        """Run a recorded forward again; returns its differentiable outputs.
+
+        Args:
+            event: the forward.
+            anew: from the buffers as they are now, which the record takes over: those that it holds were mutated by
+                forwards that went before it with other weights.
+        """
         restore_rng(event.rng, self._adapter)
         self._adapter.move_to(event.position)
-        self._buffers.restore(event.buffers)
+        if anew:
+            event.buffers = self._buffers.capture()
+        else:
+            self._buffers.restore(event.buffers)
         enabled, dtype, cache = event.autocast
         with (
             self._adapter.training_flags(event.training),

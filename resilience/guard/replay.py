@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from resilience.deepspeed.adapter import EngineAdapter
+from resilience.deepspeed.adapter import EngineAdapter, Position
 from resilience.guard.recorder import BackwardEvent, ForwardEvent, Recorder
-from resilience.guard.rng import capture_rng, restore_rng
+from resilience.guard.rng import RngSnapshot, capture_rng, restore_rng
 
 __all__ = ["replay"]
 
@@ -25,6 +25,8 @@ def replay(
     begin_micro_step: Callable[[int], None],
     begin_backward: Callable[[int], None],
     protected: Callable[[], AbstractContextManager[None]],
+    boundary: tuple[Position, RngSnapshot] | None = None,
+    anew: bool = False,
 ) -> bool:
     """Discard the gradients of the step and run its recorded micro-steps again.
 
@@ -36,12 +38,14 @@ def replay(
         begin_micro_step: called with the number of each micro-step before its first forward.
         begin_backward: called with the number of its micro-step before each backward pass.
         protected: entered around each forward and backward.
+        boundary: where engine and generators end; None for where they are now.
+        anew: with other weights than those that the record was made with (`Recorder.run_forward`).
 
     Returns:
         Whether the recorded cotangents belong to the replayed outputs: False where an output that is no scalar did
         not replay bit-equal, in which case the gradients are worth nothing.
     """
-    position, rng = adapter.position(), capture_rng(adapter)
+    position, rng = boundary if boundary is not None else (adapter.position(), capture_rng(adapter))
     adapter.discard_gradients()
     outputs: dict[int, list[torch.Tensor]] = {}
     differences: list[torch.Tensor] = []
@@ -52,7 +56,7 @@ def replay(
             begin_micro_step(micro_step)
         with protected():
             if isinstance(event, ForwardEvent):
-                outputs[event.index] = recorder.run_forward(event)
+                outputs[event.index] = recorder.run_forward(event, anew=anew)
                 recorder.overwrite(event, outputs[event.index])
             else:
                 begin_backward(event.micro_step)

@@ -30,7 +30,7 @@ class Replicas:
 
     def __init__(self, interval_steps: int) -> None:
         self._interval_steps = interval_steps
-        self._have_agreed = False
+        self._agreed_step: int | None = None
         self.problem = ""
         """Why ranks are compared no more; empty while they are."""
         self._held: list[Held] = []
@@ -47,9 +47,13 @@ class Replicas:
         content = b"".join(value.to_bytes(8, "little", signed=True) for value in self._hashes)
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 2
 
-    def agreed(self) -> None:
-        """All digests were equal."""
-        self._have_agreed = True
+    def agreed(self, step: int) -> None:
+        """All digests were equal after `step`, whose snapshot had been taken by then."""
+        self._agreed_step = step
+
+    def rewound(self, step: int) -> None:
+        """All state was replaced by that of the end of `step`."""
+        self._agreed_step = None if self._agreed_step is None else min(self._agreed_step, step)
 
     def differences(self, exchange: Exchange) -> list[Mark]:
         """The tensors of this rank that the other ranks keep otherwise. Collective; after digests that differ."""
@@ -59,7 +63,7 @@ class Replicas:
             return []
         columns = list(zip(*every, strict=True))
         differing = [place for place, values in enumerate(columns) if len(set(values)) > 1]
-        if not self._have_agreed and 2 * len(differing) > len(columns):
+        if self._agreed_step is None and 2 * len(differing) > len(columns):
             # Unlike processors round unlike: then each rank's own optimizer step gives other bits, from the start.
             self.problem = f"{len(differing)} of {len(columns)} tensors have never been bit-equal on all ranks"
             return []
@@ -71,4 +75,4 @@ class Replicas:
             return None
         held = self._held[place]
         majority = next(value for other, value in enumerate(values) if other not in odd) if odd else None
-        return Mark(held, 0, held.length, majority, held.versions(), of_replicas=True)
+        return Mark(held, 0, held.length, majority, held.versions(), of_replicas=True, clean_step=self._agreed_step)
