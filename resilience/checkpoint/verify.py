@@ -27,6 +27,7 @@ from resilience.checkpoint.publish import FOLDER, MANIFEST, MARKER, hash_file, r
 from resilience.errors import CheckpointError
 
 __all__ = [
+    "UNIVERSAL_ORIGIN",
     "Candidate",
     "Inspection",
     "State",
@@ -46,6 +47,8 @@ _OWN = {MANIFEST, MARKER}
 _TEMPORARY = f"{FOLDER}/.resilience-"
 _OFFLOADED = "offloaded_tensors"  # where DeepSpeed copies what it keeps on NVMe
 _UNIVERSAL = "zero"  # where a universal checkpoint has its parameters, one folder for each
+UNIVERSAL_ORIGIN = f"{FOLDER}/origin.json"
+"""In a universal checkpoint that this package made: of what."""
 
 
 class State(enum.StrEnum):
@@ -239,6 +242,8 @@ def fallbacks(found: list[Candidate], tag: str) -> list[Candidate]:
 def _candidate(tag_dir: Path, tag: str) -> Candidate | None:
     if not os.access(tag_dir, os.R_OK | os.X_OK):
         return None  # such as the lost+found of a volume; DeepSpeed could not load it either
+    if (tag_dir / _UNIVERSAL).is_dir():
+        return None  # made by ds_to_universal, for load_universal_checkpoint only
     try:
         manifest = read_manifest(tag_dir)
     except CheckpointError as error:
@@ -264,8 +269,6 @@ def _candidate(tag_dir: Path, tag: str) -> Candidate | None:
             generation=marker.generation,
             reason=f"its save was never finished (begun by generation {marker.generation} of run {marker.run_id})",
         )
-    if (tag_dir / _UNIVERSAL).is_dir():
-        return None  # made by ds_to_universal, for load_universal_checkpoint only
     states = [path.stat().st_mtime for path in tag_dir.iterdir() if is_loaded(path.name)]
     return Candidate(tag=tag, state=State.PLAIN, at=max(states)) if states else None
 

@@ -21,6 +21,8 @@ import torch.distributed
 from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
 from resilience.checkpoint import randomness
+from resilience.checkpoint.batch import parse as parse_batch
+from resilience.checkpoint.convert import SUFFIX
 from resilience.checkpoint.exchange import attempt, broadcast, gather
 from resilience.checkpoint.manifest import Manifest, assign, fingerprint, is_loaded
 from resilience.checkpoint.publish import hash_file, read_latest, read_manifest
@@ -34,12 +36,20 @@ from resilience.checkpoint.verify import (
     verify,
 )
 from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.deepspeed.universal_batch import keep_batch
+from resilience.deepspeed.universal_load import load_universally, seed_new_rank
 from resilience.errors import CheckpointError
 from resilience.events import CheckpointKind
 
 __all__ = ["Loader"]
 
 _log = logging.getLogger(__name__)
+
+_NEW_WORLD = (
+    "{source} was saved by another number of ranks and converted for {ranks}: masters, moments, weights and counters "
+    "equal what was saved, bit for bit. From here on each rank has other data and random numbers, and sums are taken "
+    "in another order: training goes on from the same state, but not bit for bit as it would have"
+)
 
 
 class Loader:
@@ -57,7 +67,7 @@ class Loader:
 
         Raises:
             CheckpointError: there are checkpoints and none can be trusted, or the one to load was saved by another
-                number of ranks. On all ranks alike.
+                number of ranks and cannot be converted. On all ranks alike.
         """
         call = self._signature.bind(*args, **kwargs)
         call.apply_defaults()
@@ -74,13 +84,22 @@ class Loader:
         if chosen is None:
             return self._original(*args, **kwargs)
         tag_dir = load_dir / chosen.tag
-        if full:
-            self._refuse_other_world_size(tag_dir, chosen)
-        options["tag"] = chosen.tag
-        with _weights_of(chosen.tag):
-            result = self._original(*call.args, **call.kwargs)
+
+        def load_tag(tag: str) -> Any:
+            options["tag"] = tag
+            with _weights_of(tag):
+                return self._original(*call.args, **call.kwargs)
+
+        if full and self._has_other_world_size(tag_dir, chosen):
+            tag, strict = f"{chosen.tag}{SUFFIX}", bool(options["load_module_strict"])
+            result = load_universally(setting, tag_dir, load_tag, suffixed_tag=tag, strict=strict)
+            setting.note("elastic", _NEW_WORLD.format(source=tag_dir, ranks=setting.world_size))
+        else:
+            result = load_tag(chosen.tag)
         if result[0] is None:
             return result
+        if full and is_untrained and chosen.state is State.PUBLISHED:
+            self._keep_batch(tag_dir)
         resumes = full and is_untrained and chosen.state is State.PUBLISHED and chosen.at < setting.started_at
         if broadcast(resumes, setting.device):  # by the clock of rank 0, which saved it
             what = f"restoring random states from {tag_dir}"
@@ -184,41 +203,57 @@ class Loader:
         other = name.removeprefix("bf16_") if name.startswith("bf16_") else f"bf16_{name}"
         return other if other in present and name not in present else name
 
-    def _refuse_other_world_size(self, tag_dir: Path, chosen: Candidate) -> None:
-        """DeepSpeed's shards fit one number of ranks; a checkpoint without shards can be loaded by any number."""
+    def _has_other_world_size(self, tag_dir: Path, chosen: Candidate) -> bool:
+        """Whether it has shards, and they are for another number of ranks than this run has."""
         setting, engine = self._setting, self._setting.engine
 
-        def check() -> None:
+        def differs() -> bool:
             if not engine.save_zero_checkpoint:
-                return
+                return False
             manifest = read_manifest(tag_dir) if chosen.state is State.PUBLISHED else None
             if manifest is not None:
-                kind, saved_by, loaded_by = "ranks", manifest.world_size, setting.world_size
-            else:
-                kind, saved_by, loaded_by = "data-parallel ranks", _num_shards(tag_dir), _num_shards_here(engine)
-            if saved_by != loaded_by:
-                raise CheckpointError(
-                    f"{tag_dir} was saved by {saved_by} {kind} and this run has {loaded_by}, which its shards do not "
-                    f"fit: start with {saved_by}, or convert it with deepspeed.checkpoint.ds_to_universal"
-                )
+                return manifest.world_size != setting.world_size
+            return _num_shards(tag_dir) != _num_shards_here(engine)
 
-        attempt(f"loading {tag_dir}", check, setting.device)
+        found = attempt(f"loading {tag_dir}", differs, setting.device)
+        return bool(broadcast(found, setting.device))
+
+    def _keep_batch(self, tag_dir: Path) -> None:
+        """As many samples in an optimizer step as when it was saved, on whatever number of ranks."""
+        setting = self._setting
+
+        def keep() -> str:
+            manifest = read_manifest(tag_dir)
+            assert manifest is not None
+            name = random_states_file(setting.rank if setting.rank < manifest.world_size else 0)
+            saved = parse_batch(json.loads(_verified_text(tag_dir, manifest, name, setting.share.node)).get("batch"))
+            return "" if saved is None else keep_batch(setting.engine, saved)
+
+        done = attempt(f"keeping the batch size of {tag_dir}", keep, setting.device)
+        if done:
+            setting.note("elastic", done)
 
     def _restore_random_states(self, tag_dir: Path) -> None:
-        """Install this rank's random states and counters, if this run wrote them with as many ranks.
+        """Install this rank's random states and counters, if this run wrote them.
 
         Only for a load that resumes: before training, of what was saved before this process began. DeepSpeed keeps
-        none, so any other load leaves them alone, as it would without this package.
+        none, so any other load leaves them alone, as it would without this package. A rank that was not there when
+        they were saved gets states that follow from the checkpoint and its rank.
         """
         setting, engine = self._setting, self._setting.engine
         manifest = read_manifest(tag_dir)
         assert manifest is not None
-        if manifest.run_id != setting.run_id or manifest.world_size != setting.world_size:
+        if manifest.run_id != setting.run_id:
             return
-        content = json.loads(_verified_text(tag_dir, manifest, random_states_file(setting.rank), setting.share.node))
-        tracked = randomness.restore(content["random"], source=str(tag_dir))
-        if tracked:
-            get_cuda_rng_tracker().set_states(tracked)
+        is_new = setting.rank >= manifest.world_size
+        name = random_states_file(0 if is_new else setting.rank)
+        content = json.loads(_verified_text(tag_dir, manifest, name, setting.share.node))
+        if is_new:
+            seed_new_rank(f"{manifest.run_id}\n{manifest.step}", setting.rank)
+        else:
+            tracked = randomness.restore(content["random"], source=str(tag_dir))
+            if tracked:
+                get_cuda_rng_tracker().set_states(tracked)
         # An unfinished accumulation is not in a checkpoint: the step begins anew with its first micro-batch.
         micro_steps = int(content["counters"]["micro_steps"])
         engine.micro_steps = micro_steps - micro_steps % engine.gradient_accumulation_steps()

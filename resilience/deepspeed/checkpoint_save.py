@@ -7,6 +7,7 @@ all of DeepSpeed's barriers nevertheless, so that nobody waits for it; then all 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import pickle
@@ -22,6 +23,7 @@ from resilience.checkpoint.manifest import FileEntry, Manifest, assign
 from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish
 from resilience.checkpoint.verify import member_files
 from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.deepspeed.universal_batch import batch_of
 from resilience.errors import CheckpointError
 from resilience.events import CheckpointKind
 
@@ -91,7 +93,10 @@ class Saver:
 
     def _save_random_states(self, tag_dir: Path) -> None:
         states = randomness.capture(get_cuda_rng_tracker().get_states())
-        content = {"random": states, "counters": {"micro_steps": self._setting.engine.micro_steps}}
+        content: dict[str, Any] = {"random": states, "counters": {"micro_steps": self._setting.engine.micro_steps}}
+        batch = batch_of(self._setting.engine)
+        if batch is not None:
+            content["batch"] = dataclasses.asdict(batch)
         path = tag_dir / random_states_file(self._setting.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -13,12 +14,17 @@ from resilience.events import CheckpointFact, CheckpointKind
 
 __all__ = ["GuardState", "Reporter", "Setting", "Share", "random_states_file"]
 
+_log = logging.getLogger(__name__)
+
 
 class Reporter(Protocol):
     """Where facts go."""
 
     def report(self, fact: CheckpointFact, /) -> None:
         """Pass a fact on; never blocks."""
+
+    def note(self, kind: str, message: str, *, step: int = 0) -> None:
+        """Pass on something that a person should read; never blocks."""
 
 
 class GuardState(Protocol):
@@ -79,6 +85,13 @@ class Setting:
             return
         at = self.clock.wall()
         self.client.report(CheckpointFact(kind=kind, directory=directory, tag=tag, step=step, at=at, **fields))
+
+    def note(self, kind: str, message: str) -> None:
+        """Say something to the person and to the coordinator, once for the job."""
+        if self.rank != 0:
+            return
+        _log.warning("resilience: %s", message)
+        self.client.note(kind, message, step=int(self.engine.global_steps))
 
 
 def random_states_file(rank: int) -> str:

@@ -278,13 +278,6 @@ def test_a_full_disk_on_one_rank_fails_all_and_publishes_nothing(run: Ranks, tmp
     assert not (save_dir / "global_step6" / "resilience" / "manifest.json").exists()
 
 
-def test_another_number_of_ranks_is_one_clear_line(run: Ranks, tmp_path: Path, two_saved: Path) -> None:
-    (result,) = run(world_size=1, save_dir=str(tmp_path / "unused"), loads=[{"dir": str(two_saved)}])
-    (load,) = result["loads"]
-    assert "was saved by 2 ranks and this run has 1" in load["error"]
-    assert "\n" not in load["error"]
-
-
 def test_a_pipeline_s_plain_checkpoint_has_as_many_shards_as_data_parallel_ranks(run: Ranks, tmp_path: Path) -> None:
     place = str(tmp_path / "ck")
     results = run(stage=1, pipeline=True, save_dir=place, stock_save=place, loads=[{"dir": place}])

@@ -48,9 +48,13 @@ class Clock(SystemClock):
 class Recorder:
     def __init__(self) -> None:
         self.facts: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     def report(self, fact: Any) -> None:
         self.facts.append(dataclasses.asdict(fact))
+
+    def note(self, kind: str, message: str, *, step: int = 0) -> None:
+        self.notes.append(f"{kind} at {step}: {message}")
 
 
 class Model(torch.nn.Module):
