@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from resilience.guard.recorder import ForwardEvent
 
 __all__ = ["FastForwarding", "Snapshots", "Trail"]
@@ -29,8 +31,14 @@ class Snapshots(Protocol):
 class Trail(Protocol):
     """What a rank leaves for its successor: enough to lead the same script past the steps that a snapshot holds."""
 
-    def forward(self, step: int, micro_step: int, event: ForwardEvent | None, args: Any, outputs: Any) -> None:
-        """A forward of the engine has run; `event` is None for one without gradients (evaluation)."""
+    def before_forward(self, args: Any, kwargs: Any) -> Any:
+        """A forward of the engine begins; what this returns goes to `after_forward`."""
+
+    def after_forward(self, began: Any, micro_step: int, event: ForwardEvent | None, outputs: Any) -> None:
+        """It has run; `event` is None for one without gradients (evaluation)."""
+
+    def forward_replayed(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
+        """A training forward was run again; these are its differentiable outputs now."""
 
     def step_taken(self, step: int) -> None:
         """`engine.step()` is about to return after the optimizer step `step`."""
@@ -39,9 +47,13 @@ class Trail(Protocol):
 class FastForwarding(Protocol):
     """Leads a restarted script to the step of its snapshot, in the place of the engine."""
 
+    def attach(self, host: Any) -> None:
+        """Called once by the guard, with itself."""
+
     @property
     def active(self) -> bool:
-        """Whether the script is still behind the snapshot; False for good once it has caught up."""
+        """Whether the script is still behind the snapshot; False for good once it has caught up. The first question
+        comes before the first forward, and is collective."""
 
     def forward(self, args: Any, kwargs: Any) -> Any:
         """What the recorded forward returned."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -24,12 +24,12 @@ from resilience.guard.at_rest_watch import StateWatch
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.memory import FastForwarding, Snapshots, Trail
-from resilience.guard.recorder import Recorder
+from resilience.guard.recorder import ForwardEvent, Recorder
 from resilience.guard.replicas import Replicas
 from resilience.guard.reporter import Reporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
-from resilience.guard.verdict import Boundary, Inspection
+from resilience.guard.verdict import LEFT_FOR_RESTART, Boundary, Inspection
 
 __all__ = ["Guard", "Listeners", "Protector"]
 
@@ -101,7 +101,8 @@ class Guard:
         self._protector = protector
         self._listeners = listeners
         recording = settings.config.guard.replay and not replay_problem
-        self.recorder = Recorder(adapter, enabled=recording)
+        self.recorder = _TellingRecorder(adapter, enabled=recording)
+        self.recorder.trail = trail
         if protector is not None:
             self.recorder.on_backward = protector.admit_backward
         self.replay_problem = replay_problem
@@ -117,13 +118,16 @@ class Guard:
         self._step_began_at: float | None = None
         self._check_seconds = 0.0
         self._num_tokens = 0
-        exchange = Exchange()
+        self.exchange = exchange = Exchange()
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
         self._snapshots = snapshots
         self._trail = trail
         self._fast_forwarding = fast_forwarding
+        if fast_forwarding is not None:
+            fast_forwarding.attach(self)
+        self._is_inside_forward = False
         self._unwrap = adapter.wrap(
             forward=self._forward,
             backward=self._backward,
@@ -152,19 +156,18 @@ class Guard:
     # ------ the wrappers
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fast_forwarding is not None and self._fast_forwarding.active:
+        if self.is_led:
+            assert self._fast_forwarding is not None
             return self._fast_forwarding.forward(args, kwargs)
         if not torch.is_grad_enabled():
-            outputs = self._adapter.forward(*args, **kwargs)
-            if self._trail is not None:
-                self._trail.forward(self.step, self.recorder.micro_step, None, (args, kwargs), outputs)
-            return outputs
+            return self._evaluate(self._adapter.forward, args, kwargs)
         self.boundary.leave_if_drained()
         if self._state is not None and self._adapter.module.training:
             self._findings += self._state.before_forward(self._adapter.global_steps)
         self._begin_micro_step(self.recorder.micro_step)
         event = self.recorder.before_forward(args, kwargs)
         self._num_tokens += _num_tokens((args, kwargs))
+        began = self._trail.before_forward(args, kwargs) if self._trail is not None else None
         try:
             with self.protected():
                 outputs = self._adapter.forward(*args, **kwargs)
@@ -172,11 +175,33 @@ class Guard:
             self.recorder.forget(event)
             raise
         if self._trail is not None:
-            self._trail.forward(self.step, event.micro_step, event, (args, kwargs), outputs)
+            self._trail.after_forward(began, event.micro_step, event, outputs)
         return self.recorder.after_forward(event, outputs)
 
+    def module_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The model's own forward is called: by the engine, or past it, as Hugging Face's Trainer does to evaluate."""
+        if self._is_inside_forward or (torch.is_grad_enabled() and not self.is_led):
+            return forward(*args, **kwargs)
+        if self.is_led:
+            assert self._fast_forwarding is not None
+            return self._fast_forwarding.forward(args, kwargs)
+        return self._evaluate(forward, args, kwargs)
+
+    def _evaluate(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A forward without gradients has no part in the step, but a restarted script wants to hear the same again."""
+        began = self._trail.before_forward(args, kwargs) if self._trail is not None else None
+        self._is_inside_forward = True
+        try:
+            outputs = forward(*args, **kwargs)
+        finally:
+            self._is_inside_forward = False
+        if self._trail is not None:
+            self._trail.after_forward(began, self.recorder.micro_step, None, outputs)
+        return outputs
+
     def _backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._fast_forwarding is not None and self._fast_forwarding.active:
+        if self.is_led:
+            assert self._fast_forwarding is not None
             return self._fast_forwarding.backward(loss, args, kwargs)
         with self.protected():
             returned = self._adapter.backward(loss, *args, **kwargs)
@@ -202,7 +227,8 @@ class Guard:
         return taken
 
     def _engine_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fast_forwarding is not None and self._fast_forwarding.active:
+        if self.is_led:
+            assert self._fast_forwarding is not None
             return self._fast_forwarding.step(args, kwargs)
         before = self._adapter.global_steps
         returned = self._adapter.step(*args, **kwargs)
@@ -214,6 +240,25 @@ class Guard:
             if self._snapshots is not None and self.boundary.snapshot_is_due:
                 self._snapshots.take(step, clean_through=self.boundary.clean_through)
         return returned
+
+    # ------ what fast-forwarding uses
+
+    @property
+    def is_led(self) -> bool:
+        """Whether the script is being led to a snapshot, and the engine stands still."""
+        return self._fast_forwarding is not None and self._fast_forwarding.active
+
+    def caught_up(self, step: int, *, deterministic: bool | None) -> None:
+        """The engine's state is that of `step`, loaded and verified; what was seen before does not count."""
+        self.recorder.clear()
+        self._screen.begin()
+        self._findings.clear()
+        self._attempt, self._micro_step, self._step_began_at = 0, -1, None
+        self.boundary.go_on_after(step, deterministic=deterministic)
+
+    def leave_for_restart(self, reason: str) -> NoReturn:
+        """End this process; its agent ends the other ranks, and a new generation begins."""
+        self.boundary.leave(LEFT_FOR_RESTART, reason)
 
     # ------ what the boundary uses
 
@@ -378,6 +423,17 @@ class Guard:
             fields["checks"] = {**fields.get("checks", {}), **self._state.checks()}
         fields["last_verified_step"] = self.last_verified_step
         self.reporter.heartbeat(step_seconds=seconds, **fields)
+
+
+class _TellingRecorder(Recorder):
+    """Tells the trail what a replay made of a forward."""
+
+    trail: Trail | None = None
+
+    def overwrite(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
+        super().overwrite(event, outputs)
+        if self.trail is not None:
+            self.trail.forward_replayed(event, outputs)
 
 
 def _num_tokens(values: Any) -> int:

@@ -196,6 +196,13 @@ class Boundary:
             self._guard.verified(self._inspection)
         self._inspection = None
 
+    def go_on_after(self, step: int, *, deterministic: bool | None) -> None:
+        """The state of `step`, taken by an earlier generation, was loaded; what that one had measured still holds."""
+        self.last_verified_step, self._has_stepped, self._num_skips = step, True, 0
+        if deterministic is not None and not self._is_measured:
+            self._is_measured, self.deterministic = True, deterministic
+            self._reporter.set_deterministic(deterministic)
+
     def checkpoint_saved(self) -> None:
         """The script has saved a checkpoint: a drain may now end the run. Called on every rank."""
         self._is_saved = True
