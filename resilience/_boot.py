@@ -27,7 +27,7 @@ def arm() -> None:
     """Put the hook in place that this process needs, if it needs one."""
     if "RESILIENCE_CONTEXT" in os.environ:
         if "RANK" in os.environ:
-            sys.meta_path.insert(0, _AfterImport("deepspeed", _install_in_rank))
+            sys.meta_path.insert(0, _AfterImport("deepspeed", install_in_rank))
     elif _is_runner(sys.orig_argv) and _mentions_us(sys.orig_argv):
         sys.meta_path.insert(0, _AfterImport(RUNNER, _extend_runner))
 
@@ -57,7 +57,7 @@ def _extend_runner(module: Any) -> None:
     extend(module)
 
 
-def _install_in_rank(module: Any) -> None:
+def install_in_rank(module: Any) -> None:
     from resilience.context import RunContext
     from resilience.deepspeed import hook
     from resilience.errors import ResilienceError
