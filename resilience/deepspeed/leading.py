@@ -28,7 +28,7 @@ class EngineLead:
     """Stands in for one engine's step; between `begin` and `end` its weights are not those that the script expects.
 
     Args:
-        engine: a `DeepSpeedEngine`, wrapped already by whatever else wraps its saves.
+        engine: a `DeepSpeedEngine`.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -36,6 +36,11 @@ class EngineLead:
         self._leading = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._refuse: Callable[[str], NoReturn] | None = None
+        self._before: dict[str, Any] = {}
+
+    def install(self) -> None:
+        """Wrap what saves and loads, outside of whatever else wraps it."""
+        engine = self._engine
         self._before = {name: engine.__dict__.get(name) for name in (*_SUPPRESSED, *_REFUSED)}
         for name in _SUPPRESSED:
             engine.__dict__[name] = self._suppressing(getattr(engine, name))
@@ -52,9 +57,14 @@ class EngineLead:
                 self._engine.__dict__[name] = before
 
     @property
-    def device(self) -> torch.device:
-        """Where the script expects outputs to be."""
-        return torch.device(self._engine.device)
+    def can_lead(self) -> bool:
+        """Whether the script calls forward, backward and step of this engine by itself."""
+        return type(self._engine).__name__ == "DeepSpeedEngine"
+
+    @property
+    def grad_norm(self) -> Any:
+        """What `engine.get_global_grad_norm()` says: None, a number, or a tensor of one element."""
+        return self._engine.get_global_grad_norm()
 
     def begin(self, refuse: Callable[[str], NoReturn]) -> None:
         """From now on the engine stands still, and what would need its weights is refused."""
@@ -118,12 +128,6 @@ class EngineLead:
             engine.global_samples += num_samples * engine._unmanaged_backward_count
             engine._unmanaged_backward_count = 0
         engine.micro_steps += 1
-
-    def set_counters(self, counters: dict[str, int]) -> None:
-        """Give the engine the counters of a snapshot, those that it has."""
-        for name, value in counters.items():
-            if isinstance(getattr(self._engine, name, None), int):
-                setattr(self._engine, name, value)
 
     def _step_scheduler(self, lr_kwargs: Any) -> None:
         scheduler = self._engine.lr_scheduler

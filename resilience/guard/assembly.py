@@ -39,6 +39,7 @@ from resilience.guard.line import LineToCoordinator
 from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
+from resilience.guard.succession import succeed
 from resilience.guard.transaction import Guard
 from resilience.last_place import LastPlace, path_of
 
@@ -91,6 +92,7 @@ def guard_engine(
         injector=tensor_injector,
         clock=settings.clock,
     )
+    succession = succeed(engine, adapter, settings, reporter, last_place, undo)
     # The place comes first: an injector may end this process.
     listeners = [item for item in (last_place, process_injector, tensor_injector) if item is not None]
     guard = Guard(
@@ -102,13 +104,17 @@ def guard_engine(
         listeners=tuple(listeners),
         replay_problem=problem,
         at_rest=_at_rest(engine, config, tensor_injector, settings, undo) if not problem else None,
+        trail=succession.trail,
+        fast_forwarding=succession.fast_forward,
     )
     undo.append(guard.uninstall)
+    succession.watch(guard)
     if context is not None:
         undo.append(
             checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock)
         )
     undo.append(_tell_of_saves(engine, guard))
+    succession.stand_in()
 
     def uninstall() -> None:
         for step in reversed(undo):

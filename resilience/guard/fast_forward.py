@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -41,8 +41,8 @@ class Target:
     """Generation that took it."""
     read_trail: Callable[[], bytes]
     """This rank's trail up to it, verified; raises SnapshotError."""
-    load: Callable[[], Mapping[str, int]]
-    """Put its state and its random states into the engine, verified; returns its counters. Collective."""
+    load: Callable[[], None]
+    """Put its state, counters and random states into the engine, verified; raises SnapshotError. Collective."""
     all_snapshots: Callable[[], Iterable[tuple[int, int]]]
     """(step, generation) of every snapshot that the run has: where one cannot be reached, none can."""
 
@@ -228,11 +228,10 @@ class FastForward:
         assert self._host is not None
         self._lead.end()
         try:
-            counters = target.load()
+            target.load()
         except SnapshotError as error:
             self._refuse_one(target, str(error))
             self._host.leave_for_restart(f"the memory snapshot of step {target.step} is not loaded: {error}")
-        self._lead.set_counters(dict(counters))
         self._leading = False
         if self._trail is not None:
             self._trail.continue_from(self._trail_content, target.step)

@@ -5,13 +5,14 @@ Never here: files, arenas, state of an engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 from resilience.guard.recorder import ForwardEvent
 
-__all__ = ["FastForwarding", "Snapshots", "Trail"]
+__all__ = ["FastForwarding", "Past", "Snapshots", "Trail"]
 
 
 class Snapshots(Protocol):
@@ -28,6 +29,36 @@ class Snapshots(Protocol):
         """Copy the state as it is at the end of `engine.step()`. Collective."""
 
 
+class Past(Protocol):
+    """The snapshots that this rank can go back to without leaving its process."""
+
+    def steps(self) -> list[int]:
+        """Of the snapshots of this generation that are whole here and hashed, ascending."""
+
+    def settled_steps(self) -> list[int]:
+        """The same, after waiting a moment for those that are still being hashed."""
+
+    def prepare(self, step: int) -> None:
+        """Verify all files of a snapshot and bring them together. Changes nothing in the engine.
+
+        Raises:
+            SnapshotError: one line that says what is missing, or differs.
+        """
+
+    def load(self, step: int) -> Mapping[str, int]:
+        """Load what was prepared into the live engine, and hold what is in it against the manifest. Collective.
+
+        Returns:
+            The engine's counters, as the snapshot has them.
+
+        Raises:
+            SnapshotError: it could not be loaded, or is not what the manifest says; the engine is not to be used.
+        """
+
+    def drop_after(self, step: int) -> None:
+        """Give up this rank's snapshots of later steps: nobody loads them any more."""
+
+
 class Trail(Protocol):
     """What a rank leaves for its successor: enough to lead the same script past the steps that a snapshot holds."""
 
@@ -40,7 +71,7 @@ class Trail(Protocol):
     def forward_replayed(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
         """A training forward was run again; these are its differentiable outputs now."""
 
-    def step_taken(self, step: int) -> None:
+    def step_taken(self, step: int, *, deterministic: bool | None) -> None:
         """`engine.step()` is about to return after the optimizer step `step`."""
 
 

@@ -46,8 +46,6 @@ class StepOutcome:
     applied: bool
     grad_norm: Any
     """None, a number, or a tensor of one element."""
-    deterministic: bool | None
-    """Whether replays were measured to be bit-equal."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -150,14 +148,19 @@ class TrailWriter:
             if place is not None:
                 forward.tensors[place] = output.detach().clone()
 
-    def step_taken(self, step: int) -> None:
-        """`engine.step()` is about to return after the optimizer step `step`."""
+    def step_taken(self, step: int, *, deterministic: bool | None) -> None:
+        """`engine.step()` is about to return after the optimizer step `step`.
+
+        Args:
+            step: its number.
+            deterministic: whether replays were measured to be bit-equal; None where nobody knows yet.
+        """
         if self._has_ended:
             return
         if self._last_step is not None and step != self._last_step + 1:
             self._end(f"the script went from step {self._last_step} to step {step}")
             return
-        content = self._frame(step)
+        content = self._frame(step, deterministic)
         self._pending, self._num_pending_bytes = [], 0
         if self._num_bytes + len(content) > self._bytes_max:
             self._end("budget")
@@ -165,7 +168,7 @@ class TrailWriter:
         self._append(content)
         self._last_step = step
 
-    def _frame(self, step: int) -> bytes:
+    def _frame(self, step: int, deterministic: bool | None) -> bytes:
         blob, outcome = Blob(), self._outcome()
         events = [
             {
@@ -187,7 +190,7 @@ class TrailWriter:
             "rng": rng_record(before, capture_rng(self._source), blob),
             "applied": outcome.applied,
             "norm": _tensor_record(norm.detach(), blob) if num_norms else None if norm is None else float(norm),
-            "deterministic": outcome.deterministic,
+            "deterministic": deterministic,
         }
         return frame(body, bytes(blob))
 

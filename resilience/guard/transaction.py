@@ -236,7 +236,7 @@ class Guard:
         if step != before:
             # Whatever the script does between its steps is its own to do again: a snapshot is from here.
             if self._trail is not None:
-                self._trail.step_taken(step)
+                self._trail.step_taken(step, deterministic=self.boundary.deterministic)
             if self._snapshots is not None and self.boundary.snapshot_is_due:
                 self._snapshots.take(step, clean_through=self.boundary.clean_through)
         return returned
