@@ -104,9 +104,8 @@ def succeed(
         tell=tell,
     )
     folder = environ.get(RESTORE_VARIABLE)
-    target, problem = (
-        (None, "") if not folder else _target(Path(folder), arena, settings, load or _loader(engine, settings.rank))
-    )
+    loader = _Loader(engine, settings.rank)
+    target, problem = (None, "") if not folder else _target(Path(folder), arena, settings, loader)
     fast_forward = FastForward(
         adapter,
         lead,
