@@ -122,6 +122,8 @@ class SnapshotConfig(_Section):
     """Steps between two snapshots; `auto` takes them as often as `overhead_budget_ratio` allows, 0 never."""
     overhead_budget_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """For `auto`: most of a step's time that copying may take, on average."""
+    mtbf_hours: Positive = 3.0
+    """For `auto`: hours between two failures of the job, on average; more failures, more snapshots, up to the budget."""
     dir: Path = Path("/dev/shm")
     """Folder on tmpfs, on every node, in which a run keeps its arena."""
     slots: Annotated[int, Field(ge=3)] | None = None
@@ -133,6 +135,8 @@ class SnapshotConfig(_Section):
     """Lost nodes of a group that the others can make up for; unset is 1 where there are several nodes."""
     parity_group_size: Annotated[int, Field(ge=2)] = 8
     """Most nodes that keep parity together."""
+    parity_mib_per_s: Positive | None = None
+    """Most that each node reads from others for parity, in MiB/s; unset is no bound."""
     failure_domains: Mapping[str, str] = {}
     """Node → what it fails with (a rack, a switch): nodes of a domain are spread over the groups."""
     flush_interval_s: Annotated[float, Field(ge=0)] = 0.0

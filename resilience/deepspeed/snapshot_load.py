@@ -1,0 +1,150 @@
+"""Installs a memory snapshot in a live engine, for a rewind and after a restart: verified before and after.
+
+Nothing is unpickled whose bytes were not held against the manifest first. Afterwards what is *in the engine* is held
+against it, too: a load that went wrong must not be trained on. All of this is collective, and all ranks fail alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+from resilience.checkpoint import randomness
+from resilience.checkpoint.exchange import gather
+from resilience.deepspeed.snapshot_take import compare
+from resilience.errors import ResilienceError, SnapshotError
+from resilience.snapshot.hashing import verify_file
+from resilience.snapshot.manifest import STATE, Manifest, Part, parse_manifest
+from resilience.snapshot.prepare import SNAPSHOT, is_shared, tag_of
+
+__all__ = ["load", "read_prepared", "resume_randomness"]
+
+LoadCheckpoint = Callable[..., Any]
+
+
+def read_prepared(folder: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        SnapshotError: it is not there, or is damaged.
+    """
+    path = folder / SNAPSHOT
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SnapshotError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_manifest(content, source=str(path))
+
+
+def load(
+    engine: Any,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    rank: int,
+    load_checkpoint: LoadCheckpoint,
+    verify_files: bool = True,
+) -> None:
+    """Make the engine what it was at the end of the snapshot's step. Collective.
+
+    Random states are another matter, for they belong to the place where the script goes on: `resume_randomness`.
+
+    Args:
+        engine: a live DeepSpeedEngine of as many ranks as took the snapshot.
+        folder: has the files below `global_step<S>/`.
+        manifest: of what the ranks of this node need.
+        rank: this rank.
+        load_checkpoint: DeepSpeed's own, of this engine; it may tell others that weights were written.
+        verify_files: hold the files against the manifest first; False for one who has just done so.
+
+    Raises:
+        SnapshotError: on all ranks alike. The engine must not be used then, unless its files were refused before.
+    """
+    device = engine.device
+    parts = {part.commit.rank: part for part in manifest.parts}
+    tag_folder = folder / tag_of(manifest.step)
+    if verify_files:
+        _agree(device, lambda: _verify(tag_folder, parts, rank))
+    _agree(device, lambda: _check_rank(parts, rank))
+    with _plain_loading(engine):
+        path, _ = load_checkpoint(str(folder), tag=tag_folder.name)
+    problem = "DeepSpeed found nothing to load" if path is None else ""
+    if not problem:
+        _set_counters(engine, parts[rank])
+        problem = compare(engine, parts, rank=rank)
+
+    def check() -> None:
+        if problem:
+            raise SnapshotError(f"snapshot of step {manifest.step}: rank {rank}: {problem}")
+
+    _agree(device, check)
+
+
+def resume_randomness(part: Part, *, source: str) -> None:
+    """Put every generator of this process to where it was at the end of the snapshot's step.
+
+    Raises:
+        CheckpointError: these are not random states of this version.
+    """
+    tracked = randomness.restore(part.commit.random, source=source)
+    if tracked:
+        get_cuda_rng_tracker().set_states(tracked)
+
+
+def _verify(folder: Path, parts: dict[int, Part], rank: int) -> None:
+    for owner, part in parts.items():
+        for entry in part.commit.files:
+            if owner == rank or is_shared(entry.path):
+                verify_file(folder / Path(entry.path).relative_to(STATE), entry)
+
+
+def _check_rank(parts: dict[int, Part], rank: int) -> None:
+    if rank not in parts:
+        raise SnapshotError(f"rank {rank} has no part in the snapshot, only {sorted(parts)} do")
+
+
+def _set_counters(engine: Any, part: Part) -> None:
+    for name, value in part.commit.counters.items():
+        setattr(engine, name, value)
+
+
+def _agree(device: torch.device, check: Callable[[], None]) -> None:
+    """Run `check`; if it fails on any rank, it fails on all, with the first rank's words."""
+    problem = ""
+    try:
+        check()
+    except (ResilienceError, OSError, json.JSONDecodeError) as error:
+        problem = str(error)
+    problems = [found for found in gather(problem, device) if found]
+    if problems:
+        raise SnapshotError(problems[0])
+
+
+class _Reader:
+    """DeepSpeed's checkpoint engine, reading with torch alone: into memory of its own, never a mapping of the arena."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        # The bytes were verified: what is unpickled is what this run pickled.
+        return torch.load(path, map_location=map_location, weights_only=False, mmap=False)
+
+
+@contextlib.contextmanager
+def _plain_loading(engine: Any) -> Iterator[None]:
+    original = engine.checkpoint_engine
+    engine.checkpoint_engine = _Reader(original)
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = original

@@ -1,0 +1,239 @@
+"""Takes snapshots of real engines, trains on, loads them, and trains the same steps again; writes JSON lines.
+
+One rank of two. Every case runs in the same two processes: importing torch and DeepSpeed takes longer than training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ending import leave
+from matrix_cases import Case
+from matrix_worker import build_engine, is_equal, state_of, train_step
+
+from resilience.config import Config
+from resilience.deepspeed.adapter import EngineAdapter
+from resilience.deepspeed.snapshot_load import load, read_prepared, resume_randomness
+from resilience.errors import SnapshotError
+from resilience.guard.settings import Settings
+from resilience.guard.snapshots import RankSnapshots
+from resilience.snapshot.arena import Arena, make, write_atomically
+from resilience.snapshot.hashing import hash_part
+from resilience.snapshot.inventory import read_commits
+from resilience.snapshot.manifest import Manifest, serialise_manifest
+from resilience.snapshot.orders import Begin, Source
+from resilience.snapshot.prepare import prepare, tag_of
+
+CASES = [
+    *(
+        Case(name=f"zero{zero}-{precision}", zero=zero, precision=precision)
+        for zero in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+    ),
+    Case(name="zero3-bf16-sharded", zero=3, sharded=True),
+    Case(name="zero2-bf16-offload", zero=2, offload=True),
+    Case(name="zero1-bf16-gpt2", zero=1, model="gpt2"),
+]
+TAKEN_AT, LAST = 3, 5
+RUN = "snapshots"
+
+
+class Memory:
+    """The arena of both ranks, and what a guardian would do with it."""
+
+    def __init__(self, directory: Path) -> None:
+        if dist.get_rank() == 0:
+            make(directory, run_id=RUN, node="here", run_dir=directory)
+        dist.barrier()
+        self.arena = Arena.of(directory, run_id=RUN, node="here")
+
+    def snapshots(self, engine: Any, **config: Any) -> RankSnapshots:
+        settings = Settings(
+            run_id=RUN,
+            generation=1,
+            rank=dist.get_rank(),
+            node="here",
+            device="cpu",
+            config=Config.model_validate({"snapshot": {"interval_steps": 1, **config}}),
+        )
+        return RankSnapshots(
+            engine,
+            self.arena,
+            settings,
+            world_size=2,
+            num_local_ranks=2,
+            keeps_parity=False,
+            rng=EngineAdapter(engine),
+            on_off=self.off.append,
+        )
+
+    off: list[str] = []
+
+    def prepare(self, step: int) -> tuple[Path, Manifest]:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            commits = sorted((c for c in read_commits(self.arena).values() if c.step == step), key=lambda c: c.rank)
+            parts = tuple(hash_part(c, self.arena.slot(c.rank, c.slot), self.arena.trail(c.rank)) for c in commits)
+            manifest = Manifest(
+                run_id=RUN, generation=1, step=step, world_size=2, node="here", at=0.0, clean_through=0, parts=parts
+            )
+            write_atomically(self.arena.manifest(step, 1), serialise_manifest(manifest))
+            source = Source(step=step, generation=1, peers=())
+            order = Begin(generation=2, world_size=2, ranks=(0, 1), peers=(), source=source)
+            prepare(self.arena, order, run_id=RUN, node="here")
+        dist.barrier()
+        folder = self.arena.restore(2)
+        return folder, read_prepared(folder)
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[Memory]:
+    names = [tempfile.mkdtemp(dir="/dev/shm", prefix="resilience-test-") if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(names, src=0)
+    try:
+        yield Memory(Path(names[0]))
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(names[0])
+
+
+def take(snapshots: RankSnapshots, step: int, clean_through: int = 0) -> None:
+    assert snapshots.can_take
+    snapshots.wants(step)
+    snapshots.take(step, clean_through=clean_through)
+
+
+def train(case: Case, engine: Any, first: int) -> tuple[list[int], list[float]]:
+    losses: list[float] = []
+    for step in range(first, LAST + 1):
+        losses += [float(loss) for loss in train_step(case, engine, step)]
+    return state_of(engine), losses
+
+
+def check(case: Case) -> dict[str, Any]:
+    """In the same engine after more training, and in a fresh one: both must go on as if nothing had been."""
+    engine = build_engine(case)
+    found: dict[str, Any] = {"case": case.name}
+    rank = dist.get_rank()
+    with memory() as mine:
+        snapshots = mine.snapshots(engine)
+        for step in range(1, TAKEN_AT + 1):
+            train_step(case, engine, step)
+            take(snapshots, step)
+        at_snapshot = state_of(engine)
+        expected = train(case, engine, TAKEN_AT + 1)
+        for name, target in (("live", engine), ("fresh", build_engine(case))):
+            folder, manifest = mine.prepare(TAKEN_AT)
+            load(target, folder, manifest, rank=rank, load_checkpoint=target.load_checkpoint)
+            resume_randomness(manifest.part(rank), source=str(folder))
+            found[f"{name}_state"] = is_equal(state_of(target), at_snapshot)
+            found[f"{name}_course"] = is_equal(train(case, target, TAKEN_AT + 1), expected)
+            found[f"{name}_copies"] = is_equal(files_of(folder), files_of(folder))
+        folder, manifest = mine.prepare(TAKEN_AT)
+        found["flipped"] = refusals(engine, folder, manifest)
+        snapshots.close()
+    found["off"] = mine.off
+    engine.destroy()
+    return found
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder).rglob("*.pt"))
+
+
+def refusals(engine: Any, folder: Path, manifest: Manifest) -> list[str]:
+    """What is said when a byte of a file differs, file by file; "" where nothing was noticed."""
+    said = []
+    for path in sorted((folder / tag_of(manifest.step)).iterdir()):
+        for place in (100, path.stat().st_size // 2, path.stat().st_size - 3):
+            flip(path, place)
+            try:
+                load(engine, folder, manifest, rank=dist.get_rank(), load_checkpoint=engine.load_checkpoint)
+                said.append("")
+            except SnapshotError as error:
+                said.append(str(error))
+            flip(path, place)
+    return said
+
+
+def flip(path: Path, place: int) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with path.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
+    dist.barrier()
+
+
+def growth() -> dict[str, Any]:
+    """A thousand snapshots of a small engine: what they leave behind."""
+    case = Case(name="growth", zero=1, precision="fp32")
+    engine = build_engine(case)
+    with memory() as mine:
+        snapshots = mine.snapshots(engine)
+        train_step(case, engine, 1)
+        sizes = []
+        for number in range(1, 1001):
+            take(snapshots, number, clean_through=number - 2)
+            if number in (20, 1000):
+                sizes.append((resident_bytes(), bytes_below(mine.arena.path), len(os.listdir("/proc/self/fd"))))
+        snapshots.close()
+    engine.destroy()
+    return {"case": "growth", "sizes": sizes}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bytes_below(folder: Path) -> int:
+    dist.barrier()
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def no_room() -> dict[str, Any]:
+    """A file system that is nearly full: one line, no snapshot, and the engine is as it was."""
+    case = Case(name="room", zero=1, precision="fp32")
+    engine = build_engine(case)
+    with memory() as mine:
+        snapshots = mine.snapshots(engine, slots=1_000_000_000)
+        train_step(case, engine, 1)
+        take(snapshots, 1)
+        found = {"case": "room", "off": mine.off[-1:], "can_take": snapshots.can_take, "steps": snapshots.steps()}
+        snapshots.close()
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    torch.use_deterministic_algorithms(True)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    lines = [check(case) for case in CASES if arguments.only in case.name]
+    if not arguments.only:
+        lines += [growth()]
+    if dist.get_rank() == 0:
+        arguments.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    leave()
+
+
+if __name__ == "__main__":
+    main()
