@@ -28,9 +28,21 @@ from resilience.checkpoint.publish import (
 from resilience.checkpoint.verify import UNIVERSAL_ORIGIN, check_plain, list_files, member_files, verify
 from resilience.errors import CheckpointError
 
-__all__ = ["SUFFIX", "Origin", "convert", "identify", "is_good", "is_made_of", "read_origin", "universal_of"]
+__all__ = [
+    "LATEST_UNIVERSAL",
+    "SUFFIX",
+    "Origin",
+    "convert",
+    "identify",
+    "is_good",
+    "is_made_of",
+    "read_origin",
+    "universal_of",
+]
 
 SUFFIX = "-universal"
+LATEST_UNIVERSAL = "latest_universal"
+"""Where DeepSpeed's load_universal looks for the tag if it is given none."""
 _TEMPORARY = ".resilience-converting-"
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "LATEST",
     "MANIFEST",
     "MARKER",
+    "TEMPORARY_PREFIX",
     "Marker",
     "begin",
     "hash_and_flush",
@@ -40,7 +41,8 @@ FOLDER = "resilience"
 MANIFEST = f"{FOLDER}/manifest.json"
 MARKER = f"{FOLDER}/saving.json"
 LATEST = "latest"
-_TEMPORARY_PREFIX = ".resilience-"
+TEMPORARY_PREFIX = ".resilience-"
+"""Of files and folders that are being made or deleted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Marker:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`: readers see the old or the new one, also after a loss of power."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

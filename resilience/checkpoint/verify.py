@@ -23,7 +23,16 @@ from resilience.checkpoint.manifest import (
     is_loaded,
     visible,
 )
-from resilience.checkpoint.publish import FOLDER, MANIFEST, MARKER, hash_file, read_latest, read_manifest, read_marker
+from resilience.checkpoint.publish import (
+    FOLDER,
+    MANIFEST,
+    MARKER,
+    TEMPORARY_PREFIX,
+    hash_file,
+    read_latest,
+    read_manifest,
+    read_marker,
+)
 from resilience.errors import CheckpointError
 
 __all__ = [
@@ -37,6 +46,7 @@ __all__ = [
     "in_loading_order",
     "inspect",
     "is_tag_dir",
+    "is_universal",
     "list_files",
     "locate",
     "member_files",
@@ -44,7 +54,7 @@ __all__ = [
 ]
 
 _OWN = {MANIFEST, MARKER}
-_TEMPORARY = f"{FOLDER}/.resilience-"
+_TEMPORARY = f"{FOLDER}/{TEMPORARY_PREFIX}"
 _OFFLOADED = "offloaded_tensors"  # where DeepSpeed copies what it keeps on NVMe
 _UNIVERSAL = "zero"  # where a universal checkpoint has its parameters, one folder for each
 UNIVERSAL_ORIGIN = f"{FOLDER}/origin.json"
@@ -212,6 +222,7 @@ def candidates(save_dir: Path, named: str | None = None) -> list[Candidate]:
     for parent in {PurePath(), PurePath(named or "").parent}:
         folder = save_dir / parent
         children = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        children = [path for path in children if not path.name.startswith(TEMPORARY_PREFIX)]
         found += [_candidate(path, (parent / path.name).as_posix()) for path in children]
     return sorted((c for c in found if c is not None), key=lambda c: (c.at, c.step, c.tag), reverse=True)
 
@@ -242,7 +253,7 @@ def fallbacks(found: list[Candidate], tag: str) -> list[Candidate]:
 def _candidate(tag_dir: Path, tag: str) -> Candidate | None:
     if not os.access(tag_dir, os.R_OK | os.X_OK):
         return None  # such as the lost+found of a volume; DeepSpeed could not load it either
-    if (tag_dir / _UNIVERSAL).is_dir():
+    if is_universal(tag_dir):
         return None  # made by ds_to_universal, for load_universal_checkpoint only
     try:
         manifest = read_manifest(tag_dir)
@@ -279,7 +290,7 @@ def locate(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    if is_tag_dir(path):
+    if is_tag_dir(path) or is_universal(path):
         return path
     latest = read_latest(path)
     order = in_loading_order(candidates(path, latest), latest)
@@ -292,6 +303,11 @@ def locate(path: Path) -> Path:
 def is_tag_dir(path: Path) -> bool:
     """Whether `path` is one checkpoint, rather than a save_dir of several."""
     return path.is_dir() and _candidate(path, path.name) is not None
+
+
+def is_universal(path: Path) -> bool:
+    """Whether `path` is one checkpoint in the form that any number of ranks can load."""
+    return (path / _UNIVERSAL).is_dir()
 
 
 def inspect(path: Path, *, read_files: bool, node: str | None = None) -> list[Inspection]:

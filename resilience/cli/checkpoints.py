@@ -1,4 +1,4 @@
-"""checkpoints list · checkpoints verify"""
+"""checkpoints list · checkpoints verify; prune and convert are in `checkpoint_care`"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from resilience.checkpoint.verify import Inspection, inspect
-from resilience.cli import output
+from resilience.cli import checkpoint_care, output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.errors import CheckpointError, ExitCode
 from resilience.rpc.codec import from_proto
@@ -21,6 +21,7 @@ _group = typer.Typer(help="Checkpoints: what happened to them, and whether they 
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
+    checkpoint_care.register(_group)
     app.add_typer(_group, name="checkpoints")
 
 

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from resilience.errors import CheckpointError
 __all__ = ["consolidated", "digest"]
 
 _MODEL_FILE_WITHOUT_SHARDS = "mp_rank_00_model_states.pt"
+_UNIVERSAL = "zero"
 _MASTER_KEYS = ("fp32_groups_flat", "fp32_groups")
 
 
@@ -58,7 +60,9 @@ def consolidated(tag_dir: Path) -> Iterator[tuple[str, Any]]:
         CheckpointError: see `digest`.
     """
     try:
-        if any(tag_dir.glob("*zero_pp_rank_*_optim_states.pt")):
+        if (tag_dir / _UNIVERSAL).is_dir():
+            yield from _universal(tag_dir)
+        elif any(tag_dir.glob("*zero_pp_rank_*_optim_states.pt")):
             # It reports its progress on standard output, which belongs to the caller.
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 weights = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
@@ -70,6 +74,31 @@ def consolidated(tag_dir: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         words = " ".join(str(error).split())
         raise CheckpointError(f"{tag_dir}: cannot be consolidated ({type(error).__name__}: {words})") from None
+
+
+def _universal(tag_dir: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """What zero_to_fp32 says of the checkpoint that a universal one was made of: the digests of both are equal."""
+    model_files = sorted(tag_dir.glob("*_model_states.pt"), key=_shard)
+    models = [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in model_files]
+    first = models[0]
+    weights: dict[str, torch.Tensor] = {name: first["module"][name] for name in first["buffer_names"]}
+    for name, shape in (first.get("frozen_param_shapes") or {}).items():
+        fragments = [model["frozen_param_fragments"][name].reshape(-1) for model in models]
+        weights[name] = torch.cat(fragments)[: shape.numel()].view(shape)
+    shapes = first["param_shapes"]
+    for group in [shapes] if isinstance(shapes, dict) else shapes:
+        for name, shape in group.items():
+            path = tag_dir / _UNIVERSAL / name / "fp32.pt"
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+            weights[name] = (content["param"] if isinstance(content, dict) else content).view(shape)
+    weights |= {name: weights[source] for name, source in first["shared_params"].items() if source in weights}
+    yield from weights.items()
+
+
+def _shard(path: Path) -> int:
+    """The data-parallel rank in a file's name; the files of one rank alone have none."""
+    found = re.match(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found[1]) if found else 0
 
 
 def _without_shards(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
