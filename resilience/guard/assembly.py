@@ -12,21 +12,24 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import resilience
+from resilience import imported
 from resilience.abft.calibration import Recorder
 from resilience.abft.protection import Protection
 from resilience.config import Config
-from resilience.context import RunContext
-from resilience.deepspeed import checkpoint
+from resilience.context import ARENA_VARIABLE, RunContext
+from resilience.deepspeed import checkpoint, snapshot_take
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.deepspeed.profile import profile_of
 from resilience.deepspeed.shards import Holdings, watch_edits
 from resilience.errors import FaultPlanError
+from resilience.events import Mode
 from resilience.faults.ledger import Ledger
 from resilience.faults.plan import STATE_SITES, FaultPlan, load_plan
 from resilience.faults.process import ProcessInjector
@@ -39,9 +42,13 @@ from resilience.guard.line import LineToCoordinator
 from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
+from resilience.guard.snapshots import RankSnapshots
 from resilience.guard.succession import succeed
+from resilience.guard.trail import TrailWriter
 from resilience.guard.transaction import Guard
+from resilience.imported import ImportNote
 from resilience.last_place import LastPlace, path_of
+from resilience.snapshot.arena import Arena
 
 __all__ = ["Guarded", "guard_engine"]
 
@@ -94,7 +101,8 @@ def guard_engine(
     )
     succession = succeed(engine, adapter, settings, reporter, last_place, undo)
     # The place comes first: an injector may end this process.
-    listeners = [item for item in (last_place, process_injector, tensor_injector) if item is not None]
+    note = _import_note(context, settings)
+    listeners = [item for item in (last_place, note, process_injector, tensor_injector) if item is not None]
     guard = Guard(
         adapter,
         settings,
@@ -104,6 +112,7 @@ def guard_engine(
         listeners=tuple(listeners),
         replay_problem=problem,
         at_rest=_at_rest(engine, config, tensor_injector, settings, undo) if not problem else None,
+        snapshots=_snapshots(engine, adapter, settings, reporter, succession.trail, problem, undo),
         trail=succession.trail,
         fast_forwarding=succession.fast_forward,
     )
@@ -125,6 +134,14 @@ def guard_engine(
 
 def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:
     return LastPlace(path_of(context.run_dir, settings.generation, settings.rank)) if context is not None else None
+
+
+def _import_note(context: RunContext | None, settings: Settings) -> ImportNote | None:
+    """For the standby process of this node, unless a rank has written it before."""
+    if context is None or not context.config.launch.warm_standby or os.environ.get("LOCAL_RANK") != "0":
+        return None
+    path = imported.path_of(context.run_dir, settings.node)
+    return None if path.exists() else ImportNote(path)
 
 
 def _line(context: RunContext, settings: Settings, versions: dict[str, str], last_place: LastPlace | None) -> Reporter:
@@ -253,6 +270,47 @@ def _at_rest(
     at_rest.on_forget = holdings.forget
     undo.append(watch_edits(engine, at_rest.forget))
     return at_rest
+
+
+def _snapshots(
+    engine: Any,
+    adapter: EngineAdapter,
+    settings: Settings,
+    reporter: Reporter,
+    trail: TrailWriter | None,
+    problem: str,
+    undo: list[Callable[[], None]],
+) -> RankSnapshots | None:
+    """Copies of the state in the arena of this node; None where there is no arena, or this engine cannot be copied."""
+    arena, config = os.environ.get(ARENA_VARIABLE), settings.config
+    if not arena or config.snapshot.interval_steps == 0 or config.mode is Mode.OFF:
+        return None
+
+    def tell(reason: str) -> None:
+        text = f"rank {settings.rank}: snapshots off: {reason}"
+        print(f"resilience: {text}", file=sys.stderr, flush=True)
+        reporter.note("snapshots_off", text)
+
+    reason = problem or snapshot_take.problem(engine)
+    if reason:
+        if settings.rank == 0:
+            tell(reason)
+        return None
+    parity = config.snapshot.parity_losses != 0 and int(os.environ.get("CROSS_SIZE", "1")) > 1
+    snapshots = RankSnapshots(
+        engine,
+        Arena(Path(arena)),
+        settings,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        keeps_parity=parity,
+        rng=adapter,
+        trail_bytes=(lambda: trail.num_bytes) if trail is not None else (lambda: 0),
+        on_off=tell,
+        clock=settings.clock,
+    )
+    undo.append(snapshots.close)
+    return snapshots
 
 
 def _calibrate(protection: Protection, context: RunContext, rank: int, undo: list[Callable[[], None]]) -> None:
