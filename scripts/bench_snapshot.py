@@ -1,0 +1,399 @@
+"""`scripts/bench snapshot`: what a memory snapshot costs, beside a copy of as many bytes and beside other ways to save.
+
+Everything is measured in one process, round by round in turn, so that a busy machine is busy for all of them. The cases
+of saving and of restoring are tables; each case is a function that returns seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+WIDTH = 1024
+BYTES_PER_PARAMETER = 14
+"""bf16 weight, fp32 master and two moments."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed:
+    """One way to save or to restore, round by round."""
+
+    name: str
+    blocked_s: list[float]
+    """How long training waits."""
+    durable_s: list[float]
+    """Until all of it is where it is meant to be; the same where nothing happens in the background."""
+
+
+def build(mib: int, batch: int) -> tuple[Any, Callable[[], None]]:
+    """An engine of one rank (bf16, ZeRO 2) with about `mib` MiB of state, and its training step."""
+    import deepspeed  # late: `--help` needs none of it
+    import torch
+
+    num_layers = max(1, round(mib * 2**20 / BYTES_PER_PARAMETER / WIDTH**2))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers)))
+    config = {
+        "train_micro_batch_size_per_gpu": batch,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "steps_per_print": 1_000_000_000,
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    samples = torch.randn(batch, WIDTH).to(torch.bfloat16)
+
+    def step() -> None:
+        engine.backward(engine(samples).float().pow(2).mean())
+        engine.step()
+
+    step()
+    return engine, step
+
+
+class Ours:
+    """Memory snapshots of the engine, in an arena of their own, and the folder that a restore loads from."""
+
+    def __init__(self, engine: Any, directory: Path) -> None:
+        from resilience.config import Config
+        from resilience.deepspeed.adapter import EngineAdapter
+        from resilience.guard.settings import Settings
+        from resilience.guard.snapshots import RankSnapshots
+        from resilience.snapshot.arena import Arena
+
+        self.engine = engine
+        self.arena = Arena(directory)
+        settings = Settings(
+            run_id="bench", generation=1, rank=0, node="here", device="here/0", config=Config(), clock=_clock()
+        )
+        self.snapshots = RankSnapshots(
+            engine,
+            self.arena,
+            settings,
+            world_size=1,
+            num_local_ranks=1,
+            keeps_parity=False,
+            rng=EngineAdapter(engine),
+            on_off=_fail,
+        )
+
+    def take(self) -> None:
+        assert self.snapshots.can_take, "no slot is free"
+        step = int(self.engine.global_steps)
+        self.snapshots.take(step, clean_through=max(0, step - 2))
+
+    def prepare(self) -> None:
+        """Bring the newest snapshot together as a guardian does, hashed."""
+        from resilience.snapshot.hashing import hash_part
+        from resilience.snapshot.inventory import read_commits
+        from resilience.snapshot.manifest import STATE, Manifest
+        from resilience.snapshot.prepare import tag_of
+
+        commit = max(read_commits(self.arena).values(), key=lambda each: each.step)
+        slot = self.arena.slot(0, commit.slot)
+        part = hash_part(commit, slot, self.arena.trail(0))
+        self.manifest = Manifest(
+            run_id=commit.run_id,
+            generation=commit.generation,
+            step=commit.step,
+            world_size=1,
+            node="here",
+            at=commit.at,
+            clean_through=commit.clean_through,
+            parts=(part,),
+        )
+        self.folder = self.arena.restore(2)
+        for entry in commit.files:
+            target = self.folder / tag_of(commit.step) / Path(entry.path).relative_to(STATE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(slot / entry.path, target)
+        self.num_bytes = commit.num_bytes
+
+    def load(self) -> None:
+        from resilience.deepspeed.snapshot_load import load
+
+        load_checkpoint = functools.partial(type(self.engine).load_checkpoint, self.engine)
+        load(self.engine, self.folder, self.manifest, rank=0, load_checkpoint=load_checkpoint)
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """The live tensors that a checkpoint holds, flat, for those who save state dicts."""
+    import torch
+
+    found = {f"weight.{name}": parameter.data for name, parameter in engine.module.named_parameters()}
+    for number, (master, state) in enumerate(engine.optimizer.optimizer.state.items()):
+        found[f"master.{number}"] = master.data
+        found |= {f"{key}.{number}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return found
+
+
+def memory_copy(num_bytes: int, directory: Path) -> Callable[[], tuple[float, float]]:
+    """One copy of so many bytes into a file on tmpfs that has its memory already: what nobody can beat."""
+    import mmap
+
+    import numpy as np
+
+    path = directory / "memcpy"
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+        mapped = mmap.mmap(file.fileno(), num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    target = np.frombuffer(mapped, dtype=np.uint8)
+    source = np.ones(num_bytes, dtype=np.uint8)
+    return timed(lambda: np.copyto(target, source))
+
+
+def timed(work: Callable[[], object]) -> Callable[[], tuple[float, float]]:
+    """`work`, with its time twice: it blocks until all is done."""
+
+    def run() -> tuple[float, float]:
+        began_at = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began_at
+        return seconds, seconds
+
+    return run
+
+
+def in_background(begin: Callable[[], Callable[[], object]]) -> Callable[[], tuple[float, float]]:
+    """`begin` returns once training may go on, and returns what waits for the rest."""
+
+    def run() -> tuple[float, float]:
+        began_at = time.perf_counter()
+        wait = begin()
+        blocked_s = time.perf_counter() - began_at
+        wait()
+        return blocked_s, time.perf_counter() - began_at
+
+    return run
+
+
+def savers(ours: Ours, disk: Path) -> dict[str, Callable[[], tuple[float, float]]]:
+    """What saves, by name."""
+    from torch.distributed.checkpoint.state_dict_saver import async_save
+
+    engine = ours.engine
+
+    def deepspeed_save() -> None:
+        type(engine).save_checkpoint(engine, str(disk / "deepspeed"), tag="state", save_latest=False)
+
+    def dcp_async_save() -> Callable[[], object]:
+        shutil.rmtree(disk / "dcp", ignore_errors=True)
+        saving = async_save(state_of(engine), checkpoint_id=str(disk / "dcp"))
+        assert isinstance(saving, concurrent.futures.Future), "no stager was asked for"
+        return saving.result
+
+    found = {
+        "memory snapshot": timed(ours.take),
+        "DeepSpeed save_checkpoint": timed(deepspeed_save),
+        "DCP async_save": in_background(dcp_async_save),
+    }
+    if importlib.util.find_spec("torchsnapshot") is not None:
+        torchsnapshot = importlib.import_module("torchsnapshot")
+
+        def torchsnapshot_take() -> Callable[[], object]:
+            shutil.rmtree(disk / "torchsnapshot", ignore_errors=True)
+            state = torchsnapshot.StateDict(**state_of(engine))
+            taking = torchsnapshot.Snapshot.async_take(str(disk / "torchsnapshot"), {"state": state})
+            return functools.partial(taking.wait)
+
+        found["TorchSnapshot async_take"] = in_background(torchsnapshot_take)
+    return found
+
+
+def restorers(ours: Ours, disk: Path) -> dict[str, Callable[[], tuple[float, float]]]:
+    """What restores, by name. Ours verifies the files before and the engine after; nobody else does."""
+    import torch
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    engine = ours.engine
+    files = sorted(path for path in (disk / "deepspeed" / "state").iterdir() if path.suffix == ".pt")
+
+    def torch_load() -> None:
+        for path in files:
+            torch.load(path, weights_only=False)
+
+    def deepspeed_load() -> None:
+        type(engine).load_checkpoint(engine, str(disk / "deepspeed"), tag="state")
+
+    found = {
+        "memory snapshot, verified twice": timed(ours.load),
+        "torch.load, not into the engine": timed(torch_load),
+        "DeepSpeed load_checkpoint": timed(deepspeed_load),
+        "DCP load": timed(lambda: load(state_of(engine), checkpoint_id=str(disk / "dcp"))),
+    }
+    if (disk / "torchsnapshot").is_dir():
+        torchsnapshot = importlib.import_module("torchsnapshot")
+
+        snapshot = torchsnapshot.Snapshot(str(disk / "torchsnapshot"))
+        found["TorchSnapshot restore"] = timed(
+            lambda: snapshot.restore({"state": torchsnapshot.StateDict(**state_of(engine))})
+        )
+    return found
+
+
+def in_turn(
+    cases: dict[str, Callable[[], tuple[float, float]]], rounds: int, between: Callable[[], None]
+) -> list[Timed]:
+    """Each case once in each round; the first round warms up and does not count."""
+    results = {name: Timed(name=name, blocked_s=[], durable_s=[]) for name in cases}
+    for number in range(rounds + 1):
+        between()
+        for name, run in cases.items():
+            blocked_s, durable_s = run()
+            if number:
+                results[name].blocked_s.append(blocked_s)
+                results[name].durable_s.append(durable_s)
+    return list(results.values())
+
+
+def every_step(step: Callable[[], None], ours: Ours, rounds: int) -> list[float]:
+    """Step time with a snapshot after every step ÷ without, pair by pair."""
+
+    def seconds(with_snapshot: bool) -> float:
+        began_at = time.perf_counter()
+        step()
+        if with_snapshot:
+            ours.take()
+        return time.perf_counter() - began_at
+
+    ratios = []
+    for number in range(rounds):
+        first = bool(number % 2)
+        times = {first: seconds(first), not first: seconds(not first)}
+        ratios.append(times[True] / times[False])
+    return ratios
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run everything; what was measured, in seconds."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone())
+        folder = functools.partial(tempfile.TemporaryDirectory, prefix="resilience-bench-")
+        arena = Path(stack.enter_context(folder(dir=arguments.arena)))
+        disk = Path(stack.enter_context(folder(dir=arguments.disk)))
+        engine, step = build(arguments.mib, arguments.batch)
+        ours = Ours(engine, arena / "arena")
+        stack.callback(ours.snapshots.close)
+        (arena / "arena").mkdir(mode=0o700)
+        ours.take()
+        ours.prepare()
+        copy = memory_copy(ours.num_bytes, arena)
+        # `between` trains on, for a slot is overwritten by a later step only.
+        saved = in_turn({"memcpy": copy, **savers(ours, disk)}, arguments.rounds, step)
+        shutil.rmtree(ours.folder)
+        ours.prepare()
+        restored = in_turn({"memcpy": copy, **restorers(ours, disk)}, arguments.rounds, lambda: None)
+        ratios = every_step(step, ours, arguments.rounds)
+        processor = platform.processor() or platform.machine()
+        return {
+            "machine": f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            "num_bytes": ours.num_bytes,
+            "rounds": arguments.rounds,
+            "save": [dataclasses.asdict(each) for each in saved],
+            "restore": [dataclasses.asdict(each) for each in restored],
+            "step_with_snapshot_ratios": ratios,
+        }
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """A job of one rank in this process, which says nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _clock() -> Any:
+    from resilience.clock import SystemClock
+
+    return SystemClock()
+
+
+def _fail(reason: str) -> None:
+    raise SystemExit(f"scripts/bench: {reason}")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, num_bytes = Console(width=140), result["num_bytes"]
+    console.print(f"{result['machine']}; {num_bytes / 2**20:.0f} MiB of state, {result['rounds']} rounds")
+    for what in ("save", "restore"):
+        rows = result[what]
+        unit = statistics.median(rows[0]["blocked_s"])
+        table = Table(title=what)
+        for heading in ("", "blocks, s", "least", "most", "÷ memcpy", "GB/s", "done after, s"):
+            table.add_column(heading)
+        for row in rows:
+            blocked_s = row["blocked_s"]
+            median = statistics.median(blocked_s)
+            spread = [f"{value:.3f}" for value in (median, min(blocked_s), max(blocked_s))]
+            rate = f"{num_bytes / median / 1e9:.2f}"
+            table.add_row(
+                row["name"], *spread, f"{median / unit:.2f}", rate, f"{statistics.median(row['durable_s']):.3f}"
+            )
+        console.print(table)
+    ratios = result["step_with_snapshot_ratios"]
+    pairs = " ".join(f"{ratio:.3f}" for ratio in ratios)
+    console.print(f"step with a snapshot after every step ÷ without: {statistics.median(ratios):.3f} ({pairs})")
+    if importlib.util.find_spec("torchsnapshot") is None:
+        console.print("TorchSnapshot is not installed; --site FOLDER adds one where it is.")
+    console.print("Medians. Only the memory snapshot verifies: every file before it is loaded, the engine afterwards.")
+
+
+def main(words: list[str]) -> int:
+    """Run the benchmark with these command-line words; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/bench snapshot", description=__doc__)
+    parser.add_argument(
+        "--mib", type=int, default=128, help="of state, about (default: 128; the arena takes four times)"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="samples of a training step (default: 64)")
+    parser.add_argument("--rounds", type=int, default=7, help="counted repetitions of everything (default: 7)")
+    parser.add_argument("--arena", type=Path, default=Path("/dev/shm"), help="folder on tmpfs (default: /dev/shm)")
+    parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="folder on a disk")
+    parser.add_argument("--site", type=Path, help="further folder with packages, for TorchSnapshot")
+    parser.add_argument("--json", type=Path, help="write the results here, too")
+    arguments = parser.parse_args(words)
+    if min(arguments.mib, arguments.batch, arguments.rounds) < 1:
+        parser.error("--mib, --batch and --rounds must be at least 1")
+    if arguments.site is not None:
+        sys.path.append(str(arguments.site))
+    result = measure(arguments)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result)
+    return 0
