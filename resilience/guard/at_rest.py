@@ -162,7 +162,12 @@ class AtRest:
     def rewound(self, step: int) -> None:
         """All state was replaced by that of the end of `step`."""
         self.forget()
+        self.was_edited = False
         self._agreed = {turn: min(agreed, step) for turn, agreed in self._agreed.items()}
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch."""
+        return self._clock.wall()
 
     def milliseconds_since_detection(self) -> float:
         """Since the newest difference was seen."""

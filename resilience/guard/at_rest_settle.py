@@ -24,7 +24,7 @@ from resilience.guard.at_rest_schedule import Supply, cover
 from resilience.guard.exchange import Exchange
 from resilience.guard.wire import decode, encode
 
-__all__ = ["give_up", "settle", "spoiled_gradients"]
+__all__ = ["give_up", "not_finite", "settle", "spoiled_gradients"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +103,32 @@ def give_up(at_rest: AtRest) -> list[Finding]:
     results = [(mark, _Result.DAMAGED) for mark in at_rest.differences]
     at_rest.drop(list(at_rest.differences))
     return _findings(results, Check.AT_REST, at_rest)
+
+
+def not_finite(at_rest: AtRest, *, clean_step: int) -> list[Finding]:
+    """The first tensor of this rank's state that an optimizer step changes and that is not finite; in a list, or none.
+
+    Args:
+        at_rest: with the state.
+        clean_step: newest step whose snapshot is known to be finite.
+    """
+    for held in at_rest.holdings():
+        # A frozen parameter may be a mask, infinite by intent.
+        if held.is_frozen or bool(torch.isfinite(held.read()).all()):
+            continue
+        return [
+            Finding(
+                site=site_of(held.role),
+                layer=held.index,
+                check=Check.SCREEN,
+                kind=DetectionKind.NAN if bool(torch.isnan(held.read()).any()) else DetectionKind.INF,
+                residual_ratio=math.inf,
+                param=held.name,
+                detected_at=at_rest.now(),
+                clean_step=clean_step,
+            )
+        ]
+    return []
 
 
 def spoiled_gradients(findings: Iterable[Finding]) -> list[Finding]:

@@ -13,7 +13,7 @@ from resilience.abft.finding import Finding
 from resilience.deepspeed.shards import Role
 from resilience.events import Check
 from resilience.guard.at_rest import AtRest
-from resilience.guard.at_rest_settle import give_up, settle, spoiled_gradients
+from resilience.guard.at_rest_settle import give_up, not_finite, settle, spoiled_gradients
 from resilience.guard.exchange import Exchange
 from resilience.guard.replicas import Replicas
 
@@ -95,6 +95,14 @@ class StateWatch:
         self._is_due = False
         self._at_rest.look()
         return give_up(self._at_rest) if attempt else []
+
+    def not_finite(self, *, clean_step: int) -> list[Finding]:
+        """What of this rank's state is INF or NaN. Reads all of it: for when a gradient is not finite.
+
+        Args:
+            clean_step: newest step whose state was computed with since, and gave finite gradients.
+        """
+        return not_finite(self._at_rest, clean_step=max(0, clean_step))
 
     def settle(self) -> list[Finding]:
         """Settle what `at_boundary` saw on any rank; what a spoiled weight went into is run again. Collective."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from resilience.guard.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from resilience.guard.notes import Inspection
     from resilience.guard.transaction import Guard
-    from resilience.guard.verdict import Inspection
 
 __all__ = ["Measurement", "measure"]
 

@@ -11,6 +11,9 @@ import collections
 import math
 import statistics
 
+from resilience.abft.finding import Finding
+from resilience.events import Check, DetectionKind
+
 __all__ = ["LossHistory"]
 
 _NUM_STEPS = 64
@@ -60,8 +63,25 @@ class LossHistory:
         deviation = _CONSISTENCY * statistics.median(abs(value - median) for value in seen)
         return (loss - median) / max(deviation, _DEVIATION_MIN * abs(median), 1e-12)
 
-    def ratio(self, loss: float) -> float:
-        """Score ÷ factor; above 1 is an alarm. A loss that is not finite is the screens' business: 0."""
-        if not self.is_on or not math.isfinite(loss):
-            return 0.0
-        return self.score(loss) / self._factor
+    def findings(self, loss: float, *, clean_step: int, now: float) -> list[Finding]:
+        """The alarm that `loss` is, or none; one that is not finite is the screens' business.
+
+        Args:
+            loss: of the step that is being worked on.
+            clean_step: newest step that is known to be clean.
+            now: seconds since the Unix epoch.
+        """
+        ratio = self.score(loss) / self._factor if self.is_on and math.isfinite(loss) else 0.0
+        if ratio <= 1:
+            return []
+        return [
+            Finding(
+                site="loss",
+                layer=-1,
+                check=Check.LOSS,
+                kind=DetectionKind.LOSS_SPIKE,
+                residual_ratio=ratio,
+                detected_at=now,
+                clean_step=clean_step,
+            )
+        ]

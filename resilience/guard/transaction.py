@@ -23,13 +23,17 @@ from resilience.guard.at_rest import AtRest
 from resilience.guard.at_rest_watch import StateWatch
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
-from resilience.guard.memory import FastForwarding, Snapshots, Trail
+from resilience.guard.headway import Headway
+from resilience.guard.loss import LossHistory
+from resilience.guard.memory import FastForwarding, Past, Snapshots, Trail
+from resilience.guard.notes import NON_FINITE, Inspection
 from resilience.guard.recorder import ForwardEvent, Recorder
 from resilience.guard.replicas import Replicas
 from resilience.guard.reporter import Reporter
+from resilience.guard.rewind import Rewinder
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
-from resilience.guard.verdict import LEFT_FOR_RESTART, Boundary, Inspection
+from resilience.guard.verdict import LEFT_FOR_RESTART, Boundary
 
 __all__ = ["Guard", "Listeners", "Protector"]
 
@@ -75,6 +79,7 @@ class Guard:
         replay_problem: why no step of this engine can be run again; empty where it can.
         at_rest: hashes of what is kept between the steps; None where they are off.
         snapshots: copies of the state in memory; None where they are off.
+        past: the same, to go back to; None where they are off.
         trail: what a successor of this process needs to catch up; None where it is off.
         fast_forwarding: leads a restarted script to its snapshot; None where there is nothing to catch up with.
     """
@@ -91,6 +96,7 @@ class Guard:
         replay_problem: str = "",
         at_rest: AtRest | None = None,
         snapshots: Snapshots | None = None,
+        past: Past | None = None,
         trail: Trail | None = None,
         fast_forwarding: FastForwarding | None = None,
     ) -> None:
@@ -115,10 +121,12 @@ class Guard:
         self._micro_step = -1
         self._replayed_micro_step: int | None = None
         self._is_cpu = next((p.device.type for p in adapter.module.parameters()), "cpu") == "cpu"
-        self._step_began_at: float | None = None
-        self._check_seconds = 0.0
-        self._num_tokens = 0
+        self._headway = Headway(reporter, settings.clock, is_cpu=self._is_cpu)
         self.exchange = exchange = Exchange()
+        off = "" if settings.config.guard.replay else "recording is off (guard.replay = false)"
+        off = f"replay is off ({replay_problem})" if replay_problem else off
+        self.rewinder = Rewinder(self, adapter, exchange, past, off)
+        self._losses = LossHistory(settings.config.policy.loss_spike_factor)
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
@@ -163,10 +171,10 @@ class Guard:
             return self._evaluate(self._adapter.forward, args, kwargs)
         self.boundary.leave_if_drained()
         if self._state is not None and self._adapter.module.training:
-            self._findings += self._state.before_forward(self._adapter.global_steps)
+            self.look_at_state()
         self._begin_micro_step(self.recorder.micro_step)
         event = self.recorder.before_forward(args, kwargs)
-        self._num_tokens += _num_tokens((args, kwargs))
+        self._headway.fed((args, kwargs))
         began = self._trail.before_forward(args, kwargs) if self._trail is not None else None
         try:
             with self.protected():
@@ -215,15 +223,10 @@ class Guard:
         except ResilienceError as error:
             # For people, not for debuggers: one line and its code.
             self.boundary.leave(error.exit_code, str(error))
-        taken = self._adapter.take_model_step(lr_kwargs)
-        self.boundary.step_taken()
+        taken = self.rewinder.keep_and_take(lr_kwargs) if self.rewinder.is_recording else self.take(lr_kwargs)
         self._say_how_it_goes()
         self.recorder.clear()
-        self._screen.begin()
-        self._findings.clear()
-        self._attempt, self._micro_step = 0, -1
-        if self._state is not None:
-            self._state.after_step(self._adapter.global_steps)
+        self.end_step()
         return taken
 
     def _engine_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -238,6 +241,9 @@ class Guard:
             if self._trail is not None:
                 self._trail.step_taken(step, deterministic=self.boundary.deterministic)
             if self._snapshots is not None and self.boundary.snapshot_is_due:
+                if self._state is not None and self.rewinder.is_possible:
+                    self._state.watch_edits()
+                self.rewinder.begin(step)
                 self._snapshots.take(step, clean_through=self.boundary.clean_through)
         return returned
 
@@ -265,12 +271,12 @@ class Guard:
     @property
     def can_take_snapshot(self) -> bool:
         """Whether this rank could take a snapshot at the end of the step."""
-        return self._snapshots is not None and self._snapshots.can_take
+        return self._snapshots is not None and not self.rewinder.is_busy and self._snapshots.can_take
 
     @property
     def wants_snapshot(self) -> bool:
         """Whether it is time for one."""
-        return self._snapshots is not None and self._snapshots.wants(self.step)
+        return self._snapshots is not None and not self.rewinder.is_busy and self._snapshots.wants(self.step)
 
     @property
     def step(self) -> int:
@@ -327,6 +333,7 @@ class Guard:
             self._findings += self._state.at_boundary(self._attempt)
         readings = self._screen.read(self._adapter.loss_scale)
         findings = [*self._findings, *self._screen.findings(readings)]
+        findings = [*self._not_finite(findings), *findings, *self._loss_spike(findings)]
         return Inspection(
             detections=tuple(self._factory.make(findings, step=self.step, attempt=self._attempt)),
             findings=tuple(findings),
@@ -336,10 +343,29 @@ class Guard:
             num_differences=self._state.num_differences if self._state is not None else 0,
         )
 
-    def settle_state(self) -> tuple[Detection, ...]:
+    def settle_state(self) -> list[Finding]:
         """What became of the differences that `inspect` saw on any rank; this rank's own. Collective."""
         assert self._state is not None, "differences where nothing is watched"
-        return self._detections(self._state.settle())
+        return self._state.settle()
+
+    def look_at_state(self) -> None:
+        """Called before each forward of a training step; collective before the first one."""
+        if self._state is None:
+            return
+        step = self._adapter.global_steps
+        self._findings += self._state.before_forward(step)
+        if self._state.was_edited and self.rewinder.is_recording and not self.recorder.events:
+            self.rewinder.cut(step + 1, f"the script wrote weights or optimizer state after step {step}")
+
+    @property
+    def state_was_edited(self) -> bool:
+        """Whether the script wrote to weights or optimizer state since the last step, as far as that shows."""
+        return self._state is not None and self._state.was_edited
+
+    @property
+    def state_agreed_through(self) -> int | None:
+        """See `AtRest.agreed_through`."""
+        return self._state.agreed_through if self._state is not None else None
 
     def check_before_save(self) -> None:
         """Called on every rank before the script saves a checkpoint: nothing damaged is written into one.
@@ -351,13 +377,42 @@ class Guard:
             return
         findings = self._state.before_save()
         self._findings += [finding for finding in findings if finding.mended]
-        self.boundary.decide_about_state(self._detections([each for each in findings if not each.mended]))
+        self.boundary.decide_about_state([each for each in findings if not each.mended])
 
     def verified(self, inspection: Inspection) -> None:
         """The step was taken, and this is what its last attempt showed."""
         self._screen.verified(inspection.readings)
 
+    # ------ what a rewind uses
+
+    def take(self, lr_kwargs: Any) -> Any:
+        """Take the step that was settled, for the first time or again."""
+        taken = self._adapter.take_model_step(lr_kwargs)
+        self.boundary.step_taken()
+        if self._losses.is_on and self.recorder.last_loss is not None:
+            self._losses.add(self._adapter.global_steps, float(self.recorder.last_loss))
+        return taken
+
+    def end_step(self) -> None:
+        """A step was taken."""
+        self._begin_step()
+        if self._state is not None:
+            self._state.after_step(self._adapter.global_steps)
+
+    def rewound(self, step: int) -> None:
+        """The engine was put back to the end of `step`: nothing is known of its state but that."""
+        self.boundary.rewound(step)
+        self._losses.rewound(step)
+        if self._state is not None:
+            self._state.rewound(step)
+        self._begin_step()
+
     # ------
+
+    def _begin_step(self) -> None:
+        self._screen.begin()
+        self._findings.clear()
+        self._attempt, self._micro_step = 0, -1
 
     def _watch(self, at_rest: AtRest, exchange: Exchange) -> StateWatch:
         config = self.settings.config
@@ -369,8 +424,23 @@ class Guard:
             tell=lambda text: self.boundary.tell("replicas_off", text),
         )
 
-    def _detections(self, findings: list[Finding]) -> tuple[Detection, ...]:
+    def detections(self, findings: list[Finding]) -> tuple[Detection, ...]:
+        """Findings about this step, with what makes them detections."""
         return tuple(self._factory.make(findings, step=self.step, attempt=self._attempt))
+
+    def _not_finite(self, findings: list[Finding]) -> list[Finding]:
+        """Where gradients are not finite it may be the state that they were computed from, which no replay mends."""
+        if self._state is None or not any(each.kind in NON_FINITE and not each.mended for each in findings):
+            return []
+        return self._state.not_finite(clean_step=self.step - 2)
+
+    def _loss_spike(self, findings: list[Finding]) -> list[Finding]:
+        """A loss out of all proportion, where nothing else explains it."""
+        loss = self.recorder.last_loss
+        if not self._losses.is_on or loss is None or any(not each.mended for each in findings):
+            return []
+        clean_step = max(0, min(self.step - 2, self.boundary.clean_through))
+        return self._losses.findings(float(loss), clean_step=clean_step, now=self.settings.clock.wall())
 
     def _micro_step_of_gradients(self) -> int:
         if self._replayed_micro_step is not None:
@@ -380,8 +450,7 @@ class Guard:
     def _begin_micro_step(self, micro_step: int) -> None:
         if micro_step == self._micro_step:
             return
-        if self._step_began_at is None:
-            self._step_began_at = self.settings.clock.monotonic()
+        self._headway.begin()
         if self._is_cpu:
             # Reading early costs nothing on a CPU, and tells micro-steps apart.
             self._collect()
@@ -402,27 +471,21 @@ class Guard:
 
     def _say_how_it_goes(self) -> None:
         """Fill in the next heartbeat; it is sent by another thread."""
-        now = self.settings.clock.monotonic()
-        seconds = now - (self._step_began_at if self._step_began_at is not None else now)
-        self._step_began_at = None
-        fields: dict[str, Any] = {"state": "training", "step": self._adapter.global_steps, "micro_step": 0}
-        loss = self.recorder.last_loss
-        if loss is not None and (self._is_cpu or self._adapter.global_steps % 10 == 0):
-            fields["loss"] = float(loss)
-        if self._num_tokens and seconds > 0:
-            fields["tokens_per_s"] = self._num_tokens / seconds
-        self._num_tokens = 0
+        checks: dict[str, int] = {}
+        inside: dict[str, Any] = {}
         if self._protector is not None:
-            spent = self._protector.check_seconds - self._check_seconds
-            self._check_seconds += spent
-            fields["checks"] = self._protector.checks()
-            fields["residual_ratios"] = self._protector.residual_sample()
-            if seconds > 0:
-                fields["abft_overhead_ratio"] = spent / seconds
+            checks |= self._protector.checks()
+            inside["check_seconds"] = self._protector.check_seconds
+            inside["residual_ratios"] = self._protector.residual_sample()
         if self._state is not None:
-            fields["checks"] = {**fields.get("checks", {}), **self._state.checks()}
-        fields["last_verified_step"] = self.last_verified_step
-        self.reporter.heartbeat(step_seconds=seconds, **fields)
+            checks |= self._state.checks()
+        self._headway.step_taken(
+            self._adapter.global_steps,
+            self.recorder.last_loss,
+            last_verified_step=self.last_verified_step,
+            checks=checks,
+            **inside,
+        )
 
 
 class _TellingRecorder(Recorder):
@@ -434,11 +497,3 @@ class _TellingRecorder(Recorder):
         super().overwrite(event, outputs)
         if self.trail is not None:
             self.trail.forward_replayed(event, outputs)
-
-
-def _num_tokens(values: Any) -> int:
-    """Elements of the first integer tensor among a forward's inputs."""
-    if isinstance(values, torch.Tensor):
-        return 0 if values.is_floating_point() else values.numel()
-    items = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
-    return next((count for count in map(_num_tokens, items) if count), 0)

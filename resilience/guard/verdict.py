@@ -7,7 +7,6 @@ what the engine looks like inside.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,19 +14,20 @@ from resilience import policy
 from resilience.abft.finding import Finding
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.errors import ExitCode, FencedError
-from resilience.events import Action, Decision, Detection, DetectionKind, Evidence, Mode, Origin, Outcome
+from resilience.events import Action, Decision, Detection, Evidence, Mode, Origin, Outcome
 from resilience.guard.determinism import measure
 from resilience.guard.evidence import is_root, is_unmended, scaler_will_skip
 from resilience.guard.exchange import Exchange
+from resilience.guard.notes import NON_FINITE, Flags, Inspection, Share, clean_step_of, wish
 from resilience.guard.replay import replay
-from resilience.guard.screens import Reading
+from resilience.guard.rewind import Rewinder, choose
 from resilience.guard.support import INSTEAD
 from resilience.guard.wire import decode, encode
 
 if TYPE_CHECKING:
     from resilience.guard.transaction import Guard
 
-__all__ = ["LEFT_FOR_RESTART", "Boundary", "Inspection", "Share"]
+__all__ = ["LEFT_FOR_RESTART", "Boundary"]
 
 LEFT_FOR_RESTART = 76
 """Exit code of a rank that leaves because the decision was a restart; no code that a launcher would pass on."""
@@ -35,70 +35,7 @@ LEFT_FOR_RESTART = 76
 _MAX_DETECTIONS = 1000
 """More than this in one evidence are cut to the root causes: a NaN in a large job reaches every rank."""
 
-_NON_FINITE = frozenset({DetectionKind.INF, DetectionKind.NAN, DetectionKind.NEAR_INF})
-
 _MISFIT = "outputs that are no scalars did not replay bit-equal, so the recorded cotangents do not belong to them"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
-    """What one rank saw in one attempt."""
-
-    detections: tuple[Detection, ...]
-    findings: tuple[Finding, ...]
-    readings: tuple[Reading, ...]
-    fingerprints: tuple[int, ...]
-    replay_problem: str
-    """Why the step cannot be run again; empty where it can."""
-    num_differences: int = 0
-    """Pieces of state that are not what they were, to be settled with the other ranks."""
-
-    def equals(self, other: Inspection) -> bool:
-        """Whether both attempts gave the same local gradients: by fingerprints where both have them, else by norms."""
-        if self.fingerprints and other.fingerprints:
-            return self.fingerprints == other.fingerprints
-        return self.has_norms_of(other)
-
-    def has_norms_of(self, other: Inspection) -> bool:
-        """Whether both attempts gave local gradients of exactly the same norms."""
-        # NaN is not equal to itself, but its text is.
-        return repr(self.readings) == repr(other.readings)
-
-    def has_norms_like(self, other: Inspection) -> bool:
-        """Whether both attempts gave local gradients of about the same norms, as non-deterministic kernels do."""
-        return len(self.readings) == len(other.readings) and all(
-            (a.micro_step, a.index) == (b.micro_step, b.index)
-            and math.isclose(a.norm, b.norm, rel_tol=0.1, abs_tol=1e-6)
-            for a, b in zip(self.readings, other.readings, strict=True)
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What a rank puts into the evidence of an attempt."""
-
-    detections: tuple[Detection, ...]
-    replay_problem: str
-    bit_equal: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Flags:
-    """The reduction at the boundary: the largest over all ranks."""
-
-    veto: int
-    differences: int
-    mended: int
-    unrepeatable: int
-    scaler_skips: int
-    stop_code: int
-    restart: int
-    fenced: int
-    drain: int
-    rewind: int
-    snapshot: int
-    no_snapshot: int
-    snapshot_not_due: int
 
 
 class Boundary:
@@ -129,6 +66,7 @@ class Boundary:
         self._is_measured = not config.guard.measure_determinism or config.detection.strength == "off"
         self._draining = self._is_saved = False
         self._snapshot_is_due = False
+        self._rewound_to: int | None = None
 
     @property
     def consecutive_skips(self) -> int:
@@ -148,10 +86,7 @@ class Boundary:
             SystemExit: the decision, or an order, was to leave.
             FencedError: a newer generation has begun.
         """
-        self._handed_to_skip = False
-        scale = self._falling_scale = self._adapter.falling_scale
-        # At a scale that a step was taken with, an overflow is as likely a fault: a replay tells, and disturbs nothing.
-        self._searched = scale is not None and scale > self._proven_scale
+        self._begin()
         inspection, scaler_skips = self._inspect()
         flags = self._compare(inspection, scaler_skips)
         self._obey(flags)
@@ -161,8 +96,12 @@ class Boundary:
             # The last of the runs that are compared is the one that the step is taken from.
             inspection = self._measure(inspection)
             inspection, flags = self._settle_state(inspection, self._compare(inspection, False), False)
-        if flags.veto:
-            inspection = self._resolve(inspection)
+        order = 0 if self._rewinder.is_busy else flags.rewind
+        if order and self._settings.rank == 0:
+            ordered = self._guard.detections([wish(self._settings.clock.wall())])
+            inspection = dataclasses.replace(inspection, detections=(*inspection.detections, *ordered))
+        if flags.veto or order:
+            inspection = self._resolve(inspection, order)
         elif flags.mended:
             self._record_mended(inspection)
         self._inspection = inspection
@@ -177,8 +116,11 @@ class Boundary:
 
     @property
     def clean_through(self) -> int:
-        """Newest step that is known to be clean: so many further steps were verified."""
-        return max(0, self.last_verified_step - self._settings.config.snapshot.verify_steps)
+        """Newest step that is known to be clean: so many further steps were verified, and every piece of the state that
+        is hashed at all has had its turn since, and agreed."""
+        verified = self.last_verified_step - self._settings.config.snapshot.verify_steps
+        agreed = self._guard.state_agreed_through
+        return max(0, verified if agreed is None else min(verified, agreed))
 
     def step_taken(self) -> None:
         """The optimizer step was taken, or DeepSpeed skipped it."""
@@ -207,19 +149,27 @@ class Boundary:
         """The script has saved a checkpoint: a drain may now end the run. Called on every rank."""
         self._is_saved = True
 
-    def decide_about_state(self, damage: tuple[Detection, ...]) -> None:
+    def decide_about_state(self, damage: list[Finding]) -> None:
         """Between two steps: decide about damaged state as at the boundary of the step to come. Collective.
 
         Raises:
             SystemExit: the decision was to leave.
         """
-        for detection in damage:
+        detections = self._guard.detections(damage)
+        for detection in detections:
             self._reporter.report(detection)
-        inspection = Inspection(detections=damage, findings=(), readings=(), fingerprints=(), replay_problem="")
+        inspection = Inspection(
+            detections=detections, findings=tuple(damage), readings=(), fingerprints=(), replay_problem=""
+        )
         flags = self._compare(inspection, False)
         self._obey(flags)
         if flags.veto:
-            self._resolve(inspection)
+            self._resolve(inspection, 0)
+
+    def rewound(self, step: int) -> None:
+        """The engine was put back to the end of `step`."""
+        self.last_verified_step = min(self.last_verified_step, step)
+        self._num_skips = 0
 
     def leave_if_drained(self) -> None:
         """Called where a new step begins.
@@ -239,6 +189,17 @@ class Boundary:
 
     # ------ comparing notes
 
+    @property
+    def _rewinder(self) -> Rewinder:
+        return self._guard.rewinder
+
+    def _begin(self) -> None:
+        """A step is at its boundary, or again."""
+        self._handed_to_skip = False
+        scale = self._falling_scale = self._adapter.falling_scale
+        # At a scale that a step was taken with, an overflow is as likely a fault: a replay tells, and disturbs nothing.
+        self._searched = scale is not None and scale > self._proven_scale
+
     def _inspect(self) -> tuple[Inspection, bool]:
         """What this rank saw; an overflow that the loss scaler will see to itself is no detection."""
         inspection = self._guard.inspect()
@@ -250,9 +211,9 @@ class Boundary:
             self._reporter.report(detection)
         return inspection, skips
 
-    def _compare(self, inspection: Inspection, scaler_skips: bool) -> _Flags:
+    def _compare(self, inspection: Inspection, scaler_skips: bool) -> Flags:
         orders = self._reporter.orders()
-        own = _Flags(
+        own = Flags(
             veto=any(is_unmended(detection) for detection in inspection.detections),
             differences=inspection.num_differences,
             mended=any(detection.mended for detection in inspection.detections),
@@ -267,19 +228,25 @@ class Boundary:
             no_snapshot=not self._guard.can_take_snapshot,
             snapshot_not_due=not self._guard.wants_snapshot,
         )
-        return _Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
+        return Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
 
-    def _settle_state(self, inspection: Inspection, flags: _Flags, scaler_skips: bool) -> tuple[Inspection, _Flags]:
+    def _settle_state(self, inspection: Inspection, flags: Flags, scaler_skips: bool) -> tuple[Inspection, Flags]:
         """Rebuild what changed at rest on any rank, if it can be; the rest becomes part of the evidence."""
         if not flags.differences:
             return inspection, flags
-        found = self._guard.settle_state()
+        findings = self._guard.settle_state()
+        found = self._guard.detections(findings)
         for detection in found:
             self._reporter.report(detection)
-        inspection = dataclasses.replace(inspection, detections=(*found, *inspection.detections), num_differences=0)
+        inspection = dataclasses.replace(
+            inspection,
+            detections=(*found, *inspection.detections),
+            findings=(*findings, *inspection.findings),
+            num_differences=0,
+        )
         return inspection, self._compare(inspection, scaler_skips)
 
-    def _obey(self, flags: _Flags) -> None:
+    def _obey(self, flags: Flags) -> None:
         if flags.fenced:
             raise FencedError(
                 f"generation {self._settings.generation} has ended, step {self._guard.step} is not taken; "
@@ -293,15 +260,28 @@ class Boundary:
         if flags.drain and not self._draining:
             self._draining, self._is_saved = True, False
 
-    def _gather(self, inspection: Inspection, bit_equal: bool) -> list[Share]:
-        share = Share(detections=inspection.detections, replay_problem=inspection.replay_problem, bit_equal=bit_equal)
-        return [decode(Share, content) for content in self._exchange.all_gather(encode(share))]
+    def _gather(self, inspection: Inspection, bit_equal: bool, order: int = 0) -> list[Share]:
+        """What every rank knows. Snapshots that may hold what is wrong are given up, whatever will be decided."""
+        doubtful = (f for f in inspection.findings if f.clean_step is not None or f.site in ("weight", "optimizer"))
+        share = Share(
+            detections=inspection.detections,
+            replay_problem=inspection.replay_problem,
+            bit_equal=bit_equal,
+            state_clean_step=inspection.state_clean_step,
+            offer=self._rewinder.offer(clean_step_of(doubtful), self.clean_through, ordered=bool(order)),
+        )
+        shares = [decode(Share, content) for content in self._exchange.all_gather(encode(share))]
+        wrong = [each.state_clean_step for each in shares if each.state_clean_step is not None]
+        if wrong and self._settings.config.mode is Mode.ENFORCE:
+            self._rewinder.distrust(min(wrong))
+        return shares
 
-    def _evidence(self, shares: list[Share], attempt: int, previous: tuple[Detection, ...]) -> Evidence:
+    def _evidence(self, shares: list[Share], attempt: int, previous: tuple[Detection, ...], order: int = 0) -> Evidence:
         detections = tuple(detection for share in shares for detection in share.detections)
         if len(detections) > _MAX_DETECTIONS:
             detections = tuple(detection for detection in detections if is_root(detection))[:_MAX_DETECTIONS]
         problem = next((share.replay_problem for share in shares if share.replay_problem), "")
+        rewind_step, rewind_reason = choose([share.offer for share in shares], order)
         return Evidence(
             run_id=self._settings.run_id,
             generation=self._settings.generation,
@@ -314,42 +294,74 @@ class Boundary:
             replay_available=not problem,
             replay_reason=problem,
             bit_equal=attempt > 0 and all(share.bit_equal for share in shares),
+            rewind_step=rewind_step,
+            rewind_reason=rewind_reason,
+            rewound_to=self._rewound_to,
+            num_rewinds=self._rewinder.num_rewinds,
             loss_scale_search=self._searched,
             consecutive_skips=self.consecutive_skips,
         )
 
     # ------ deciding and doing
 
-    def _resolve(self, inspection: Inspection) -> Inspection:
-        """Decide, replay, look again, until the step may be taken; returns what the last attempt showed."""
+    def _resolve(self, inspection: Inspection, order: int) -> Inspection:
+        """Decide, replay or rewind, look again, until the step may be taken; returns what the last attempt showed."""
         config, clock = self._settings.config, self._settings.clock
         attempt, bit_equal = 0, False
         previous: tuple[Detection, ...] = ()
         pending: Decision | None = None
         while True:
-            evidence = self._evidence(self._gather(inspection, bit_equal), attempt, previous)
+            evidence = self._evidence(self._gather(inspection, bit_equal, order), attempt, previous, order)
             decision = self._decide(evidence)
             unmended = tuple(detection for detection in evidence.detections if is_unmended(detection))
             if pending is not None:
                 self._conclude(pending, Outcome.FAILED if unmended else Outcome.SUCCEEDED)
-            if decision.action is not Action.REPLAY or config.mode is not Mode.ENFORCE:
+            if decision.action not in (Action.REPLAY, Action.REWIND) or config.mode is not Mode.ENFORCE:
                 break
             began_at = clock.monotonic()
-            inspection, bit_equal = self._replay(inspection, attempt + 1)
+            if decision.action is Action.REPLAY:
+                self._rewound_to = None
+                inspection, bit_equal = self._replay(inspection, attempt + 1)
+            else:
+                inspection, bit_equal = self._rewind(decision, evidence, inspection, attempt + 1), False
             lost_s = clock.monotonic() - began_at
-            self._reporter.add_badput("replay", lost_s)
+            self._reporter.add_badput(decision.action, lost_s)
             latency_ms = _latency_ms(evidence, clock.wall())
             pending = dataclasses.replace(decision, lost_s=lost_s, latency_ms=latency_ms)
             previous, attempt = unmended, attempt + 1
+        self._rewound_to = None
         self._guard.end_attempts()
+        if order:
+            self._reporter.order_done("rewind")
         self._carry_out(dataclasses.replace(decision, latency_ms=_latency_ms(evidence, clock.wall())), unmended)
         return inspection
+
+    def _rewind(self, decision: Decision, evidence: Evidence, before: Inspection, attempt: int) -> Inspection:
+        """Go back and take the steps since again, then run the current one; what that showed.
+
+        Where it cannot be done after all nothing has changed, and what was seen before is returned.
+        """
+        step = evidence.rewind_step
+        assert step is not None, "decided without a snapshot to go back to"
+        self._reporter.heartbeat(state="rewinding")
+        ordered = decision.rule == "ordered-rewind"
+        problem = self._rewinder.go(step, counts=not ordered)
+        if problem:
+            self.tell("rewind_off", f"no rewind to step {step}: {problem}")
+            return before
+        self._begin()
+        self._rewound_to = step
+        self.tell("rewind", f"went back to the memory snapshot of step {step} and took the steps since again")
+        return self._replay(before, attempt)[0]
 
     def _replay(self, before: Inspection, attempt: int) -> tuple[Inspection, bool]:
         """Run the step again; what it showed, and whether its gradients equal those of the attempt before."""
         self._reporter.heartbeat(state="replaying")
         self._guard.begin_attempt(attempt)
-        fits = self._run_again()
+        if self._rewound_to is not None:
+            self._guard.look_at_state()
+        # Where a script saves there may be nothing to run again.
+        fits = self._run_again() if self._guard.recorder.events else True
         if not fits:
             self._guard.add_misfit()
         inspection, _ = self._inspect()
@@ -364,6 +376,7 @@ class Boundary:
             begin_micro_step=self._guard.begin_replayed_micro_step,
             begin_backward=self._guard.begin_replayed_backward,
             protected=self._guard.protected,
+            anew=self._rewound_to is not None,
         )
 
     def _decide(self, evidence: Evidence) -> Decision:
@@ -388,7 +401,7 @@ class Boundary:
     def _carry_out(self, decision: Decision, unmended: tuple[Detection, ...]) -> None:
         if decision.action in (Action.CONTINUE, Action.CORRECTED):
             # A step that goes on although something is not finite will be skipped by DeepSpeed, or should have been.
-            is_non_finite = any(detection.kind in _NON_FINITE for detection in unmended)
+            is_non_finite = any(detection.kind in NON_FINITE for detection in unmended)
             self._handed_to_skip = is_non_finite and not (
                 self._falling_scale is not None and scaler_will_skip(unmended)
             )

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from resilience.events import Action, Check, Decision, Detection, DetectionKind, Evidence, Verdict
-from resilience.guard.verdict import Share
+from resilience.guard.notes import Share
+from resilience.guard.rewind import Offer
 from resilience.guard.wire import decode, encode
 
 DETECTION = Detection(
@@ -28,7 +29,8 @@ DETECTION = Detection(
 
 
 def test_evidence_and_decisions_come_back_as_they_were() -> None:
-    share = Share(detections=(DETECTION,), replay_problem="", bit_equal=False)
+    offer = Offer(steps=(2, 3), problem="no more room", clean_step=-1, clean_through=2)
+    share = Share(detections=(DETECTION,), replay_problem="", bit_equal=False, state_clean_step=None, offer=offer)
     assert decode(Share, encode(share)) == share
     decision = Decision(
         decision_id="g1-s3-a0",
