@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import grpc
 import xxhash
 
-from resilience.clock import SystemClock
+from resilience.clock import Clock, SystemClock
 from resilience.errors import SnapshotError
 from resilience.rpc.codec import GRPC_OPTIONS, BoundsError, check_bounds
 from resilience.rpc.v1 import guardian_pb2 as pb
@@ -396,10 +396,10 @@ class PeerClient:
 class Pace:
     """Bounds how many bytes a second are taken. For one thread."""
 
-    def __init__(self, bytes_per_s: float, wait: Callable[[float], object]) -> None:
+    def __init__(self, bytes_per_s: float, wait: Callable[[float], object], *, clock: Clock | None = None) -> None:
         self._bytes_per_s = bytes_per_s
         self._wait = wait
-        self._clock = SystemClock()
+        self._clock = clock or SystemClock()
         self._free_at = self._clock.monotonic()
 
     def take(self, num_bytes: int) -> None:
