@@ -1,6 +1,7 @@
-"""What scripts/bench_recovery.py trains: an ordinary script that says when each of its steps ended.
+"""What scripts/bench_recovery.py trains: an ordinary script that says when each of its stages and steps ended.
 
-    step 7 ended at 1700000000.123456 pid 4711
+    imported at 1700000000.123456 rank 0 pid 4711
+    step 7 at 1700000001.123456 rank 0 pid 4711
 
 It knows DeepSpeed and, for `--model gpt2`, Hugging Face transformers; never resilience.
 """
@@ -19,6 +20,10 @@ import torch
 SEED = 2025
 
 
+def say(what: str) -> None:
+    print(f"{what} at {time.time():.6f} rank {os.environ['RANK']} pid {os.getpid()}", flush=True)
+
+
 def make_model(name: str) -> tuple[torch.nn.Module, int, int]:
     """The model, the size of its vocabulary, and how many tokens a sequence has."""
     if name == "demo":
@@ -33,6 +38,7 @@ def make_model(name: str) -> tuple[torch.nn.Module, int, int]:
 
 
 def main() -> None:
+    say("imported")
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int, default=-1)
     parser.add_argument("--model", choices=("demo", "gpt2"), required=True)
@@ -42,8 +48,11 @@ def main() -> None:
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     torch.manual_seed(SEED)
     model, vocabulary, length = make_model(arguments.model)
+    say("model made")
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
+    say("initialized")
     engine.load_checkpoint(arguments.save_dir)
+    say("loaded")
     rank = deepspeed.comm.get_rank()
     while engine.global_steps < arguments.steps:
         step = engine.global_steps + 1
@@ -56,7 +65,7 @@ def main() -> None:
             loss = engine(tokens, labels=tokens).loss
         engine.backward(loss)
         engine.step()
-        print(f"step {step} ended at {time.time():.6f} pid {os.getpid()}", flush=True)
+        say(f"step {step}")
         if step % arguments.save_every == 0:
             engine.save_checkpoint(arguments.save_dir)
     deepspeed.comm.destroy_process_group()

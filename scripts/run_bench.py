@@ -6,7 +6,12 @@ import argparse
 import importlib
 import sys
 
-BENCHMARKS = {"overhead": "bench_overhead", "campaign": "bench_campaign", "recovery": "bench_recovery", "snapshot": "bench_snapshot"}
+BENCHMARKS = {
+    "overhead": "bench_overhead",
+    "campaign": "bench_campaign",
+    "recovery": "bench_recovery",
+    "snapshot": "bench_snapshot",
+}
 
 
 def main() -> int:
