@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from resilience.abft.finding import Finding
 from resilience.events import Check, Detection, DetectionKind
-from resilience.guard.rewind import Offer
 from resilience.guard.screens import Reading
 
 __all__ = ["NON_FINITE", "Flags", "Inspection", "Share", "clean_step_of", "wish"]
@@ -66,7 +65,6 @@ class Share:
     bit_equal: bool
     state_clean_step: int | None
     """As in `Inspection`."""
-    offer: Offer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

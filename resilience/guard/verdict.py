@@ -20,7 +20,7 @@ from resilience.guard.evidence import is_root, is_unmended, scaler_will_skip
 from resilience.guard.exchange import Exchange
 from resilience.guard.notes import NON_FINITE, Flags, Inspection, Share, clean_step_of, wish
 from resilience.guard.replay import replay
-from resilience.guard.rewind import Rewinder, choose
+from resilience.guard.rewind import Offer, Rewinder, choose
 from resilience.guard.support import INSTEAD
 from resilience.guard.wire import decode, encode
 
@@ -260,15 +260,13 @@ class Boundary:
         if flags.drain and not self._draining:
             self._draining, self._is_saved = True, False
 
-    def _gather(self, inspection: Inspection, bit_equal: bool, order: int = 0) -> list[Share]:
+    def _gather(self, inspection: Inspection, bit_equal: bool) -> list[Share]:
         """What every rank knows. Snapshots that may hold what is wrong are given up, whatever will be decided."""
-        doubtful = (f for f in inspection.findings if f.clean_step is not None or f.site in ("weight", "optimizer"))
         share = Share(
             detections=inspection.detections,
             replay_problem=inspection.replay_problem,
             bit_equal=bit_equal,
             state_clean_step=inspection.state_clean_step,
-            offer=self._rewinder.offer(clean_step_of(doubtful), self.clean_through, ordered=bool(order)),
         )
         shares = [decode(Share, content) for content in self._exchange.all_gather(encode(share))]
         wrong = [each.state_clean_step for each in shares if each.state_clean_step is not None]
@@ -276,12 +274,24 @@ class Boundary:
             self._rewinder.distrust(min(wrong))
         return shares
 
-    def _evidence(self, shares: list[Share], attempt: int, previous: tuple[Detection, ...], order: int = 0) -> Evidence:
+    def _offers(self, inspection: Inspection, order: int) -> tuple[int | None, str]:
+        """The snapshot that all ranks could go back to, or why there is none. Collective."""
+        doubtful = (f for f in inspection.findings if f.clean_step is not None or f.site in ("weight", "optimizer"))
+        own = self._rewinder.offer(clean_step_of(doubtful), self.clean_through, ordered=bool(order))
+        return choose([decode(Offer, content) for content in self._exchange.all_gather(encode(own))], order)
+
+    def _evidence(
+        self,
+        shares: list[Share],
+        attempt: int,
+        previous: tuple[Detection, ...],
+        rewind: tuple[int | None, str] = (None, ""),
+    ) -> Evidence:
         detections = tuple(detection for share in shares for detection in share.detections)
         if len(detections) > _MAX_DETECTIONS:
             detections = tuple(detection for detection in detections if is_root(detection))[:_MAX_DETECTIONS]
         problem = next((share.replay_problem for share in shares if share.replay_problem), "")
-        rewind_step, rewind_reason = choose([share.offer for share in shares], order)
+        rewind_step, rewind_reason = rewind
         return Evidence(
             run_id=self._settings.run_id,
             generation=self._settings.generation,
@@ -311,7 +321,8 @@ class Boundary:
         previous: tuple[Detection, ...] = ()
         pending: Decision | None = None
         while True:
-            evidence = self._evidence(self._gather(inspection, bit_equal, order), attempt, previous, order)
+            shares = self._gather(inspection, bit_equal)
+            evidence = self._evidence(shares, attempt, previous, self._offers(inspection, order))
             decision = self._decide(evidence)
             unmended = tuple(detection for detection in evidence.detections if is_unmended(detection))
             if pending is not None:

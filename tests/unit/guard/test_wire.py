@@ -30,7 +30,8 @@ DETECTION = Detection(
 
 def test_evidence_and_decisions_come_back_as_they_were() -> None:
     offer = Offer(steps=(2, 3), problem="no more room", clean_step=-1, clean_through=2)
-    share = Share(detections=(DETECTION,), replay_problem="", bit_equal=False, state_clean_step=None, offer=offer)
+    assert decode(Offer, encode(offer)) == offer
+    share = Share(detections=(DETECTION,), replay_problem="", bit_equal=False, state_clean_step=None)
     assert decode(Share, encode(share)) == share
     decision = Decision(
         decision_id="g1-s3-a0",
