@@ -13,6 +13,8 @@ __all__ = ["Pace", "steps_between"]
 
 _SMOOTHING = 0.25
 """Weight of the newest value in the running means."""
+_MAX_ROOM_MADE = 16
+"""So often a snapshot may make room for itself, once for each slot, before that counts as what they cost."""
 
 
 def steps_between(*, blocked_s: float, step_s: float, budget_ratio: float, seconds_between_failures: float) -> int:
@@ -45,6 +47,7 @@ class Pace:
         self._seconds_between_failures = seconds_between_failures
         self._step_s = 0.0
         self._blocked_s = 0.0
+        self._num_untypical = 0
         self._last: int | None = None
 
     @property
@@ -72,8 +75,9 @@ class Pace:
     def taken(self, step: int, blocked_s: float, *, is_typical: bool) -> None:
         """A snapshot was taken. One that had to make room for itself first says nothing about the next ones."""
         self._last = step
-        if is_typical or not self._blocked_s:
-            self._blocked_s = blocked_s if not is_typical else _mean(self._blocked_s, blocked_s)
+        self._num_untypical = 0 if is_typical else self._num_untypical + 1
+        if is_typical or self._num_untypical > _MAX_ROOM_MADE:
+            self._blocked_s = _mean(self._blocked_s, blocked_s)
 
     def starts_at(self, step: int) -> None:
         """The state came from the snapshot of this step."""
