@@ -39,6 +39,7 @@ from resilience.guard.at_rest import AtRest
 from resilience.guard.client import Client, RankIdentity
 from resilience.guard.ending import Ending
 from resilience.guard.line import LineToCoordinator
+from resilience.guard.past import ArenaPast
 from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
@@ -103,6 +104,8 @@ def guard_engine(
     # The place comes first: an injector may end this process.
     note = _import_note(context, settings)
     listeners = [item for item in (last_place, note, process_injector, tensor_injector) if item is not None]
+    at_rest = _at_rest(engine, config, tensor_injector, settings, undo) if not problem else None
+    snapshots = _snapshots(engine, adapter, settings, reporter, succession.trail, problem, undo)
     guard = Guard(
         adapter,
         settings,
@@ -111,8 +114,10 @@ def guard_engine(
         protector=protection,
         listeners=tuple(listeners),
         replay_problem=problem,
-        at_rest=_at_rest(engine, config, tensor_injector, settings, undo) if not problem else None,
-        snapshots=_snapshots(engine, adapter, settings, reporter, succession.trail, problem, undo),
+        at_rest=at_rest,
+        snapshots=snapshots,
+        # A rewind loads below what verifies the script's loads, and above what tells the hashes of edits.
+        past=ArenaPast(engine, snapshots, settings, engine.load_checkpoint) if snapshots is not None else None,
         trail=succession.trail,
         fast_forwarding=succession.fast_forward,
     )

@@ -99,6 +99,11 @@ class RankSnapshots:
         """Seconds that training waited for copies, in all."""
 
     @property
+    def arena(self) -> Arena:
+        """Where they lie."""
+        return self._arena
+
+    @property
     def can_take(self) -> bool:
         if self._is_off:
             return False
