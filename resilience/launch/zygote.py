@@ -299,7 +299,7 @@ def run_script(command: list[str]) -> None:
         install_in_rank(sys.modules["deepspeed"])
     sys.orig_argv = list(command)
     main_module = types.ModuleType("__main__")
-    main_module.__dict__["__builtins__"] = builtins
+    vars(main_module).update(__builtins__=builtins, __annotations__={})
     sys.modules["__main__"] = main_module
     if command[2] == "-m":
         _run_module(command[3], command[4:])
@@ -341,6 +341,7 @@ def _fail(error: Exception) -> NoReturn:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
         traceback = traceback.tb_next
+    error.__traceback__ = traceback  # it is shown in preference to the argument
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
     sys.excepthook(type(error), error, traceback)
     sys.exit(1)
