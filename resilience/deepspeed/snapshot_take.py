@@ -122,10 +122,22 @@ def compare(engine: Any, parts: dict[int, Part], *, rank: int) -> str:
             if path in own:
                 return f"{path} is not in the snapshot"
             continue
-        digests = {record.name: record.digest for record in entry.records}
-        for name, storage in image.storages:
-            if storage.nbytes() and digests.get(name) != _digest(storage):
-                return f"{path}: {name} in the engine is not what the snapshot holds"
+        difference = _difference(image, entry)
+        if difference:
+            return f"{path}: {difference}"
+    return ""
+
+
+def _difference(image: Image, entry: FileEntry) -> str:
+    """What of a file is not in the engine as it should be, in words. Less is a difference, too: of optimizer state that
+    was not loaded there is nothing to compare."""
+    expected = {record.name: record.digest for record in entry.records}
+    found = {name: storage for name, storage in image.storages if storage.nbytes()}
+    if found.keys() != expected.keys():
+        return f"the engine has {len(found)} storages where the snapshot holds {len(expected)}"
+    for name, storage in found.items():
+        if _digest(storage) != expected[name]:
+            return f"{name} in the engine is not what the snapshot holds"
     return ""
 
 
