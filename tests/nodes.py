@@ -15,14 +15,14 @@ from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot import arena as arenas
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.hashing import hash_part
-from resilience.snapshot.holds import Holds
-from resilience.snapshot.inventory import read_inventory
+from resilience.snapshot.holds import Holds, read_holds
+from resilience.snapshot.inventory import read_commits, read_inventory
 from resilience.snapshot.manifest import Commit, FileEntry, Manifest, Record, serialise_commit, serialise_manifest
 from resilience.snapshot.orders import Begin, Peer, Source
 from resilience.snapshot.redundancy import Redundancy
 
 TOKEN = "a token that is long enough"
-MIB = 1 << 20
+NUM_SLOTS = 5
 
 
 def eventually(met: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -54,12 +54,13 @@ def write_snapshot(
     sizes: Sequence[int],
     sequence: int = 1,
     seed: int = 0,
+    run_id: str = "run",
 ) -> list[Commit]:
     """What ranks would write: files with random bytes, a trail, a commit."""
     commits = []
     for rank in ranks:
         source = random.Random(f"{seed} {step} {rank} {sequence}")
-        slot = step % 3
+        slot = _free_slot(arena, rank, step)
         arena.state(rank, slot).mkdir(parents=True, exist_ok=True)
         arena.commit(rank, slot).unlink(missing_ok=True)
         files = []
@@ -71,13 +72,23 @@ def write_snapshot(
         trail = arena.trail(rank)
         trail.write_bytes((trail.read_bytes() if trail.exists() else b"") + source.randbytes(100 + rank))
         commit = Commit(
-            run_id="run", generation=1, step=step, rank=rank, world_size=world_size, slot=slot, sequence=sequence,
+            run_id=run_id, generation=1, step=step, rank=rank, world_size=world_size, slot=slot, sequence=sequence,
             at=float(step), clean_through=step, blocked_s=0.0, random={}, counters={"global_steps": step},
             trail_bytes=trail.stat().st_size, files=tuple(files),
         )  # fmt: skip
         write_atomically(arena.commit(rank, slot), serialise_commit(commit))
         commits.append(commit)
     return commits
+
+
+def _free_slot(arena: Arena, rank: int, step: int) -> int:
+    """As a rank chooses: the slot of the same step, one that was never used, or the oldest that nobody holds."""
+    steps = {slot: commit.step for (of, slot), commit in read_commits(arena).items() if of == rank}
+    held = {hold.step for hold in read_holds(arena)}
+    unused = [slot for slot in range(NUM_SLOTS) if slot not in steps]
+    same = [slot for slot, at in steps.items() if at == step]
+    free = sorted((at, slot) for slot, at in steps.items() if at not in held)
+    return (same or unused or [slot for _, slot in free])[0]
 
 
 def publish(arena: Arena, node: str, commits: Sequence[Commit]) -> Manifest:

@@ -120,7 +120,8 @@ def test_a_snapshot_that_is_overwritten_meanwhile_is_given_up(tmp_path: Path) ->
         nodes.take(1, SMALL)
         nodes.protect(1)
         nodes.take(2, SMALL)
-        nodes.nodes[1].arena.commit(1, 2).unlink()
+        overwritten = nodes.nodes[1].manifests[2].part(1).commit.slot
+        nodes.nodes[1].arena.commit(1, overwritten).unlink()
         nodes.take(3, SMALL)
         nodes.protect(3)
         rebuilt(nodes, [nodes.nodes[1]], 3)
