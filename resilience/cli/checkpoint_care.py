@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from resilience.checkpoint.batch import Batch, possible_world_sizes, rescale
+from resilience.checkpoint.batch import Batch, rescale
 from resilience.checkpoint.batch import parse as parse_batch
 from resilience.checkpoint.convert import LATEST_UNIVERSAL, identify, is_good, is_made_of, universal_of
 from resilience.checkpoint.convert import convert as make
@@ -132,5 +132,4 @@ def _rescaled(saved: Batch, world_size: int) -> Batch:
     try:
         return rescale(saved, world_size)
     except CheckpointError as error:
-        assert possible_world_sizes(saved.train_batch_size, saved.micro_batch_size)
         raise UsageError(f"--world-size {world_size}: {error}") from None
