@@ -34,13 +34,16 @@ from resilience.launch.ranks import RankFiles, last_line, plan_ranks, write_plan
 from resilience.launch.rendezvous import ResilienceRendezvous
 from resilience.launch.run_directory import Endpoint, RunDirectory
 from resilience.launch.shared_memory import remove_buffers
+from resilience.launch.standby import Standby
 from resilience.launch.tee import Tee
 from resilience.rpc import codec
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
 __all__ = ["Agent", "Node", "NodeState"]
 
-_MONITOR_INTERVAL_S = 0.1
+_MONITOR_INTERVAL_S = 0.05
+_BROKEN_GRACE_S = 1.0
+"""Most that ranks get to end after SIGTERM when one of them has failed: no collective of theirs will ever end."""
 _UNLIMITED = 1_000_000
 """Restarts that torch elastic may do: the budget is the coordinator's."""
 
@@ -151,6 +154,7 @@ class Agent(LocalElasticAgent):
         self._install_signals = install_signals
         self._logs = _Logs(node.directory)
         self._tee: Tee | None = None
+        self._standby = Standby.of(node.context, node=node.name, logs=node.directory.logs)
         self._aborted: set[int] = set()
         self._log_prefix = time.strftime("%Y%m%d%H%M%S", time.localtime())
         self._grace_s = node.context.config.launch.stop_grace_s
@@ -224,7 +228,8 @@ class Agent(LocalElasticAgent):
             *("-I", "-S", shim.__file__),
             *("rank", str(os.getpid()), str(int(signal.SIGKILL)), str(plan_path)),
         )
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        with self._standby.installed():
+            pids: dict[int, Any] = super()._start_workers(worker_group)
         self._install_signals()
         self._tee = Tee(
             [
@@ -256,10 +261,11 @@ class Agent(LocalElasticAgent):
             # Tell at once, before the other ranks are ended: agents elsewhere may have ranks that wait for these.
             self._reports.exits(failed)
             self._state.ended(failed, "a rank failed")
-            self._end_group()
+            self._end_group(min(self._grace_s, _BROKEN_GRACE_S))
         elif len(exits) < len(worker_group.workers):
             if self._reports.restart is not None:
                 self._state.ended((), self._reports.restart.reason)
+            self._standby.keep_ready()
             return RunResult(state=WorkerState.HEALTHY)
         else:
             # torch elastic's own look would take a rank that aborted after its end for a failed one.
@@ -312,11 +318,11 @@ class Agent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = 30) -> None:
         self._end_group()
 
-    def _end_group(self) -> None:
+    def _end_group(self, grace_s: float | None = None) -> None:
         """SIGTERM, the grace period, SIGKILL; then whatever the ranks started, their output, their shared memory."""
         if not isinstance(self._pcontext, SubprocessContext):
             return
-        self._pcontext.close(signal.SIGTERM, math.ceil(self._grace_s))
+        self._pcontext.close(signal.SIGTERM, math.ceil(self._grace_s if grace_s is None else grace_s))
         end_sessions(set(self._pcontext.pids().values()))
         if self._tee is not None:
             self._tee.stop()
