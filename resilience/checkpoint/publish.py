@@ -146,10 +146,10 @@ def publish(save_dir: Path, manifest: Manifest, *, since: float = 0.0) -> None:
             write_atomically(save_dir / LATEST, manifest.tag.encode())
 
 
-def read_latest(save_dir: Path) -> str | None:
-    """The tag that `latest` names; None if there is none."""
+def read_latest(save_dir: Path, pointer: str = LATEST) -> str | None:
+    """The tag that `latest` (or another pointer) names; None if there is none."""
     try:
-        return (save_dir / LATEST).read_text(encoding="utf-8").strip() or None
+        return (save_dir / pointer).read_text(encoding="utf-8").strip() or None
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -22,10 +22,10 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 
 from resilience.checkpoint import randomness
 from resilience.checkpoint.batch import parse as parse_batch
-from resilience.checkpoint.convert import SUFFIX
+from resilience.checkpoint.convert import LATEST_UNIVERSAL, SUFFIX
 from resilience.checkpoint.exchange import attempt, broadcast, gather
 from resilience.checkpoint.manifest import Manifest, assign, fingerprint, is_loaded
-from resilience.checkpoint.publish import hash_file, read_latest, read_manifest
+from resilience.checkpoint.publish import MANIFEST, hash_file, read_latest, read_manifest
 from resilience.checkpoint.verify import (
     Candidate,
     State,
@@ -74,7 +74,7 @@ class Loader:
         options = call.arguments
         setting, engine = self._setting, self._setting.engine
         if engine.load_universal_checkpoint():
-            self._say("a universal checkpoint carries no manifest: it is loaded without being verified")
+            self._look_at_universal(Path(options["load_dir"]), options["tag"])
             return self._original(*args, **kwargs)
         started = setting.clock.monotonic()
         load_dir = Path(options["load_dir"])
@@ -116,6 +116,18 @@ class Loader:
             seconds=setting.clock.monotonic() - started,
         )
         return result
+
+    def _look_at_universal(self, load_dir: Path, tag: str | None) -> None:
+        """The script asks for a universal checkpoint itself: one that this package made can be verified."""
+        setting = self._setting
+        named = tag if tag is not None else broadcast(read_latest(load_dir, LATEST_UNIVERSAL), setting.device)
+        if named is None or not broadcast((load_dir / str(named) / MANIFEST).exists(), setting.device):
+            self._say("a universal checkpoint without a manifest is loaded without being verified")
+            return
+        everyone = gather(self._verify(load_dir / str(named))[0], setting.device)
+        problems = [detail for details in everyone for detail in details]
+        if problems and setting.enforce:
+            raise CheckpointError(f"{load_dir / str(named)}: {problems[0]}; convert it anew")
 
     def _choose(self, load_dir: Path, tag: str | None, full: bool) -> Candidate | None:
         """The checkpoint to load; None leaves everything to DeepSpeed."""

@@ -69,6 +69,12 @@ class Sharded:
         """Hyperparameters of each group of the optimizer."""
 
     @property
+    def loss_scaler(self) -> dict[str, Any]:
+        """What DeepSpeed's loss scaler knew, by attribute; empty where none was saved."""
+        scaler = self._states[0].get("loss_scaler")
+        return dict(vars(scaler)) if scaler is not None else {}
+
+    @property
     def _inner_key(self) -> str:
         return "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
 
@@ -206,6 +212,8 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _require_adam(tag_dir: Path, optimizers: Sequence[Mapping[str, Any]]) -> None:
     """DeepSpeed converts Adam's two moments: it would drop others without a word, and needs both."""
     for optimizer in optimizers:
+        if not isinstance(optimizer, Mapping):
+            raise CheckpointError(f"{tag_dir}: was saved with zero_optimization.elastic_checkpoint; switch that off")
         if not optimizer.get("state"):
             raise CheckpointError(f"{tag_dir}: was saved before the optimizer's first step; load it with as many ranks")
         for state in optimizer["state"].values():

@@ -196,6 +196,9 @@ def _other_counters(engine: Any, sharded: Sharded) -> list[str]:
         wrong = [key for key, value in saved.items() if key != "params" and group.get(key) != value]
         if wrong:
             found.append(f"{wrong[0]} of group {number} is {group.get(wrong[0])}, and {saved[wrong[0]]} was saved")
+    scaler = vars(getattr(engine.optimizer, "loss_scaler", None) or object)
+    if any(scaler.get(key) != value for key, value in sharded.loss_scaler.items()):
+        found.append("the loss scaler is not as it was saved")
     tensors = [each for state in base.state.values() for each in state.values() if isinstance(each, torch.Tensor)]
     places = [each.data_ptr() for each in tensors if each.numel()]
     if len(set(places)) != len(places):
