@@ -1,4 +1,4 @@
-"""Whose word counts for the batch when the number of ranks changed: the checkpoint's, unless the configuration has one."""
+"""Whose word counts for the batch on another number of ranks: the checkpoint's, unless the configuration says one."""
 
 from __future__ import annotations
 
