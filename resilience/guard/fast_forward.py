@@ -101,6 +101,8 @@ class FastForward:
         self._trail_content = b""
         self._steps: dict[int, LedStep] = {}
         self._num_forwards = 0
+        self._first_step = 0
+        self._has_matched = False
         self._began_at = 0.0
 
     def attach(self, host: Host) -> None:
@@ -128,12 +130,14 @@ class FastForward:
         Raises:
             SystemExit: it is another forward than the recorded one.
         """
-        step = self._step()
+        step, mark = self._step(), InputMark((args, kwargs)).value()
+        if step.step == self._first_step and not self._has_matched:
+            self._skip_evaluations(step, mark)
         if self._num_forwards >= len(step.forwards):
             self._refuse(f"step {step.step} has more forwards than when it was recorded ({len(step.forwards)})")
         led = step.forwards[self._num_forwards]
-        self._compare(led, args, kwargs)
-        self._num_forwards += 1
+        self._compare(led, mark)
+        self._num_forwards, self._has_matched = self._num_forwards + 1, True
         if led.trains:
             self._place(step.step, led.micro_step, 0)
             self._reporter.heartbeat(state="fast_forwarding", micro_step=led.micro_step)
@@ -192,7 +196,7 @@ class FastForward:
         if target is None or start >= target.step:
             self._note(f"the script goes on after step {start}, which the memory snapshot does not go beyond")
             return False
-        self._began_at = self._settings.clock.monotonic()
+        self._began_at, self._first_step = self._settings.clock.monotonic(), start + 1
         self._note(f"fast-forward from step {start} to step {target.step}, whose state is in memory")
         self._lead.begin(self._refuse)
         self._reporter.heartbeat(state="fast_forwarding", step=start, micro_step=0)
@@ -212,13 +216,22 @@ class FastForward:
     def _step(self) -> LedStep:
         return self._steps[self._adapter.global_steps + 1]
 
-    def _compare(self, led: LedForward, args: Any, kwargs: Any) -> None:
+    def _skip_evaluations(self, step: LedStep, mark: str) -> None:
+        """A script that saves its checkpoint after an evaluation does not evaluate again when it begins from there."""
+        for place, led in enumerate(step.forwards):
+            if led.inputs == mark and led.trains == torch.is_grad_enabled():
+                self._num_forwards = place
+                return
+            if led.trains:
+                return
+
+    def _compare(self, led: LedForward, mark: str) -> None:
         step = self._adapter.global_steps + 1
         where = f"forward {self._num_forwards + 1} of step {step}"
         if led.trains != torch.is_grad_enabled():
             was, now = ("with", "without") if led.trains else ("without", "with")
             self._refuse(f"{where} was recorded {was} gradients and is called {now}")
-        if InputMark((args, kwargs)).value() != led.inputs:
+        if mark != led.inputs:
             self._refuse(
                 f"the inputs of {where} differ from those that were recorded: the script's data do not come in the "
                 "same order after a restart"
