@@ -80,8 +80,9 @@ def get_run(machine: Machine, *, now: float, pid: int = 0) -> op.Run:
         run.tokens_per_s = tokens_per_s
     if state.deterministic is not None:
         run.deterministic = state.deterministic
-    if state.finished is not None:
-        run.exit_code = state.finished.exit_code
+    ending = state.finished or state.ending
+    if ending is not None:
+        run.exit_code = ending.exit_code
     return run
 
 

@@ -16,10 +16,12 @@ import grpc
 from resilience.clock import Clock, SystemClock
 from resilience.context import RunContext
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
-from resilience.events import RankExit
+from resilience.events import RankExit, SnapshotFact
 from resilience.rpc import codec
 from resilience.rpc.v1 import coordinator_pb2 as pb
 from resilience.rpc.v1 import coordinator_pb2_grpc as rpc
+from resilience.rpc.v1 import operator_pb2 as op
+from resilience.rpc.v1.operator_pb2_grpc import OperatorStub
 
 __all__ = ["CoordinatorClient", "ReportStream", "credentials", "is_reachable"]
 
@@ -54,6 +56,7 @@ class CoordinatorClient:
         self._clock = clock or SystemClock()
         self._channel = grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
         self.stub = rpc.CoordinatorStub(self._channel)
+        self._operator = OperatorStub(self._channel)
         self.metadata = credentials(context.token_file)
 
     def close(self) -> None:
@@ -93,6 +96,14 @@ class CoordinatorClient:
             if response.status != pb.JoinResponse.PENDING:
                 return response
             silent_since, num_failures = self._clock.monotonic(), 0
+
+    def known_exit_code(self, *, timeout_s: float = 2.0) -> int | None:
+        """What the run ends with; None while that is not known, or where nobody answers."""
+        try:
+            run = self._operator.GetRun(op.GetRunRequest(), timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError:
+            return None
+        return run.exit_code if run.HasField("exit_code") else None
 
     def leave(self, *, generation: int, member: str, exit_code: int, reason: str, timeout_s: float = 2.0) -> bool:
         """Say that a member ends. False when nobody heard it, which changes nothing."""
@@ -168,6 +179,13 @@ class ReportStream:
             self._unacknowledged.append(report)
         self._outbox.put(report)
 
+    def snapshots(self, facts: Sequence[SnapshotFact]) -> None:
+        """Deliver what happened to memory snapshots."""
+        with self._lock:
+            report = self._next(facts=facts)
+            self._unacknowledged.append(report)
+        self._outbox.put(report)
+
     @property
     def restart(self) -> pb.Restart | None:
         """The order to end the current generation, if there is one."""
@@ -180,7 +198,7 @@ class ReportStream:
         with self._lock:
             return self._stop
 
-    def _next(self, exits: Sequence[RankExit] = ()) -> pb.ReportRequest:
+    def _next(self, exits: Sequence[RankExit] = (), facts: Sequence[SnapshotFact] = ()) -> pb.ReportRequest:
         self._sequence += 1
         return pb.ReportRequest(
             run_id=self._client.run_id,
@@ -188,6 +206,7 @@ class ReportStream:
             member=self._member,
             sequence=self._sequence,
             exits=[codec.to_proto(exit_) for exit_ in exits],
+            snapshots=[codec.to_proto(fact) for fact in facts],
         )
 
     def _run(self) -> None:

@@ -21,6 +21,7 @@ from resilience.launch.lease import Lease
 from resilience.launch.processes import adopt_orphans, end_descendants
 from resilience.launch.run_directory import RunDirectory
 from resilience.launch.shared_memory import remove_buffers
+from resilience.snapshot.arena import remove_run
 
 __all__ = ["Part", "run_exit_code", "supervise"]
 
@@ -29,6 +30,7 @@ _STOP_S = 20.0
 """From the first signal to SIGKILL for the agents; the whole run is given 30 s."""
 _LINGER_S = 3.0
 """How long a coordinator stays for the agents of other runners, which ask it once more whether the run is over."""
+_ASK_S = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -73,7 +75,8 @@ def supervise(command: NodeCommand, context: RunContext, part: Part, *, coordina
             )
         if part.leads:
             shown = progress.start(context)
-        code, reason = _watch(agents, coordinator, lease, signals, is_remote=command.is_remote)
+        remote = _Remote(context) if command.is_remote and part.leads else None
+        code, reason = _watch(agents, coordinator, lease, signals, remote)
         if part.has_followers and signals.received is None:
             threading.Event().wait(_LINGER_S)
         if part.leads:
@@ -122,8 +125,7 @@ def _watch(
     coordinator: EmbeddedCoordinator | None,
     lease: Lease | None,
     signals: _Signals,
-    *,
-    is_remote: bool,
+    remote: _Remote | None,
 ) -> tuple[int, str]:
     """Wait for the end of the agents, or end them after a signal; the run's exit code and why."""
     clock = SystemClock()
@@ -133,14 +135,39 @@ def _watch(
             kill_at = clock.monotonic() + _STOP_S
             if lease is not None:
                 lease.release()
-            if not is_remote:
+            if remote is None:
                 agents.terminate()  # pdsh would die of it at once, and nobody would wait for the agents' end
+        if remote is not None and kill_at is None and remote.is_done():
+            kill_at = clock.monotonic() + _STOP_S
         if kill_at is not None and clock.monotonic() > kill_at:
             agents.kill()
         if coordinator is not None:
             coordinator.supervise()
         threading.Event().wait(_POLL_S)
+    if remote is not None and signals.received is None and remote.is_done(now=True):
+        return ExitCode.DONE, "all ranks ended with 0"
     return run_exit_code(agents.returncode, signals.received)
+
+
+class _Remote:
+    """Whether the run is done, by the coordinator's word: a machine that is lost is one that pdsh fails for, or waits
+    for, long after others have taken its place."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._clock = SystemClock()
+        self._ask_at = 0.0
+        self._is_done = False
+
+    def is_done(self, *, now: bool = False) -> bool:
+        """Whether all ranks ended with 0; asked every few seconds, or `now`."""
+        at = self._clock.monotonic()
+        if not self._is_done and (now or at >= self._ask_at):
+            client = CoordinatorClient(self._context)
+            self._is_done = client.known_exit_code() == ExitCode.DONE
+            client.close()
+            self._ask_at = self._clock.monotonic() + _ASK_S
+        return self._is_done
 
 
 def run_exit_code(agents_code: int, received: signal.Signals | None) -> tuple[int, str]:
@@ -180,3 +207,4 @@ class _Ending:
         end_descendants()
         endpoints = RunDirectory(self._context.run_dir).endpoints()
         remove_buffers([(endpoint.master_addr, endpoint.master_port) for endpoint in endpoints])
+        remove_run(self._context.config.snapshot.dir, run_id=self._context.run_id, run_dir=self._context.run_dir)
