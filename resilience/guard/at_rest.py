@@ -47,6 +47,8 @@ class Mark:
     versions: tuple[int, ...]
     of_replicas: bool = False
     """Whether it was found by comparing ranks."""
+    is_suspected: bool = False
+    """Whether it is here because of another one: nothing but its master can tell whether it is wrong."""
     clean_step: int | None = None
     """Newest step whose snapshot cannot hold a change that is found now: it was taken before the piece was last seen to
     be what it was. None where that was never."""
@@ -158,6 +160,33 @@ class AtRest:
         if not self._turns:
             return None
         return min(self._agreed.values()) if len(self._agreed) == self._turns else 0
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether each step's slice is all there is."""
+        return self._turns == 1
+
+    def suspect(self) -> None:
+        """Something was hit: leave all weights that a step writes to be held against their masters, and frozen ones if
+        they are not what they were."""
+        frozen = [mark for mark in self._still.values() if not mark.is_explained]
+        now, then = integers([m.hash_now() for m in frozen]), integers([m.hash for m in frozen if m.hash is not None])
+        found = [mark for mark, a, b in zip(frozen, now, then, strict=True) if a != b]
+        held = [item for item in self.holdings() if item.role is Role.WEIGHT and not item.is_frozen]
+        for place, start, stop in pieces([item.length * item.width for item in held], 1.0, self._step):
+            item = held[place]
+            first, last = start // item.width, stop // item.width
+            mark = Mark(item, first, last, None, item.versions(), of_replicas=True, is_suspected=True)
+            mark.clean_step = self._step - 1
+            found.append(mark)
+        self.add_differences(found)
+
+    def moved(self) -> None:
+        """This package has moved tensors since the step without changing a bit: no edit, and compared all the same."""
+        for mark in self._marks:
+            mark.versions = mark.held.versions()
+        if self._versions is not None:
+            self._versions = [(item, item.versions()) for item, _ in self._versions]
 
     def rewound(self, step: int) -> None:
         """All state was replaced by that of the end of `step`."""

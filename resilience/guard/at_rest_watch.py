@@ -60,11 +60,14 @@ class StateWatch:
         """From the next step on, see edits of all state, not only of the slice whose turn it is."""
         self._at_rest.watches_edits = True
 
+    def moved(self) -> None:
+        """See `AtRest.moved`."""
+        self._at_rest.moved()
+
     def rewound(self, step: int) -> None:
-        """All state was replaced by that of the end of `step`: nothing is known of it but that."""
+        """All state was replaced by that of the end of `step`."""
         self._at_rest.rewound(step)
         self._replicas.rewound(step)
-        self._is_due = False
 
     def checks(self) -> dict[str, int]:
         """See `AtRest.checks`."""
@@ -106,15 +109,33 @@ class StateWatch:
 
     def settle(self) -> list[Finding]:
         """Settle what `at_boundary` saw on any rank; what a spoiled weight went into is run again. Collective."""
-        findings = settle(self._at_rest, self._exchange, repair=self._repair)
+        findings = self._settle_with_the_rest()
         return [*findings, *spoiled_gradients(findings)]
+
+    def _settle_with_the_rest(self) -> list[Finding]:
+        """Settle the differences of all ranks; what hit one slice may have hit the others as well. Collective."""
+        findings = settle(self._at_rest, self._exchange, repair=self._repair)
+        was_hit, was_edited = self._exchange.maximum([len(findings), int(self._at_rest.was_edited)])
+        # Weights that the script wrote are not what their masters say.
+        if not was_hit or was_edited or self._at_rest.sees_all or not self._repair:
+            return findings
+        if findings:
+            self._at_rest.suspect()
+        rest = settle(self._at_rest, self._exchange, repair=self._repair)
+        known = {finding.param for finding in findings}
+        findings += [finding for finding in rest if finding.param not in known or not finding.mended]
+        if not self._replicas.is_on:
+            return findings
+        digest = self._replicas.digest(self._at_rest.holdings())
+        largest, smallest = self._exchange.maximum([digest, -digest])
+        return findings if largest == -smallest else findings + self._settle_replicas()
 
     def _settle_all(self, step: int | None) -> list[Finding]:
         """Settle what was just seen, and compare the ranks where `step` is one to do so after. Collective."""
         digest = self._replicas.digest(self._at_rest.holdings()) if step is not None else 0
         own = [len(self._at_rest.differences), int(self._at_rest.was_edited), digest, -digest]
         num_differences, was_edited, largest, smallest = self._exchange.maximum(own)
-        findings = settle(self._at_rest, self._exchange, repair=self._repair) if num_differences else []
+        findings = self._settle_with_the_rest() if num_differences else []
         if step is None or was_edited:
             return findings
         if num_differences:

@@ -144,7 +144,7 @@ class History:
         while self._num_bytes > self._max_bytes and self._records:
             oldest = self._records[0].step
             mib = self._max_bytes / (1 << 20)
-            self.cut(oldest, f"the record of step {oldest} was dropped to stay within {mib:.0f} MiB (history_max_mib)")
+            self.cut(oldest, f"step {oldest} was dropped to stay within {mib:g} MiB (snapshot.history_max_mib)")
         return reused
 
     def cut(self, step: int, why: str) -> None:

@@ -38,7 +38,12 @@ class Replicas:
 
     def is_due(self, step: int) -> bool:
         """Whether to compare after `step` was taken."""
-        return bool(self._interval_steps) and step % self._interval_steps == 0 and not self.problem
+        return self.is_on and step % self._interval_steps == 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether ranks are ever compared."""
+        return bool(self._interval_steps) and not self.problem
 
     def digest(self, held: Sequence[Held]) -> int:
         """Hash all that is kept alike, and make one number of 62 bits of it."""

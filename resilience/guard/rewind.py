@@ -70,7 +70,8 @@ def choose(offers: Sequence[Offer], order: int = 0) -> tuple[int | None, str]:
         return max(fitting), ""
     if common and order > NEWEST:
         there = ", ".join(map(str, sorted(common)))
-        return None, f"there is no memory snapshot of step {order - 1} to go back to; there are those of step {there}"
+        why = next((f" ({offer.problem})" for offer in offers if offer.problem), "")
+        return None, f"only the memory snapshots of step {there} can be gone back to, not that of {order - 1}{why}"
     if offers[0].problem and len({offer.problem for offer in offers}) == 1 and not common:
         return None, offers[0].problem
     for rank, offer in enumerate(offers):

@@ -241,10 +241,12 @@ class Guard:
             if self._trail is not None:
                 self._trail.step_taken(step, deterministic=self.boundary.deterministic)
             if self._snapshots is not None and self.boundary.snapshot_is_due:
-                if self._state is not None and self.rewinder.is_possible:
-                    self._state.watch_edits()
                 self.rewinder.begin(step)
                 self._snapshots.take(step, clean_through=self.boundary.clean_through)
+                if self._state is not None:
+                    # Under ZeRO-3 DeepSpeed gathers anew, for a checkpoint, what stays gathered.
+                    self._state.moved()
+                    self._state.watch_edits()
         return returned
 
     # ------ what fast-forwarding uses
@@ -394,25 +396,22 @@ class Guard:
         return taken
 
     def end_step(self) -> None:
-        """A step was taken."""
-        self._begin_step()
+        """A step was taken, or gone back to."""
+        self._screen.begin()
+        self._findings.clear()
+        self._attempt, self._micro_step = 0, -1
         if self._state is not None:
             self._state.after_step(self._adapter.global_steps)
 
     def rewound(self, step: int) -> None:
-        """The engine was put back to the end of `step`: nothing is known of its state but that."""
+        """The engine was put back to the end of `step`."""
         self.boundary.rewound(step)
         self._losses.rewound(step)
         if self._state is not None:
             self._state.rewound(step)
-        self._begin_step()
+        self.end_step()
 
     # ------
-
-    def _begin_step(self) -> None:
-        self._screen.begin()
-        self._findings.clear()
-        self._attempt, self._micro_step = 0, -1
 
     def _watch(self, at_rest: AtRest, exchange: Exchange) -> StateWatch:
         config = self.settings.config
