@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import threading
@@ -346,7 +347,7 @@ class Redundancy:
 
     def _lead(self, group: Group, clients: dict[str, PeerClient], generation: int) -> bool:
         """Protect the newest snapshot that all members have, if it is not; whether there was anything to do."""
-        seen = (generation, self._arena.published())
+        seen = (generation, self._published())
         if seen == self._settled:
             return False
         own = self._holdings.describe(generation)
@@ -368,6 +369,12 @@ class Redundancy:
                 print(f"resilience: parity: {error}", file=sys.stderr, flush=True)
             return False
         return True
+
+    def _published(self) -> list[tuple[str, int]]:
+        """The files of the published manifests: one that is published again is another file."""
+        with contextlib.suppress(OSError):
+            return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(self._arena.manifests))
+        return []
 
     def _is_protected(self, key: Key, found: list[Description], group: Group) -> bool:
         stored = [each.stored(key) for each in found]

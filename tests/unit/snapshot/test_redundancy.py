@@ -154,6 +154,17 @@ def test_a_damaged_block_is_made_up_for(tmp_path: Path) -> None:
         rebuilt(nodes, [nodes.nodes[0]], 1)
 
 
+def test_damage_on_a_node_that_lives_is_made_up_for_by_the_others(tmp_path: Path) -> None:
+    with cluster(tmp_path, 2) as nodes:
+        nodes.take(1, SMALL)
+        nodes.protect(1)
+        node = nodes.nodes[0]
+        expected = {0: node.contents(1, 0)}
+        commit = node.manifests[1].part(0).commit
+        flip(node.arena.slot(0, commit.slot) / commit.files[2].path, 77)
+        check_restored(nodes, node, [nodes.nodes[1]], 1, expected)
+
+
 def test_damage_that_cannot_be_made_up_for_is_refused(tmp_path: Path) -> None:
     with cluster(tmp_path, 2) as nodes:
         nodes.take(1, SMALL)
