@@ -82,7 +82,7 @@ def warm(note: Imported, *, pause: Callable[[float], None]) -> None:
 
     Args:
         note: what the ranks had.
-        pause: called after each import with the seconds that it took.
+        pause: called after each import with the processor seconds that it took.
 
     Raises:
         _RefusedError: an import depends on a variable that ranks do not share, or that the script sets itself.
@@ -90,12 +90,12 @@ def warm(note: Imported, *, pause: Callable[[float], None]) -> None:
     before = dict(os.environ)
     with _Reads() as reads:
         for name in note.modules:
-            started_at = time.monotonic()
+            started_at = time.process_time()
             try:
                 importlib.import_module(name)
             except ImportError as error:
                 print(f"{name}: left to the ranks ({error})", file=sys.stderr)
-            pause(time.monotonic() - started_at)
+            pause(time.process_time() - started_at)
     own = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
     _require_same_reads(reads.found, set(note.changed_variables) - own)
     if note.operators:
@@ -124,9 +124,9 @@ class _Reads:
         kind = type(os.environ)
         self._original = original = kind.__getitem__
 
-        def noting(environ: Any, name: str) -> str:
-            if name not in self.found:
-                self.found[name] = _importing_file()
+        def noting(environ: Any, name: Any) -> Any:  # `os.environb` is of this class, too
+            if isinstance(name, (str, bytes)) and (text := os.fsdecode(name)) not in self.found:
+                self.found[text] = _importing_file()
             return original(environ, name)
 
         kind.__getitem__ = noting  # type: ignore[method-assign]

@@ -145,6 +145,7 @@ def test_variables_that_differ_by_design_are_no_difference() -> None:
     ("source", "changed", "problem"),
     [
         ("import os\nos.environ.get('LOCAL_RANK')", (), "reads LOCAL_RANK while it is imported"),
+        ("import os\nos.environb.get(b'RANK')", (), "reads RANK while it is imported"),
         ("import os\nos.getenv('HF_HOME')", ("HF_HOME",), "reads HF_HOME while it is imported"),
         ("", ("OMP_NUM_THREADS",), "the script sets OMP_NUM_THREADS itself"),
     ],
