@@ -93,13 +93,6 @@ def guard_engine(
     problem = _announce(engine, reporter, rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter, problem)
     protection = _protection(adapter, settings, context, tensor_injector, reporter, undo)
-    screen = GradientScreen(
-        adapter.module,
-        config.detection,
-        enabled=config.detection.strength != "off",
-        injector=tensor_injector,
-        clock=settings.clock,
-    )
     succession = succeed(engine, adapter, settings, reporter, last_place, undo)
     # The place comes first: an injector may end this process.
     note = _import_note(context, settings)
@@ -110,7 +103,7 @@ def guard_engine(
         adapter,
         settings,
         reporter=reporter,
-        screen=screen,
+        screen=_screen(adapter, settings, tensor_injector),
         protector=protection,
         listeners=tuple(listeners),
         replay_problem=problem,
@@ -135,6 +128,12 @@ def guard_engine(
             step()
 
     return Guarded(guard, uninstall, protection)
+
+
+def _screen(adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None) -> GradientScreen:
+    detection = settings.config.detection
+    is_on = detection.strength != "off"
+    return GradientScreen(adapter.module, detection, enabled=is_on, injector=injector, clock=settings.clock)
 
 
 def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:
