@@ -1,0 +1,95 @@
+"""After a load nothing of the engine lies in a file of the arena, whatever DeepSpeed and the optimizer did with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from resilience.deepspeed import snapshot_load
+from resilience.deepspeed.snapshot_load import _load_mapped
+from resilience.snapshot.archive import Archive, picture
+
+STATE = {"weight": torch.arange(8.0), "exp_avg": torch.full((8,), 0.5)}
+
+
+class Optimizer:
+    """As torch's optimizers do, it takes over what it loads."""
+
+    def __init__(self, state: dict[Any, dict[str, Any]]) -> None:
+        self.state = state
+
+
+class Engine:
+    """Loads one file; weights are copied, moments are not, and what else is kept is up to the test."""
+
+    def __init__(self, path: Path, moments: dict[str, Any]) -> None:
+        self.path = path
+        self.weight = torch.zeros(8)
+        self.optimizer = Optimizer({self.weight: moments})
+        self.checkpoint_engine: Any = object()
+        self.kept: list[torch.Tensor] = []
+        self.keep: Callable[[dict[str, Any]], list[torch.Tensor]] = lambda state: []
+        self.num_loads = 0
+
+    def load(self) -> str:
+        self.num_loads += 1
+        state = self.checkpoint_engine.load(str(self.path), map_location="cpu")
+        self.weight.copy_(state["weight"])
+        self.optimizer.state[self.weight] = {"exp_avg": state["exp_avg"], "step": 3}
+        self.kept = self.keep(state)
+        return "here"
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(snapshot_load, "gather", lambda value, device: [value])
+    archive = Archive(tmp_path / "file.pt", picture(STATE))
+    archive.fill(picture(STATE))
+    archive.close()
+    return archive.path
+
+
+def overwrite(path: Path) -> None:
+    """As the next snapshot in the same slot does."""
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+
+
+def assert_loaded(engine: Engine) -> None:
+    assert torch.equal(engine.weight, STATE["weight"])
+    assert torch.equal(engine.optimizer.state[engine.weight]["exp_avg"], STATE["exp_avg"])
+    assert engine.optimizer.state[engine.weight]["step"] == 3
+
+
+def test_moments_come_back_to_where_they_were(path: Path) -> None:
+    moment = torch.zeros(8)
+    engine = Engine(path, {"exp_avg": moment, "step": 0})
+    before = engine.checkpoint_engine
+    assert _load_mapped(engine, torch.device("cpu"), engine.load) == "here"
+    overwrite(path)
+    assert_loaded(engine)
+    assert engine.optimizer.state[engine.weight]["exp_avg"] is moment
+    assert engine.num_loads == 1
+    assert engine.checkpoint_engine is before
+
+
+def test_an_optimizer_without_state_gets_memory_of_its_own(path: Path) -> None:
+    engine = Engine(path, {})
+    _load_mapped(engine, torch.device("cpu"), engine.load)
+    overwrite(path)
+    assert_loaded(engine)
+    assert engine.num_loads == 1
+
+
+def test_where_anything_still_lies_in_the_file_all_is_loaded_again_without_it(path: Path) -> None:
+    engine = Engine(path, {"exp_avg": torch.zeros(8)})
+    engine.keep = lambda state: [state["weight"]]
+    _load_mapped(engine, torch.device("cpu"), engine.load)
+    assert engine.num_loads == 2
+    overwrite(path)
+    assert_loaded(engine)
+    assert torch.equal(engine.kept[0], STATE["weight"])
