@@ -19,7 +19,7 @@ import pytest
 from tests.integration.harness import DEEPSPEED_CONFIG, Run, digest, launched, wait_for
 from tests.integration.test_launch_nodes import PDSH
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONFIG = """
 [snapshot]
@@ -89,7 +89,7 @@ def protected(arenas: Path, nodes: list[str]) -> bool:
 def test_lost_nodes_are_rebuilt_on_spare_ones(
     tmp_path: Path, arenas: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, losses: int
 ) -> None:
-    steps = 60
+    steps = 40
     chosen = options(tmp_path, arenas, monkeypatch, num_nodes=num_nodes, losses=losses, steps=steps)
     nodes = [f"worker-{n}" for n in range(num_nodes)]
     with launched(tmp_path / "lossy", **chosen) as run:
@@ -97,13 +97,13 @@ def test_lost_nodes_are_rebuilt_on_spare_ones(
         wait_for(lambda: protected(arenas, nodes), what="parity on all nodes")
         for node in nodes[1 : 1 + losses]:
             lose(run, arenas, node)
-        assert run.wait(240) == 0, run.output()[-6000:]
+        assert run.wait(400) == 0, run.output()[-6000:]
         report = run.report()
         run.assert_nothing_left()
     assert not list(arenas.iterdir())
-    assert report["num_generations"] == 2
-    assert "rebuilt from parity" in str(report["generations"][1])
+    assert 2 <= report["num_generations"] <= 1 + losses, "one for each loss, where they were not noticed together"
+    assert "rebuilt from parity" in str(report["generations"][-1])
     plain = {key: chosen[key] for key in ("script_args", "deepspeed_config")}
     with launched(tmp_path / "plain", plain=True, launch_args=["--num_gpus", str(num_nodes)], **plain) as run:
-        assert run.wait(240) == 0, run.output()[-4000:]
+        assert run.wait(400) == 0, run.output()[-4000:]
     assert digest(tmp_path / "lossy") == digest(tmp_path / "plain")
