@@ -82,21 +82,18 @@ def guard_engine(
         reporter: used in place of a coordinator's client.
         versions: of what matters, for the report.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    run_id = context.run_id if context is not None else config.launch.run_id or "unlaunched"
-    settings = Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
+    settings = _settings(config, context)
     adapter = EngineAdapter(engine)
     undo: list[Callable[[], None]] = []
     last_place = _last_place(context, settings)
     if reporter is None:
         reporter = _line(context, settings, versions or {}, last_place) if context is not None else SilentReporter()
-    problem = _announce(engine, reporter, rank)
+    problem = _announce(engine, reporter, settings.rank)
     tensor_injector, process_injector = _injectors(context, settings, reporter, problem)
     protection = _protection(adapter, settings, context, tensor_injector, reporter, undo)
     succession = succeed(engine, adapter, settings, reporter, last_place, undo)
     # The place comes first: an injector may end this process.
-    note = _import_note(context, settings)
-    listeners = [item for item in (last_place, note, process_injector, tensor_injector) if item is not None]
+    listeners = last_place, _import_note(context, settings), process_injector, tensor_injector
     at_rest = _at_rest(engine, config, tensor_injector, settings, undo) if not problem else None
     snapshots = _snapshots(engine, adapter, settings, reporter, succession.trail, problem, undo)
     guard = Guard(
@@ -105,7 +102,7 @@ def guard_engine(
         reporter=reporter,
         screen=_screen(adapter, settings, tensor_injector),
         protector=protection,
-        listeners=tuple(listeners),
+        listeners=tuple(item for item in listeners if item is not None),
         replay_problem=problem,
         at_rest=at_rest,
         snapshots=snapshots,
@@ -128,6 +125,12 @@ def guard_engine(
             step()
 
     return Guarded(guard, uninstall, protection)
+
+
+def _settings(config: Config, context: RunContext | None) -> Settings:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    run_id = context.run_id if context is not None else config.launch.run_id or "unlaunched"
+    return Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
 
 
 def _screen(adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None) -> GradientScreen:
