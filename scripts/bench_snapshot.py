@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -390,6 +391,7 @@ def main(words: list[str]) -> int:
     arguments = parser.parse_args(words)
     if min(arguments.mib, arguments.batch, arguments.rounds) < 1:
         parser.error("--mib, --batch and --rounds must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, and so empties the arena
     if arguments.site is not None:
         sys.path.append(str(arguments.site))
     result = measure(arguments)
