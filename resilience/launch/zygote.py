@@ -22,7 +22,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from resilience.imported import Imported, read, shared_name
 
@@ -315,7 +315,8 @@ def _run_module(name: str, arguments: list[str]) -> None:
     try:
         runpy._run_module_as_main(name)  # type: ignore[attr-defined]  # what Python itself calls for `-m`
     except Exception as error:  # noqa: BLE001 - a script may raise anything; it is shown as Python would show it
-        _fail(error)
+        _show(error)
+        raise SystemExit(1) from None
 
 
 def _run_file(main_module: types.ModuleType, script: str, arguments: list[str]) -> None:
@@ -327,7 +328,8 @@ def _run_file(main_module: types.ModuleType, script: str, arguments: list[str]) 
     try:
         exec(loader.source_to_code(loader.get_data(path), path), vars(main_module))
     except Exception as error:  # noqa: BLE001 - a script may raise anything; it is shown as Python would show it
-        _fail(error)
+        _show(error)
+        raise SystemExit(1) from None
 
 
 def _search_first(folder: str) -> None:
@@ -336,7 +338,7 @@ def _search_first(folder: str) -> None:
     importlib.invalidate_caches()
 
 
-def _fail(error: Exception) -> NoReturn:
+def _show(error: Exception) -> None:
     """Report as Python would: only with the script's own frames."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
@@ -344,4 +346,3 @@ def _fail(error: Exception) -> NoReturn:
     error.__traceback__ = traceback  # it is shown in preference to the argument
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, traceback
     sys.excepthook(type(error), error, traceback)
-    sys.exit(1)

@@ -148,7 +148,11 @@ class Run:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     command = " ".join(process.cmdline())
                     is_script = self.script.name in command and "launch" not in command
-                    if is_script and process.environ().get("RANK") == str(rank):
+                    # The kernel remembers the environment of a forked rank's standby process; on one node its
+                    # local rank, which is on its command line, is its rank.
+                    own = process.environ().get("RANK")
+                    is_rank = own == str(rank) if own else f"--local_rank={rank} " in f"{command} "
+                    if is_script and is_rank:
                         return process
             return None
 
