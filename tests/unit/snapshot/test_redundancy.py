@@ -191,6 +191,18 @@ def test_a_parity_that_was_not_complete_is_not_used(tmp_path: Path) -> None:
             rebuilt(nodes, [nodes.nodes[1]], 1)
 
 
+@pytest.mark.parametrize("name", ["set.json", "manifest-0.json"])
+def test_a_damaged_parity_set_does_not_count(tmp_path: Path, name: str) -> None:
+    with cluster(tmp_path, 2) as nodes:
+        nodes.take(1, SMALL)
+        nodes.protect(1)
+        for node in nodes.nodes:
+            node.stop()  # a guardian that is at work would store it anew
+        flip(nodes.nodes[0].arena.peers / "1-g1" / name, 30)
+        assert nodes.nodes[0].inventory() == {1: ((), 0)}
+        assert nodes.nodes[1].inventory() == {1: (("worker-0", "worker-1"), 1)}
+
+
 def test_a_full_file_system_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
