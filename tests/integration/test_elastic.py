@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from resilience.checkpoint.convert import universal_of
+from resilience.checkpoint.convert import convert, identify, is_good, universal_of
 from resilience.checkpoint.verify import candidates
 from tests.integration.harness import DEEPSPEED_CONFIG, free_port, launched, resilience
 
 with contextlib.redirect_stdout(io.StringIO()):
     from resilience.deepspeed.consolidate import digest
     from resilience.deepspeed.sharded import KINDS, Sharded, bits
+    from resilience.deepspeed.universal import run_conversion
 
 pytestmark = pytest.mark.integration
 
@@ -87,7 +88,9 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> Switched:
     directory = tmp_path_factory.mktemp("elastic")
     root = directory / "root"
     common: dict[str, Any] = {"root": str(root)}
-    straight = run_ranks(directory / "straight", 2, seed=1, saves=[[2, "ck"], [6, "straight"]], **common)
+    straight = run_ranks(
+        directory / "straight", 2, seed=1, saves=[[2, "ck"], [6, "straight"]], snapshot="memory", **common
+    )
     one = run_ranks(directory / "one", 1, seed=2, load="ck", lie=True, again="one", saves=[[4, "ck"]], **common)
     two = run_ranks(directory / "two", 2, seed=3, load="ck", again="two", saves=[[6, "ck"]], **common)
     return Switched(root, straight, one, two)
@@ -182,6 +185,13 @@ def test_the_command_converts_by_hand_and_refuses_ranks_that_cannot_keep_the_bat
         assert Path(content["universal"]) == universal_of(place)
     assert digest(universal_of(place)) == digest(place)
     assert (place.parent / "latest_universal").read_text() == "global_step6-universal"
+
+
+def test_a_memory_snapshot_is_converted_as_it_lies(switched: Switched) -> None:
+    source = switched.root / "zero3-fp32" / "memory" / "state"
+    universal = convert(source, identify(source, verified=True), run_conversion, now=1.0)
+    assert is_good(universal)
+    assert digest(universal) == digest(switched.root / "zero3-fp32" / "straight" / "global_step6")
 
 
 def test_the_same_run_keeps_its_random_states_where_it_has_them(switched: Switched) -> None:

@@ -20,6 +20,7 @@ from ending import leave
 from resilience.config import CheckpointConfig, Config
 from resilience.context import RunContext
 from resilience.deepspeed import checkpoint, universal_load
+from resilience.deepspeed.snapshot_take import Taker
 from resilience.errors import ResilienceError
 
 GLOBAL_BATCH, MICRO_BATCH = 8, 2
@@ -157,6 +158,11 @@ def run(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     for until, name in settings["saves"]:
         result["losses"] += train(engine, until, dtype)
         engine.save_checkpoint(f"{place}/{name}")
+    if settings.get("snapshot"):
+        # All ranks into one folder, as a guardian puts together what it prepares.
+        taker = Taker(engine)
+        taker.fill(Path(place) / settings["snapshot"], taker.collect())
+        taker.close()
     result["notes"] = recorder.notes
     engine.destroy()
     return result
