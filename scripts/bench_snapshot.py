@@ -80,7 +80,7 @@ class Ours:
         from resilience.config import Config
         from resilience.deepspeed.adapter import EngineAdapter
         from resilience.guard.settings import Settings
-        from resilience.guard.snapshots import RankSnapshots
+        from resilience.guard.snapshots import RankSnapshots, num_slots
         from resilience.snapshot.arena import Arena
 
         self.engine = engine
@@ -88,6 +88,7 @@ class Ours:
         settings = Settings(
             run_id="bench", generation=1, rank=0, node="here", device="here/0", config=Config(), clock=_clock()
         )
+        self.num_slots = num_slots(settings.config.snapshot, keeps_parity=False)
         self.snapshots = RankSnapshots(
             engine,
             self.arena,
@@ -297,7 +298,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         ours = Ours(engine, arena / "arena")
         stack.callback(ours.snapshots.close)
         (arena / "arena").mkdir(mode=0o700)
-        ours.take()
+        for _ in range(ours.num_slots):
+            step()
+            ours.take()
         ours.prepare()
         copy = memory_copy(ours.num_bytes, arena)
         # `between` trains on, for a slot is overwritten by a later step only.
