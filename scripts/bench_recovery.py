@@ -140,6 +140,7 @@ def measure_ours(directory: Path, script_words: list[str], *, is_warm: bool, rep
     recoveries = []
     with launched(directory, words, script_words) as launch:
         seen: set[int] = set()
+        launch.wait_for(lambda: (directory / "checkpoints" / "latest").exists(), "the first checkpoint")
         for _ in range(repeats):
             generation = launch.wait_for(lambda seen=seen: _trained(launch.marks(), seen), "some steps of each rank")
             if is_warm:
@@ -153,7 +154,7 @@ def measure_ours(directory: Path, script_words: list[str], *, is_warm: bool, rep
 
 
 def _trained(marks: list[Mark], seen: set[int]) -> dict[int, int] | None:
-    """Pid → rank of a new generation, once each of its ranks has taken three steps and its newest is saved."""
+    """Pid → rank of a new generation, once each of its ranks has taken three steps."""
     steps: dict[int, list[Mark]] = {}
     for mark in marks:
         if mark.what == "step" and mark.pid not in seen:
