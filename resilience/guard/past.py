@@ -1,7 +1,7 @@
 """The snapshots of this node's arena as a rank can go back to them, without leaving its process.
 
 The guardian has hashed them; what is loaded is held against its manifest, the files before and the engine after. Files
-that all ranks read but only some write travel between the nodes first. Never here: what is run again afterwards.
+that only another node has are not fetched: there is no rewind then. Never here: what is run again afterwards.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class ArenaPast:
         manifest = self._manifest(step)
         if manifest is None:
             raise SnapshotError(f"the manifest of the snapshot of step {step} is gone")
+        own = manifest.part(self._settings.rank).commit.files
+        if 0 not in manifest.ranks and not any("model_states" in entry.path for entry in own):
+            raise SnapshotError("the model file of its snapshot is written by rank 0 only, which is on another node")
         if self._settings.rank == manifest.ranks[0]:
             settings = self._settings
             order = Begin(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.harness import digest, launched
+
 WORKERS = Path(__file__).parent / "workers"
 ALL = [
     *(f"zero{zero}-{precision}" for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")),
@@ -114,3 +116,34 @@ def test_the_same_damage_a_step_later_is_gone_back_from_again(results: Results) 
     found = results[THOROUGH]["again"]
     assert [action.split(":")[1] for action in found["actions"]] == ["rewind", "rewound-clean"] * 2
     assert found["equal"]
+
+
+DAMAGE = """
+[[fault]]
+step = 5
+rank = 1
+site = "optimizer"
+param = "master of head.weight"
+kind = "scale"
+factor = 1.5
+index = 0
+count = 8
+"""
+EVERY_STEP = "[detection]\nat_rest_share = 1.0\n[snapshot]\ninterval_steps = 1\n"
+
+
+def test_a_launched_run_goes_back_and_ends_with_the_weights_of_a_clean_one(tmp_path: Path) -> None:
+    digests = []
+    for name, faults in (("faulty", DAMAGE), ("clean", None)):
+        with launched(tmp_path / name, resilience=EVERY_STEP, faults=faults, script_args=["--steps", "8"]) as run:
+            assert run.wait() == 0, run.output()[-4000:]
+            digests.append(digest(tmp_path / name))
+            report = run.report()
+            run.assert_nothing_left()
+        if faults is not None:
+            actions = [(each["step"], each["action"], each["outcome"]) for each in report["decisions"]]
+            assert actions == [(6, "rewind", "succeeded"), (6, "continue", "succeeded")]
+            assert report["badput_s"]["rewind"] > 0
+        assert report["num_generations"] == 1, "no process was started again"
+        assert report["num_steps"] == 8
+    assert digests[0] == digests[1]
