@@ -227,6 +227,8 @@ class FakeRun:
         limits: PolicyConfig | None = None,
         mode: Mode = Mode.ENFORCE,
         lease_s: float = 15.0,
+        num_spare_nodes: int = 0,
+        node_wait_s: float = 0.0,
         run_id: str = "run",
         link: FakeLink | None = None,
     ) -> None:
@@ -235,6 +237,8 @@ class FakeRun:
         self.nodes = [chr(ord("a") + index) for index in range(num_nodes)]
         self.num_devices = num_devices
         self.script = FaultScript()
+        self.silent: set[str] = set()
+        """Nodes of which nothing is heard any more."""
         self.copies: dict[str, tuple[Copy, ...]] = {}
         """Node -> what its guardian holds; told when its agent asks for a place."""
         self.link = link or FakeLink()
@@ -249,6 +253,8 @@ class FakeRun:
                 mode=mode,
                 limits=limits or PolicyConfig(),
                 lease_s=lease_s,
+                num_spare_nodes=num_spare_nodes,
+                node_wait_s=node_wait_s,
                 started_at=self.clock.wall(),
             ),
             now=self.clock.wall(),
@@ -409,13 +415,14 @@ class FakeRun:
     def beat(self, *, step: int, state: str = "training", seconds: Sequence[float] = ()) -> None:
         """All ranks and agents give a sign of life."""
         for rank, seat in self.state.seats.items():
-            if seat.left is None:
+            if seat.left is None and seat.seat.node not in self.silent:
                 beat = c.Heartbeat(
                     step=step, state=state, last_verified_step=step, step_seconds_since=tuple(seconds), loss=1.0
                 )
                 self.report(f"rank:{rank}", heartbeat=beat)
         for node in self.nodes:
-            self.report(f"agent:{node}")
+            if node in self.state.nodes and node not in self.silent:
+                self.report(f"agent:{node}")
 
     def ask(self, evidence: Evidence) -> Decision:
         """Rank 0 asks what to do."""

@@ -173,6 +173,8 @@ def _opened(settings: Settings, clock: Clock) -> Opened:
         lease_s=config.coordinator.lease_s,
         started_at=clock.wall(),
         version=resilience.__version__,
+        num_spare_nodes=config.launch.num_spare_nodes,
+        node_wait_s=config.launch.node_wait_s,
         config_digest=hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16],
     )
 

@@ -52,6 +52,10 @@ class Failure:
     exits: tuple[RankExit, ...] = ()
     detail: str = ""
     """What is known in words, where no process left an exit code."""
+    spares: tuple[str, ...] = ()
+    """With a lost node or a cordoned device: nodes that could take its place."""
+    wait_s: float = 0.0
+    """With a lost node: how long it is waited for, where no other can take its place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,14 @@ class _History:
     @cached_property
     def left(self) -> int:
         return restarts_left(self.failures[:-1], self.limits, now=self.now)
+
+    @property
+    def is_lost_node(self) -> bool:
+        return self.newest.kind is FailureKind.NODE_LOST
+
+    @property
+    def may_restart(self) -> bool:
+        return self.mode is not Mode.SHADOW and self.left > 0
 
     @cached_property
     def no_progress(self) -> int:
@@ -135,6 +147,11 @@ def _origin(history: _History) -> str:
     return "what the script begins with, as this run has no verified checkpoint yet"
 
 
+def _count(history: _History) -> str:
+    limit = history.limits.max_restarts
+    return f" ({limit - history.left + 1} of at most {limit} restarts)"
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -176,6 +193,13 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         reason=lambda h: f"{_what(h)}: {h.passed_code} asks to stop",
     ),
     ExitRule(
+        name="cordoned-device-spare",
+        text="a device that the launch asks for is out of use: a spare node takes the place of its node",
+        when=lambda h: h.newest.kind is FailureKind.CORDONED and bool(h.newest.spares),
+        action=Action.RESTART,
+        reason=lambda h: f"{_what(h)}; {h.newest.spares[0]}, a spare node, takes its place",
+    ),
+    ExitRule(
         name="cordoned-device",
         text="a device that the launch asks for is out of use, and this run has no spare one: stop, requeue",
         when=lambda h: h.newest.kind is FailureKind.CORDONED,
@@ -184,12 +208,33 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         reason=_what,
     ),
     ExitRule(
+        name="node-lost-spare",
+        text="a node is gone, restarts are left in the window, and a spare node waits: new generation with that one",
+        when=lambda h: h.is_lost_node and h.may_restart and bool(h.newest.spares),
+        action=Action.RESTART,
+        reason=lambda h: (
+            f"{_what(h)}; {h.newest.spares[0]}, a spare node, takes its place: restart from {_origin(h)}{_count(h)}"
+        ),
+    ),
+    ExitRule(
+        name="node-lost-wait",
+        text="a node is gone, restarts are left in the window, and it may come back: new generation once it has",
+        when=lambda h: h.is_lost_node and h.may_restart and h.newest.wait_s > 0,
+        action=Action.RESTART,
+        reason=lambda h: (
+            f"{_what(h)}; there is no spare node, it is waited for {h.newest.wait_s:g} s: restart from"
+            f" {_origin(h)}{_count(h)}"
+        ),
+    ),
+    ExitRule(
         name="node-lost",
-        text="a node is gone and this run has no spare one: stop, requeue",
-        when=lambda h: h.newest.kind is FailureKind.NODE_LOST,
+        text="a node is gone, and no other takes its place: stop, requeue",
+        when=lambda h: h.is_lost_node,
         action=Action.STOP,
         exit_code=ExitCode.REQUEUE,
-        reason=lambda h: f"{_what(h)}; there is no spare node",
+        reason=lambda h: (
+            f"{_what(h)}; {'the restart budget is used up' if h.newest.spares else 'there is no spare node'}"
+        ),
     ),
     ExitRule(
         name="shadow",
@@ -214,10 +259,7 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         text="restarts are left in the window: new generation from the last verified checkpoint",
         when=lambda h: h.left > 0,
         action=Action.RESTART,
-        reason=lambda h: (
-            f"{_what(h)}: restart from {_origin(h)}"
-            f" ({h.limits.max_restarts - h.left + 1} of at most {h.limits.max_restarts} restarts)"
-        ),
+        reason=lambda h: f"{_what(h)}: restart from {_origin(h)}{_count(h)}",
     ),
     ExitRule(
         name="budget-used-up",

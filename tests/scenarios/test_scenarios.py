@@ -3,6 +3,7 @@
 A line is what happens, or begins with `expect` and is what must be so; `#` begins a comment. The words:
 
     run nodes=2 devices=1 mode=shadow lease_s=15 max_restarts=1    how the run is set up; the first line
+    run nodes=3 spares=1 node_wait_s=60
     time 12.5                              seconds since the start; ticks happen in between, nobody says anything
     agent a joins [after generation 1] [with 1:-9 0:-15]           rank:code of the ranks that ended
     agent a of pid 7 joins
@@ -13,6 +14,7 @@ A line is what happens, or begins with `expect` and is what must be so; `#` begi
     agent a | rank 0 leaves with 0
     launcher leaves with 75 because …
     ranks join | rank 0 of generation 1 joins
+    node b falls silent | node b speaks again                     its agent and its ranks, for `ranks beat`
     ranks beat step=3 | rank 0 beats step=3 micro=1 state=saving
     ranks train until 5                    steps of a second each, with the alarms that were announced
     rank 0 will alarm at step 3 times=1 check=checksum kind=inf site=linear.out layer=1 [mended]
@@ -87,6 +89,9 @@ class Scenario:
         given = dict(word.split("=") for word in words.split())
         own = {"nodes": "num_nodes", "devices": "num_devices"}
         known: dict[str, Any] = {own[key]: int(given.pop(key)) for key in list(given) if key in own}
+        for key, cast in (("spares", int), ("node_wait_s", float)):
+            if key in given:
+                known["num_spare_nodes" if key == "spares" else key] = cast(given.pop(key))
         if "mode" in given:
             known["mode"] = Mode(given.pop("mode"))
         if "lease_s" in given:
@@ -145,6 +150,12 @@ class Scenario:
 
     def join_rank(self, rank: str, generation: str) -> None:
         self.run.join_rank(int(rank), generation=int(generation))
+
+    def fall_silent(self, node: str) -> None:
+        self.run.silent.add(node)
+
+    def come_back(self, node: str) -> None:
+        self.run.silent.discard(node)
 
     def beat_all(self, step: str) -> None:
         self.run.beat(step=int(step))
@@ -309,6 +320,8 @@ LINES: list[tuple[str, Handler]] = [
     (rf"launcher leaves with (?P<code>\d+){WHY}", Scenario.launcher_leaves),
     (r"ranks join", Scenario.join_ranks),
     (r"rank (?P<rank>\d+) of generation (?P<generation>\d+) joins", Scenario.join_rank),
+    (r"node (?P<node>\w) falls silent", Scenario.fall_silent),
+    (r"node (?P<node>\w) speaks again", Scenario.come_back),
     (r"ranks beat step=(?P<step>\d+)", Scenario.beat_all),
     (r"rank (?P<rank>\d+) beats (?P<words>.+)", Scenario.beat),
     (r"ranks train until (?P<step>\d+)", Scenario.train),

@@ -71,10 +71,7 @@ def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
         return JoinAnswer(status=JoinStatus.STOP, exit_code=ending.exit_code, reason=ending.reason)
     own = tuple(seat.seat for seat in state.seats.values() if seat.seat.node == node)
     if state.generation_ended or last_generation >= state.generation or not own:
-        missing = max(0, state.num_nodes - sum(1 for known in state.nodes.values() if known.waiting))
-        return JoinAnswer(
-            status=JoinStatus.PENDING, reason=f"waiting for the agents of {missing} of {state.num_nodes} nodes"
-        )
+        return JoinAnswer(status=JoinStatus.PENDING, reason=_why_pending(state))
     record = state.generations[-1]
     nodes = [name for name, _ in record.places]
     return JoinAnswer(
@@ -91,6 +88,14 @@ def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
         places=record.places,
         guardians={name: state.nodes[name].guardian_address for name in nodes},
     )
+
+
+def _why_pending(state: State) -> str:
+    if not state.generation_ended:
+        return "a spare node: waits until another one is lost or out of use"
+    num_places = state.num_nodes - state.num_spare_nodes
+    missing = max(0, num_places - sum(1 for name in state.places if state.nodes[name].waiting))
+    return f"waiting for the agents of {missing} of {num_places} nodes"
 
 
 def directives_for(state: State, member: str, generation: int, now: float) -> tuple[Directive, ...]:
@@ -113,7 +118,8 @@ def directives_for(state: State, member: str, generation: int, now: float) -> tu
                 exit_code=ending.exit_code,
             )
         )
-    elif kind == "agent" and state.generation_ended and generation == state.generation > 0:
+    elif kind == "agent" and generation > 0 and (generation < state.generation or state.generation_ended):
+        # One of an older generation was given up, and another node has its place; it may have ranks that still run.
         node = state.nodes.get(name)
         if node is not None and not node.waiting:
             orders.append(
@@ -121,7 +127,7 @@ def directives_for(state: State, member: str, generation: int, now: float) -> tu
                     directive_id=f"restart-g{generation}",
                     kind=DirectiveKind.RESTART,
                     expires_at=expires_at,
-                    reason=state.generations[-1].ended_by,
+                    reason=state.generations[generation - 1].ended_by,
                     generation=generation,
                 )
             )

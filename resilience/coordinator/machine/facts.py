@@ -27,6 +27,7 @@ __all__ = [
     "GenerationBegan",
     "InventoryTold",
     "MemberLeft",
+    "NodeLost",
     "Note",
     "Observations",
     "Opened",
@@ -106,6 +107,10 @@ class Opened:
     started_at: float
     version: str = ""
     config_digest: str = ""
+    num_spare_nodes: int = 0
+    """Nodes of the launch that wait until another one is lost or out of use."""
+    node_wait_s: float = 0.0
+    """How long a lost node is waited for where there is no spare one."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +149,14 @@ class AgentWaits:
     """Port that it offers for the ranks to meet at."""
     is_done: bool = False
     """All its ranks ended with 0: it needs a place only if other nodes fail."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLost:
+    """Nothing was heard of a node's agent for a lease."""
+
+    node: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +306,7 @@ Fact = (
     | CordonSet
     | AgentJoined
     | AgentWaits
+    | NodeLost
     | InventoryTold
     | GenerationBegan
     | RankJoined
@@ -317,6 +331,7 @@ FACTS: dict[str, type] = {
         CordonSet,
         AgentJoined,
         AgentWaits,
+        NodeLost,
         InventoryTold,
         GenerationBegan,
         RankJoined,

@@ -42,6 +42,7 @@ def _opened(state: State, fact: f.Opened, at: float) -> list[Effect]:
     state.run_id, state.mode, state.limits = fact.run_id, fact.mode, fact.limits
     state.lease_s, state.started_at = fact.lease_s, fact.started_at
     state.config_digest = fact.config_digest
+    state.num_spare_nodes, state.node_wait_s = fact.num_spare_nodes, fact.node_wait_s
     if fact.version:
         state.versions["resilience"] = fact.version
     return []
@@ -73,6 +74,12 @@ def _agent_waits(state: State, fact: f.AgentWaits, at: float) -> list[Effect]:
     return []
 
 
+def _node_lost(state: State, fact: f.NodeLost, at: float) -> list[Effect]:
+    node = state.nodes[fact.node]
+    node.lost_at, node.waiting, node.is_done = at, False, False
+    return []
+
+
 def _inventory_told(state: State, fact: f.InventoryTold, at: float) -> list[Effect]:
     node = state.nodes[fact.node]
     node.guardian_address, node.copies = fact.guardian_address, fact.copies
@@ -87,8 +94,8 @@ def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[
     record.places = places_of(fact.seats)
     state.generations.append(record)
     state.telemetry.rank_checks.clear()
-    for node in state.nodes.values():
-        node.waiting = node.is_done = False
+    for name, _ in record.places:  # spare ones go on waiting
+        state.nodes[name].waiting = state.nodes[name].is_done = False
     return []
 
 
@@ -134,7 +141,7 @@ def _decision_made(state: State, fact: f.DecisionMade, at: float) -> list[Effect
         for detection in fact.evidence.detections:
             effects += ledger.note_detection(state, detection, at)
     state.decisions[decision.decision_id] = decision
-    if decision.action in (Action.RESTART, Action.STOP):
+    if decision.action in (Action.RESTART, Action.STOP) and decision.outcome is Outcome.PENDING:
         state.order = Order(decision.decision_id, decision.action, at)
     return effects + ledger.note_decision(state, decision, at)
 
@@ -163,12 +170,12 @@ def _order_taken(state: State, fact: f.OrderTaken, at: float) -> list[Effect]:
         # Rank 0 said that it left; whether the restart succeeded shows in the next generation.
         state.decisions[fact.decision_id] = dataclasses.replace(decision, outcome=Outcome.PENDING)
         _end_generation(state, decision.reason, at)
-        return []
-    assert decision.action is Action.STOP, "only restarts and stops are ordered"
-    state.ending = Ending(decision.exit_code or 0, decision.reason, decision.decision_id)
-    _end_generation(state, decision.reason, at)
-    if decision.outcome is Outcome.PENDING:
-        state.decisions[fact.decision_id] = dataclasses.replace(decision, outcome=Outcome.SUCCEEDED)
+    else:
+        assert decision.action is Action.STOP, "only restarts and stops are ordered"
+        state.ending = Ending(decision.exit_code or 0, decision.reason, decision.decision_id)
+        _end_generation(state, decision.reason, at)
+        if decision.outcome is Outcome.PENDING:
+            state.decisions[fact.decision_id] = dataclasses.replace(decision, outcome=Outcome.SUCCEEDED)
     effects: list[Effect] = []
     for device in decision.cordon:
         effects += _quarantine(state, decision, device, at)
@@ -274,7 +281,8 @@ def _member_left(state: State, fact: f.MemberLeft, at: float) -> list[Effect]:
     kind, _, name = fact.member.partition(":")
     if kind == "agent":
         state.nodes[name].left, state.nodes[name].left_at = fact.exit_code, at
-        if fact.exit_code != 0 and state.ending is None:
+        # A spare node that leaves takes nothing with it.
+        if fact.exit_code != 0 and state.ending is None and name in state.places:
             state.ending = Ending(fact.exit_code, fact.reason or f"the agent of {name} left with {fact.exit_code}")
     elif kind == "rank" and fact.generation == state.generation:
         state.seats[int(name)].left = fact.exit_code
@@ -305,6 +313,7 @@ _FOLDS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     f.CordonSet: _cordon_set,
     f.AgentJoined: _agent_joined,
     f.AgentWaits: _agent_waits,
+    f.NodeLost: _node_lost,
     f.InventoryTold: _inventory_told,
     f.GenerationBegan: _generation_began,
     f.RankJoined: _rank_joined,

@@ -8,7 +8,7 @@ from resilience.coordinator.machine import facts as f
 from resilience.coordinator.machine.commands import Close, Drain, ObserveRpc, Recover, SetCordon, Tick
 from resilience.coordinator.machine.effects import RefusalKind, Refused
 from resilience.coordinator.machine.pulse import Pulse, sample_interval_s
-from resilience.coordinator.machine.rendezvous import finish
+from resilience.coordinator.machine.rendezvous import begin, finish
 from resilience.coordinator.machine.reports import flush
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.supervision import watch
@@ -22,13 +22,16 @@ def tick(state: State, pulse: Pulse, command: Tick, now: float) -> Iterator[f.Fa
     if now - pulse.sampled_at >= sample_interval_s(len(state.seats)) and state.finished is None:
         yield from flush(state, pulse, now)
     yield from watch(state, pulse, now)
+    yield from begin(state, pulse, now)
     yield from _finish_alone(state, now)
 
 
 def _finish_alone(state: State, now: float) -> Iterator[f.Fact]:
     """All agents have left and no launcher has said how the run ended: it is gone, so nobody will."""
-    left = [node.left_at for node in state.nodes.values() if node.left is not None]
-    if state.finished is None and left and len(left) == state.num_nodes and now - max(left) > state.lease_s:
+    gone = [
+        node.left_at if node.lost_at is None else node.lost_at for node in state.nodes.values() if not node.is_there
+    ]
+    if state.finished is None and gone and len(gone) == state.num_nodes and now - max(gone) > state.lease_s:
         yield finish(state)
 
 
@@ -75,7 +78,8 @@ def close(state: State, pulse: Pulse, command: Close, now: float) -> Iterator[f.
     if state.finished is not None:
         return
     yield from flush(state, pulse, now)
-    if state.ending is not None or (state.nodes and all(node.left == 0 for node in state.nodes.values())):
+    are_done = [node.left == 0 for node in state.nodes.values() if node.lost_at is None]
+    if state.ending is not None or (are_done and all(are_done)):
         yield finish(state)
     else:
         yield f.Finished(exit_code=int(ExitCode.REQUEUE), outcome="interrupted", reason=command.reason)

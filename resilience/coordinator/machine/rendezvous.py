@@ -3,7 +3,8 @@
 agent asks -> known node? --no--> joined
                 |yes
 running generation has it --> it asks again (answer lost) | its ranks ended (failure) | it is another process (failure)
-no generation runs        --> it waits; all nodes wait -> cordons clear -> generation begins
+it has no place in it     --> it waits as a spare one
+no generation runs        --> it waits; every place has a node that waits and is in use -> generation begins
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from resilience.coordinator.machine import snapshots
 from resilience.coordinator.machine.commands import JoinAgent, JoinRank, Leave
 from resilience.coordinator.machine.effects import RefusalKind, Refused
 from resilience.coordinator.machine.members import check_generation, check_run, check_running, seat_of
+from resilience.coordinator.machine.places import Placing, place
 from resilience.coordinator.machine.pulse import Pulse
 from resilience.coordinator.machine.reports import flush
 from resilience.coordinator.machine.state import Ending, State
-from resilience.coordinator.machine.supervision import fail, fail_of_exits, stop_before
+from resilience.coordinator.machine.supervision import fail, fail_of_exits, take_order
 from resilience.errors import ExitCode
 from resilience.policy import FailureKind
 
-__all__ = ["finish", "join_agent", "join_rank", "leave"]
+__all__ = ["begin", "finish", "join_agent", "join_rank", "leave"]
 
 
 def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> Iterator[f.Fact]:
@@ -34,12 +36,14 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
     if state.finished is not None:
         return
     known = state.nodes.get(agent.node)
-    if known is None or known.agent != agent or known.left is not None:
+    if known is None or known.agent != agent or not known.is_there:
         yield f.AgentJoined(agent=agent)
     yield from _take_inventory(state, command)
     if not state.generation_ended:
-        is_seated = any(seat.seat.node == agent.node for seat in state.seats.values())
-        if known is not None and known.agent.pid != agent.pid and is_seated:
+        if agent.node not in state.places:
+            yield from _wait(state, command)
+            return
+        if known is not None and known.agent.pid != agent.pid:
             detail = f"the agent of {agent.node} is another process now (pid {known.agent.pid}, then {agent.pid})"
             yield from fail(state, pulse, FailureKind.AGENT, detail, now)
         elif command.last_generation < state.generation:
@@ -54,9 +58,13 @@ def join_agent(state: State, pulse: Pulse, command: JoinAgent, now: float) -> It
             yield from fail(state, pulse, FailureKind.AGENT, detail, now)
     if state.ending is not None or not state.generation_ended:
         return
-    if not state.nodes[agent.node].waiting:
-        yield f.AgentWaits(node=agent.node, reason=command.reason, master_port=command.master_port)
-    yield from _begin(state, pulse, now)
+    yield from _wait(state, command)
+    yield from begin(state, pulse, now)
+
+
+def _wait(state: State, command: JoinAgent) -> Iterator[f.Fact]:
+    if not state.nodes[command.agent.node].waiting:
+        yield f.AgentWaits(node=command.agent.node, reason=command.reason, master_port=command.master_port)
 
 
 def _take_inventory(state: State, command: JoinAgent) -> Iterator[f.Fact]:
@@ -74,7 +82,7 @@ def _wait_done(state: State, command: JoinAgent) -> Iterator[f.Fact]:
     name = command.agent.node
     if not state.nodes[name].is_done:
         yield f.AgentWaits(node=name, reason=command.reason, master_port=command.master_port, is_done=True)
-    if all(node.is_done for node in state.nodes.values()) and state.ending is None:
+    if all(state.nodes[place].is_done for place in state.places) and state.ending is None:
         yield f.RanksDone()
 
 
@@ -91,6 +99,12 @@ def _check_agent(state: State, command: JoinAgent) -> None:
             f"agent of {agent.node} was started for {agent.num_nodes} nodes, this run has {state.num_nodes};"
             " start all agents from one launch",
         )
+    if state.num_spare_nodes >= agent.num_nodes:
+        raise Refused(
+            RefusalKind.INVALID,
+            f"launch.num_spare_nodes = {state.num_spare_nodes}: the launch has {agent.num_nodes} nodes;"
+            " at least one of them must train",
+        )
     for other in state.nodes.values():
         if other.agent.node != agent.node and other.agent.node_rank == agent.node_rank and other.left is None:
             raise Refused(
@@ -106,30 +120,30 @@ def _check_agent(state: State, command: JoinAgent) -> None:
         raise Refused(RefusalKind.UNKNOWN, f"node {agent.node} is not one of this run's: {', '.join(state.nodes)}")
 
 
-def _begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
-    waiting = [node for node in state.nodes.values() if node.waiting]
-    if len(waiting) < state.num_nodes:
-        return
-    agents = sorted((node.agent for node in waiting), key=lambda agent: agent.node_rank)
-    seats = [(agent.node, device) for agent in agents for device in agent.devices]
-    cordoned = next((device.device for _, device in seats if device.device in state.cordons), None)
-    if cordoned is not None:
-        # Every device that an agent offers is one that the launch asked for, so there is no spare to take instead.
-        reason = (
-            f"device {cordoned} is cordoned: {state.cordons[cordoned].reason or 'no reason given'};"
-            f" launch without it, or `resilience uncordon {cordoned}` once it is mended"
-        )
-        yield from stop_before(state, FailureKind.CORDONED, reason, now)
-        return
-    reason = state.generations[-1].ended_by if state.generations else "the run starts"
-    placed = tuple(
+def begin(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
+    """Begin the next generation, if all its places can be filled; stop where one of them never will be."""
+    if state.generation_ended and state.ending is None and state.finished is None:
+        placing = place(state, now)
+        yield from placing.decisions
+        yield from take_order(state)
+        if placing.is_complete and state.ending is None:
+            yield from _begin(state, pulse, placing, now)
+
+
+def _begin(state: State, pulse: Pulse, placing: Placing, now: float) -> Iterator[f.Fact]:
+    offered = [(name, device) for name in placing.nodes for device in state.nodes[name].agent.devices]
+    seats = tuple(
         f.Seat(rank=rank, node=node, slot=device.slot, device=device.device)
-        for rank, (node, device) in enumerate(seats)
+        for rank, (node, device) in enumerate(offered)
     )
+    reason = state.generations[-1].ended_by if state.generations else "the run starts"
     yield from flush(state, pulse, now)
     pulse.begin_generation(now)
     yield f.GenerationBegan(
-        generation=state.generation + 1, seats=placed, reason=reason, restore=snapshots.choose(state, placed)
+        generation=state.generation + 1,
+        seats=seats,
+        reason="; ".join((reason, *placing.changes)),
+        restore=snapshots.choose(state, seats),
     )
 
 

@@ -59,6 +59,12 @@ class Node:
     """The code that it left with …"""
     left_at: float = 0.0
     """… and when."""
+    lost_at: float | None = None
+    """When its agent was given up; one that comes back is another entry."""
+
+    @property
+    def is_there(self) -> bool:
+        return self.left is None and self.lost_at is None
 
 
 @dataclasses.dataclass
@@ -203,6 +209,8 @@ class State:
     lease_s: float = 15.0
     started_at: float = 0.0
     config_digest: str = ""
+    num_spare_nodes: int = 0
+    node_wait_s: float = 0.0
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
@@ -258,6 +266,33 @@ class State:
     def num_nodes(self) -> int:
         """Nodes that the launch asked for; 0 before the first agent came."""
         return next((node.agent.num_nodes for node in self.nodes.values()), 0)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The nodes of the newest generation in their order; before the first one, those that will be."""
+        if self.generations:
+            return tuple(name for name, _ in self.generations[-1].places)
+        num_places = self.num_nodes - self.num_spare_nodes
+        ranked = sorted((node.agent.node_rank, name) for name, node in self.nodes.items())
+        return tuple(name for node_rank, name in ranked if node_rank < num_places)
+
+    def cordoned_device(self, node: str) -> str | None:
+        """The first device of `node` that is out of use."""
+        return next((d.device for d in self.nodes[node].agent.devices if d.device in self.cordons), None)
+
+    def spares_for(self, node: str) -> list[str]:
+        """Nodes that wait without a place and could take that of `node`, in hostfile order."""
+        places, num_devices = self.places, len(self.nodes[node].agent.devices)
+        found = [
+            (other.agent.node_rank, name)
+            for name, other in self.nodes.items()
+            if name not in places
+            and other.waiting
+            and other.is_there
+            and self.cordoned_device(name) is None
+            and len(other.agent.devices) == num_devices
+        ]
+        return [name for _, name in sorted(found)]
 
     def tell(self, at: float, kind: str, text: str, *, step: int = 0) -> None:
         """Add a line to the story; the oldest make room."""

@@ -52,6 +52,14 @@ def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> None:
     state.tell(at, "member", f"agent of {agent.node} joined with {len(agent.devices)} devices (pid {agent.pid})")
 
 
+def _node_lost(state: State, fact: f.NodeLost, at: float) -> None:
+    if fact.node not in state.places:
+        what = ", a spare one"
+    else:
+        what = f"; it is waited for {state.node_wait_s:g} s" if state.node_wait_s else ""
+    state.tell(at, "member", fact.reason + what)
+
+
 def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> None:
     origin = "" if fact.restore is None else f" from {fact.restore.reason}"
     text = f"generation {fact.generation} begins on {len(fact.seats)} ranks{origin}: {fact.reason}"
@@ -122,6 +130,7 @@ _TELLERS: dict[type, Callable[[State, Any, float], None]] = {
     f.Recovered: _recovered,
     f.CordonSet: _cordon_set,
     f.AgentJoined: _agent_joined,
+    f.NodeLost: _node_lost,
     f.GenerationBegan: _generation_began,
     f.Reported: _reported,
     f.DecisionMade: _decision_made,

@@ -12,7 +12,7 @@ from resilience.coordinator.machine.state import State
 from resilience.events import Action, Check, Detection, DetectionKind, Outcome, RankExit
 from resilience.policy import Failure, FailureKind, decide_exit, root_exit
 
-__all__ = ["CONCLUDE_GRACE_S", "fail", "fail_of_exits", "settle_restart", "stop_before", "take_order", "watch"]
+__all__ = ["CONCLUDE_GRACE_S", "fail", "fail_of_exits", "settle_restart", "take_order", "watch"]
 
 CONCLUDE_GRACE_S = 5.0
 """How long a restart or stop that rank 0 was told may take to be concluded before it takes effect anyway."""
@@ -52,8 +52,9 @@ def fail(
     now: float,
     *,
     detections: tuple[Detection, ...] = (),
+    lost: str | None = None,
 ) -> Iterator[f.Fact]:
-    """The current generation failed without an exit code."""
+    """The current generation failed without an exit code; with `lost`, because that node is gone."""
     if state.generation_ended or state.finished is not None:
         return
     if state.order is not None:
@@ -66,6 +67,8 @@ def fail(
         step=_working_step(state, pulse),
         last_verified_step=state.newest_checkpoint_step,
         detail=detail,
+        spares=() if lost is None else tuple(state.spares_for(lost)),
+        wait_s=0.0 if lost is None else state.node_wait_s,
     )
     yield from _decide(state, failure, detections, now)
 
@@ -151,24 +154,15 @@ def watch(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
 
 
 def _watch_nodes(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
+    """A node that has no place may go: nothing but a note follows. `placing` fills the places that are empty."""
     for name, node in state.nodes.items():
         age = pulse.age(f"agent:{name}", now)
-        if node.left is not None or age <= state.lease_s:
+        if not node.is_there or age <= state.lease_s:
             continue
         detail = f"node {name} is lost: its agent (pid {node.agent.pid}) has said nothing for {age:.1f} s"
-        if not state.generation_ended:
-            yield from fail(state, pulse, FailureKind.NODE_LOST, detail, now)
-        else:
-            yield from stop_before(state, FailureKind.NODE_LOST, detail, now)
-        return
-
-
-def stop_before(state: State, kind: FailureKind, detail: str, now: float) -> Iterator[f.Fact]:
-    """The next generation cannot begin."""
-    failure = Failure(generation=state.generation + 1, kind=kind, at=now, detail=detail)
-    decision = decide_exit([failure], state.limits, state.mode, now=now)
-    yield f.DecisionMade(decision=dataclasses.replace(decision, decision_id=f"g{failure.generation}-place"))
-    yield from take_order(state)
+        yield f.NodeLost(node=name, reason=detail)
+        if not state.generation_ended and name in state.places:
+            yield from fail(state, pulse, FailureKind.NODE_LOST, detail, now, lost=name)
 
 
 def _watch_ranks(state: State, pulse: Pulse, now: float) -> Iterator[f.Fact]:
@@ -202,8 +196,9 @@ def settle_restart(state: State, sampled: f.Sampled | None, now: float) -> Itera
 
     `sampled` is the sample that brings the first steps, before it is folded; None when the generation failed.
     """
-    restart = next((d for d in reversed(state.decisions.values()) if d.action is Action.RESTART), None)
-    if restart is None or restart.outcome is not Outcome.PENDING or restart.generation >= state.generation:
+    open_ones = (d for d in state.decisions.values() if (d.action, d.outcome) == (Action.RESTART, Outcome.PENDING))
+    restart = next((d for d in open_ones if d.generation < state.generation), None)
+    if restart is None:
         return
     failure = next(x for x in state.failures if x.generation == restart.generation)
     latency_ms = (now - failure.at) * 1000.0
