@@ -84,7 +84,7 @@ def test_parity_makes_up_for_as_many_losses_as_it_was_made_for(num_losses: int, 
 
 
 def test_who_refuses_loses_his_part_and_nobody_in_particular_refuses_all() -> None:
-    grouped = {"parity_nodes": ("a", "b"), "parity_losses": 1}
+    grouped: dict[str, Any] = {"parity_nodes": ("a", "b"), "parity_losses": 1}
     assert choose_restore(both(5, **grouped), PLACES, [FIRST], refused={(5, 1, "b")}).tier is Tier.PEER
     assert choose_restore(both(5), PLACES, [FIRST], refused={(5, 1, "b")}).tier is Tier.DISK
     assert choose_restore(both(5, **grouped), PLACES, [FIRST], refused={(5, 1, "")}).tier is Tier.DISK
