@@ -1,4 +1,4 @@
-"""Trail and fast-forward on two real ranks: what a restarted script is led past, and when it is refused with a reason."""
+"""Trail and fast-forward on two real ranks: what a restarted script is led past, and when it is refused, and why."""
 
 from __future__ import annotations
 

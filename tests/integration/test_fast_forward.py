@@ -1,0 +1,75 @@
+"""A rank is killed at step 54 of scripts that know nothing of this package; training goes on from memory, bit for bit.
+
+They begin where they begin by themselves: with nothing, or with their own checkpoint of step 40.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, launched
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+
+KILL = '[[fault]]\nstep = 54\nrank = 1\nmicro_step = 1\nsite = "process"\nkind = "kill"\n'
+EVERY_STEP = '[snapshot]\ninterval_steps = 1\n[detection]\nstrength = "off"\n'
+CLIENT = {name: value for name, value in DEEPSPEED_CONFIG.items() if name != "optimizer"}
+
+
+def run(directory: Path, script: str, *words: str, kill: bool) -> Run:
+    options: dict[str, Any] = {"faults": KILL, "resilience": EVERY_STEP} if kill else {"plain": True}
+    config = CLIENT if script == "accelerate" else DEEPSPEED_CONFIG
+    with launched(
+        directory, script=SCRIPTS / f"train_{script}.py", script_args=list(words), deepspeed_config=config, **options
+    ) as launch:
+        code = launch.wait()
+    assert code == 0 or not kill, launch.output()[-6000:]
+    return launch
+
+
+def said(launch: Run) -> list[str]:
+    """What the script printed about its steps, each line once: a restarted one says some of it again."""
+    lines = re.findall(r"^(?:step \d|history|done at).*$", launch.output(), flags=re.MULTILINE)
+    return list(dict.fromkeys(line for line in lines if "train_" not in line))
+
+
+@pytest.fixture(scope="module")
+def faultless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Stock DeepSpeed, without this package."""
+    folder = tmp_path_factory.mktemp("faultless")
+    return {script: run(folder / script, script, kill=False) for script in ("loader", "trainer", "accelerate")}
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "start"),
+    [
+        ("loader", [], 0),
+        ("loader", ["--save-every", "40"], 40),
+        ("trainer", [], 0),
+        ("accelerate", [], 0),
+    ],
+    ids=["loader", "loader-from-40", "trainer", "accelerate"],
+)
+def test_a_killed_rank_costs_no_step_and_the_script_ends_with_the_same_weights(
+    tmp_path: Path, faultless: dict[str, Run], script: str, words: list[str], start: int
+) -> None:
+    struck = run(tmp_path, script, *words, kill=True)
+    output = struck.output()
+    assert f"fast-forward from step {start} to step 53" in output, output[-6000:]
+    assert "fast-forwarded to step 53" in output
+    assert digest(struck.directory, "final") == digest(faultless[script].directory, "final")
+    assert said(struck) == said(faultless[script]), "losses, averages and evaluations, in their order"
+    assert struck.report()["num_generations"] == 2
+    assert not struck.shared_memory()
+
+
+def test_a_script_that_needs_large_outputs_begins_from_its_checkpoint_with_the_reason(tmp_path: Path) -> None:
+    struck = run(tmp_path, "loader", "--accuracy", "--num-classes", "2000", "--save-every", "40", kill=True)
+    report = struck.report()
+    assert report["num_generations"] == 3
+    assert "uses an output of the model that was too large to be recorded (shape (4, 2000)" in struck.output()
+    assert "fast-forwarded to" not in struck.output()
+    assert "done at step 60" in struck.output()
