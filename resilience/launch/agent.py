@@ -28,6 +28,7 @@ from resilience.events import RankExit
 from resilience.last_place import path_of, read_end, read_place
 from resilience.launch import shim
 from resilience.launch.client import ReportStream
+from resilience.launch.guardian import Guardian
 from resilience.launch.network import free_port
 from resilience.launch.processes import end_sessions
 from resilience.launch.ranks import RankFiles, last_line, plan_ranks, write_plan
@@ -67,8 +68,9 @@ class Node:
 class NodeState:
     """How the last generation ended here: what the next Join tells."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, guardian: Guardian | None = None) -> None:
         self._node = node
+        self._guardian = guardian
         self.generation = 0
         self.exits: tuple[RankExit, ...] = ()
         self.reason = "first start"
@@ -87,6 +89,9 @@ class NodeState:
         node = self._node
         # The first generation meets where the launch said; later ones elsewhere, for the old port may linger.
         port = node.arguments.master_port if self.generation == 0 else free_port("0.0.0.0")
+        guardian = self._guardian
+        if guardian is not None and self.generation:
+            guardian.settle()
         return pb.AgentInfo(
             node=node.name,
             node_rank=node.node_rank,
@@ -98,6 +103,8 @@ class NodeState:
             exits=[codec.to_proto(exit_) for exit_ in self.exits],
             reason=self.reason,
             master_port=port,
+            snapshots=[] if guardian is None else guardian.inventory(),
+            guardian_address="" if guardian is None else guardian.address(),
         )
 
 
@@ -135,6 +142,7 @@ class Agent(LocalElasticAgent):
         *,
         check: Callable[[], None],
         install_signals: Callable[[], None],
+        guardian: Guardian | None = None,
     ) -> None:
         """Prepare; `run` does the work.
 
@@ -145,6 +153,7 @@ class Agent(LocalElasticAgent):
             reports: tells the coordinator how ranks ended.
             check: raises when the agent must end (a signal, an order, the launcher's lease).
             install_signals: puts the agent's signal handlers back, which torch elastic replaces at every start.
+            guardian: of this node's snapshots; None where there is no memory tier.
         """
         self._node = node
         self._state = state
@@ -152,6 +161,7 @@ class Agent(LocalElasticAgent):
         self._reports = reports
         self._check = check
         self._install_signals = install_signals
+        self._guardian = guardian
         self._logs = _Logs(node.directory)
         self._tee: Tee | None = None
         self._standby = Standby.of(node.context, node=node.name, logs=node.directory.logs)
@@ -222,6 +232,8 @@ class Agent(LocalElasticAgent):
             assignment=assignment,
             devices=self._devices(assignment.slots),
             each_rank_logs=each_rank_logs,
+            arena=None if self._guardian is None else self._guardian.arena.path,
+            restore=None if self._guardian is None else self._guardian.restore,
         )
         write_plan(plan_path, plan)
         worker_group.spec.args = (
@@ -255,6 +267,8 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """One look at the ranks decides; torch elastic's own look comes only after the group was ended."""
         self._check()
+        if self._guardian is not None:
+            self._guardian.keep_alive()
         exits = self._exits()
         failed = [exit_ for exit_ in exits if exit_.exit_code != 0]
         if failed:

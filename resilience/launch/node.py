@@ -22,6 +22,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from resilience.context import RunContext
 from resilience.deepspeed.launcher import node_parser_arguments, pid_file, uses_gpu
 from resilience.errors import CoordinatorUnreachableError, ExitCode, ResilienceError, UsageError
+from resilience.launch import guardian as guardians
 from resilience.launch.agent import Agent, Node, NodeState
 from resilience.launch.client import CoordinatorClient, ReportStream
 from resilience.launch.devices import identify
@@ -30,6 +31,7 @@ from resilience.launch.network import is_free, local_address_towards
 from resilience.launch.processes import adopt_orphans, end_descendants
 from resilience.launch.rendezvous import BACKEND, ResilienceRendezvous, RunStoppedError
 from resilience.launch.run_directory import RunDirectory
+from resilience.rpc.v1 import coordinator_pb2 as pb
 
 __all__ = ["main"]
 
@@ -46,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"resilience: {error}", file=sys.stderr)
         return error.exit_code
     adopt_orphans()
+    try:
+        life = _Life(node)
+    except ResilienceError as error:
+        print(f"resilience: {error}", file=sys.stderr)
+        return error.exit_code
     with _PidFile(node):
-        return _Life(node).run()
+        return life.run()
 
 
 def _node(argv: list[str]) -> Node:
@@ -113,7 +120,6 @@ class _Life:
     def __init__(self, node: Node) -> None:
         config = node.context.config
         self._node = node
-        self._state = NodeState(node)
         self._member = f"agent:{node.name}"
         self._client = CoordinatorClient(node.context)
         self._reports = ReportStream(
@@ -121,6 +127,14 @@ class _Life:
         )
         self._lease = LeaseWatch(node.context.run_dir, lease_s=config.coordinator.lease_s)
         self._signal: signal.Signals | None = None
+        self._guardian = guardians.start(
+            node.context,
+            node.context_path,
+            node=node.name,
+            num_nodes=node.num_nodes,
+            tell=lambda fact: self._reports.snapshots([fact]),
+        )
+        self._state = NodeState(node, self._guardian)
 
     def run(self) -> int:
         self._install_signals()
@@ -135,6 +149,7 @@ class _Life:
             describe=self._state.describe,
             interrupted=self._check,
             patience_s=_PATIENCE_LEASES * self._node.context.config.coordinator.lease_s,
+            prepare=self._prepare,
         )
         rendezvous = get_rendezvous_handler(parameters)
         assert isinstance(rendezvous, ResilienceRendezvous)
@@ -145,8 +160,13 @@ class _Life:
             self._reports,
             check=self._check,
             install_signals=self._install_signals,
+            guardian=self._guardian,
         )
         code, reason = self._supervise(agent)
+        if self._guardian is not None:
+            if self._signal is not None:
+                self._guardian.flush()
+            self._guardian.stop()
         end_descendants()
         self._client.leave(generation=self._state.generation, member=self._member, exit_code=code, reason=reason)
         self._reports.close()
@@ -173,6 +193,17 @@ class _Life:
         except OSError as error:
             return ExitCode.REQUEUE, f"the agent cannot start or watch its ranks ({error}); is a disk full?"
         raise AssertionError("the agent returned without an answer from the coordinator")
+
+    def _prepare(self, assignment: pb.Assignment) -> bool:
+        """Have ready what the ranks load; where it cannot be had, say why, and what the next Join says."""
+        if self._guardian is None:
+            return True
+        problem = self._guardian.begin(assignment, interrupted=self._check)
+        if problem:
+            print(f"resilience: {self._node.name}: {problem}", file=sys.stderr)
+            self._state.generation = assignment.generation
+            self._state.ended((), problem)
+        return not problem
 
     def _check(self) -> None:
         """Raise when this agent must end, whatever its ranks do."""

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resilience.context import CONTEXT_VARIABLE, DEVICE_VARIABLE, GENERATION_VARIABLE, NODE_VARIABLE, RunContext
+from resilience.context import (
+    ARENA_VARIABLE,
+    CONTEXT_VARIABLE,
+    DEVICE_VARIABLE,
+    GENERATION_VARIABLE,
+    NODE_VARIABLE,
+    RESTORE_VARIABLE,
+    RunContext,
+)
 from resilience.deepspeed.launcher import core_binding, visible_devices
 from resilience.events import Mode
 from resilience.rpc.v1 import coordinator_pb2 as pb
@@ -50,6 +58,8 @@ def plan_ranks(
     assignment: pb.Assignment,
     devices: Sequence[pb.Device],
     each_rank_logs: Sequence[Path | None],
+    arena: Path | None = None,
+    restore: Path | None = None,
 ) -> dict[str, Any]:
     """Command, environment and log of each rank that this node starts for `assignment`.
 
@@ -61,6 +71,8 @@ def plan_ranks(
         assignment: its place in the generation.
         devices: one for each slot of the assignment, in its order.
         each_rank_logs: as `RankFiles.log`, for each rank.
+        arena: this node's arena; None where there is no memory tier.
+        restore: the folder in it that was prepared for this generation, if any was.
     """
     num_local = len(assignment.slots)
     shared = {
@@ -73,6 +85,8 @@ def plan_ranks(
     }
     if context.config.mode is not Mode.OFF:
         shared[CONTEXT_VARIABLE] = str(context_path)
+    folders = {ARENA_VARIABLE: arena, RESTORE_VARIABLE: restore}
+    shared |= {variable: str(folder) for variable, folder in folders.items() if folder is not None}
     ranks = []
     for local_rank in range(num_local):
         environment = {**shared, DEVICE_VARIABLE: devices[local_rank].device}

@@ -50,6 +50,7 @@ class ResilienceRendezvous(RendezvousHandler):
         describe: Callable[[], pb.AgentInfo],
         interrupted: Callable[[], None],
         patience_s: float,
+        prepare: Callable[[pb.Assignment], bool],
     ) -> None:
         """Ask through `client`.
 
@@ -59,12 +60,14 @@ class ResilienceRendezvous(RendezvousHandler):
             describe: what this node offers now, and how its last generation ended.
             interrupted: raises when the agent was told to end by other means.
             patience_s: how long an unreachable coordinator is waited for.
+            prepare: makes ready what an assignment needs; False where it cannot be had, so that another is asked for.
         """
         self._client = client
         self._reports = reports
         self._describe = describe
         self._interrupted = interrupted
         self._patience_s = patience_s
+        self._prepare = prepare
         self._closed = False
         self.assignment = pb.Assignment()
         """The place in the current generation."""
@@ -79,16 +82,21 @@ class ResilienceRendezvous(RendezvousHandler):
             RunStoppedError: the run is over.
             CoordinatorUnreachableError: nobody answered.
         """
+        self.assignment = self._place()
+        while not self._prepare(self.assignment):
+            self.assignment = self._place()
+        meeting = RendezvousStoreInfo(self.assignment.master_addr, self.assignment.master_port)
+        return RendezvousInfo(HashStore(), self.assignment.node_index, self.assignment.num_nodes, meeting)
+
+    def _place(self) -> pb.Assignment:
         response = self._client.join(
             self._describe(), wait_s=_WAIT_S, patience_s=self._patience_s, interrupted=self._interrupted
         )
         if response.status == pb.JoinResponse.STOP:
             raise RunStoppedError(response.exit_code, response.reason)
         assert response.status == pb.JoinResponse.READY, f"Join answered {response.status}"
-        self.assignment = response.assignment
-        self._reports.begin(self.assignment.generation)
-        meeting = RendezvousStoreInfo(self.assignment.master_addr, self.assignment.master_port)
-        return RendezvousInfo(HashStore(), self.assignment.node_index, self.assignment.num_nodes, meeting)
+        self._reports.begin(response.assignment.generation)
+        return response.assignment
 
     def num_nodes_waiting(self) -> int:
         return int(self._reports.restart is not None)
@@ -115,6 +123,7 @@ def create(parameters: RendezvousParameters) -> ResilienceRendezvous:
         describe=parameters.config["describe"],
         interrupted=parameters.config["interrupted"],
         patience_s=parameters.config["patience_s"],
+        prepare=parameters.config["prepare"],
     )
 
 

@@ -3,6 +3,7 @@
     <snapshot.dir>/resilience-<uid>-<run id>-<node>/      0700; made by the agent, removed at the end of the run
       owner.json                          the run and the agent; locked for as long as agent or guardian live
       guardian.json                       where the guardian answers
+      generation.json                     whose commits make a snapshot: for a guardian that was started again
       rank-<r>/slot-<i>/state/…           the files of DeepSpeed's checkpoint
       rank-<r>/slot-<i>/commit.json       absent while the slot is being written
       rank-<r>/trail.bin                  what leads a restarted script forward
@@ -70,6 +71,7 @@ class Arena:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.guardian = path / "guardian.json"
+        self.generation = path / "generation.json"
         self.holds = path / "holds.json"
         self.manifests = path / "manifests"
         self.peers = path / "peers"

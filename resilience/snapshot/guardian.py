@@ -1,0 +1,145 @@
+"""The guardian of one node: `python -m resilience.snapshot.guardian`. It outlives the ranks and dies with its agent.
+
+It takes orders from its agent on standard input (resilience/snapshot/orders.py) and never imports torch. All that it
+knows lies in the arena, so that a guardian which was killed is simply started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from resilience.context import RunContext
+from resilience.errors import ResilienceError, SnapshotError
+from resilience.events import SnapshotFact
+from resilience.snapshot.arena import Arena, write_atomically
+from resilience.snapshot.holds import RESTORE, Holds
+from resilience.snapshot.manifest import Hold
+from resilience.snapshot.orders import Answer, Begin, Flush, Settle, decode, write
+from resilience.snapshot.prepare import clear, prepare
+from resilience.snapshot.redundancy import Redundancy
+from resilience.snapshot.watch import Watch, go_back
+
+__all__ = ["main"]
+
+
+class _Ended(BaseException):
+    """SIGTERM: the agent is gone, or wants this process gone."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until the agent closes standard input or dies; then nothing of the arena is left."""
+    parser = argparse.ArgumentParser(prog="python -m resilience.snapshot.guardian")
+    parser.add_argument("--context", type=Path, required=True)
+    parser.add_argument("--arena", type=Path, required=True)
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--peers", action="store_true", help="the run has other nodes, whose guardians call this one")
+    arguments = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    arena = Arena(arguments.arena)
+    try:
+        context = RunContext.read(arguments.context)
+        held = arena.hold()
+    except ResilienceError as error:
+        print(f"resilience: guardian: {error}", file=sys.stderr)
+        return error.exit_code
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        guardian = _Guardian(arena, context, node=arguments.node, has_peers=arguments.peers)
+    except ResilienceError as error:
+        print(f"resilience: guardian: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        guardian.serve()
+    except _Ended:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        guardian.stop()
+        arena.remove()
+        os.close(held)
+    return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended
+
+
+class _Guardian:
+    """Reads orders and carries them out; what needs no order is done by the threads that it starts."""
+
+    def __init__(self, arena: Arena, context: RunContext, *, node: str, has_peers: bool) -> None:
+        self._arena = arena
+        self._context = context
+        self._node = node
+        self._output = threading.Lock()
+        self._holds = Holds(arena)
+        self._watch = Watch(arena, run_id=context.run_id, node=node, holds=self._holds, tell=self._say)
+        self._redundancy: Redundancy | None = None
+        if has_peers:
+            self._redundancy = Redundancy(arena, context, node=node, holds=self._holds, tell=self._say)
+
+    def serve(self) -> None:
+        """Carry out orders, until the agent closes the stream."""
+        address = "" if self._redundancy is None else self._redundancy.start()
+        content = json.dumps({"pid": os.getpid(), "address": address}).encode()
+        write_atomically(self._arena.guardian, content)
+        self._watch.start()
+        for line in iter(sys.stdin.buffer.readline, b""):
+            number, order = decode(line)
+            match order:
+                case Begin():
+                    answer = self._begin(number, order)
+                case Settle():
+                    self._watch.settle(order.timeout_s)
+                    answer = Answer(number=number)
+                case Flush():
+                    answer = Answer(number=number, problem="nothing is flushed")
+            self._say(answer)
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._watch.stop()
+        if self._redundancy is not None:
+            self._redundancy.stop()
+
+    def _begin(self, number: int, order: Begin) -> Answer:
+        source = order.source
+        with self._watch.paused():
+            go_back(self._arena, order.generation, None if source is None else source.step)
+            self._watch.begin(order)
+            if self._redundancy is not None:
+                self._redundancy.begin(order)
+            self._holds.drop(RESTORE)
+            clear(self._arena)
+            if source is None:
+                return Answer(number=number)
+            self._holds.add(Hold(source.step, RESTORE, source.generation))
+            remote = None if self._redundancy is None else self._redundancy.remote(order)
+            try:
+                folder = prepare(self._arena, order, run_id=self._context.run_id, node=self._node, remote=remote)
+            except SnapshotError as error:
+                self._holds.drop(RESTORE)
+                return Answer(number=number, problem=str(error))
+            finally:
+                if remote is not None:
+                    remote.close()
+        return Answer(number=number, path=str(folder))
+
+    def _say(self, message: Answer | SnapshotFact) -> None:
+        with self._output, contextlib.suppress(BrokenPipeError):
+            sys.stdout.buffer.write(write(message))
+            sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
