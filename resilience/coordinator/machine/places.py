@@ -55,7 +55,8 @@ def place(state: State, now: float) -> Placing:
         changes.append(f"{spare} takes the place of {name}")
         decisions.append(made)
     num_places = len(state.places) if state.generations else state.num_nodes - state.num_spare_nodes
-    is_complete = len(taken) == num_places
+    # Before the first agent comes there are no places, and nothing to begin with.
+    is_complete = 0 < num_places == len(taken)
     return Placing(
         nodes=tuple(taken),
         is_complete=is_complete,
