@@ -107,6 +107,7 @@ class Guardian:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._told: set[tuple[str, int, int, str]] = set()
+        self._refused: set[tuple[int, int]] = set()
         self._number = 0
         self._num_deaths = 0
         self.restore: Path | None = None
@@ -164,6 +165,7 @@ class Guardian:
                 at=copy.at,
             )
             for copy in read_inventory(self.arena)
+            if (copy.step, copy.generation) not in self._refused
         ]
 
     def settle(self) -> None:
@@ -188,7 +190,9 @@ class Guardian:
             return ""  # without a guardian there are no snapshots; training goes on
         if answer is None:
             return f"snapshot of step {order.source.step}: the guardian of {self._node} does not answer"
-        if not answer.problem:
+        if answer.problem:
+            self._refused.add((order.source.step, order.source.generation))  # also where no file of it is bad
+        else:
             self.restore = Path(answer.path)
         return answer.problem
 

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from resilience.clock import SystemClock
 from resilience.context import RunContext
 from resilience.errors import ResilienceError, SnapshotError
-from resilience.events import SnapshotFact
+from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.holds import RESTORE, Holds
 from resilience.snapshot.manifest import Hold
@@ -52,20 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ResilienceError as error:
         print(f"resilience: guardian: {error}", file=sys.stderr)
         return error.exit_code
-    signal.signal(signal.SIGTERM, _end)
+    is_agent_gone = False
+    guardian = None
     try:
+        signal.signal(signal.SIGTERM, _end)
         guardian = _Guardian(arena, context, node=arguments.node, has_peers=arguments.peers)
+        guardian.serve()
+        is_agent_gone = True  # or it wants no guardian any more
     except ResilienceError as error:
         print(f"resilience: guardian: {error}", file=sys.stderr)
         return error.exit_code
-    try:
-        guardian.serve()
     except _Ended:
-        pass
+        # Whoever else ends a guardian does not end the run: its agent starts another one.
+        owner = arena.owner()
+        is_agent_gone = owner is None or os.getppid() != owner.pid
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        guardian.stop()
-        arena.remove()
+        if guardian is not None:
+            guardian.stop()
+        if is_agent_gone:
+            arena.remove()
         os.close(held)
     return 0
 
@@ -114,9 +121,9 @@ class _Guardian:
 
     def _begin(self, number: int, order: Begin) -> Answer:
         source = order.source
-        with self._watch.paused():
+        with self._watch.paused(), contextlib.ExitStack() as at_end:
             go_back(self._arena, order.generation, None if source is None else source.step)
-            self._watch.begin(order)
+            at_end.callback(self._watch.begin, order)
             if self._redundancy is not None:
                 self._redundancy.begin(order)
             self._holds.drop(RESTORE)
@@ -125,15 +132,37 @@ class _Guardian:
                 return Answer(number=number)
             self._holds.add(Hold(source.step, RESTORE, source.generation))
             remote = None if self._redundancy is None else self._redundancy.remote(order)
+            if remote is not None:
+                at_end.callback(remote.close)
             try:
-                folder = prepare(self._arena, order, run_id=self._context.run_id, node=self._node, remote=remote)
+                folder = prepare(
+                    self._arena,
+                    order,
+                    run_id=self._context.run_id,
+                    node=self._node,
+                    remote=remote,
+                    on_damage=lambda reason: self._refuse(order, reason),
+                )
             except SnapshotError as error:
                 self._holds.drop(RESTORE)
+                self._refuse(order, str(error))
                 return Answer(number=number, problem=str(error))
-            finally:
-                if remote is not None:
-                    remote.close()
         return Answer(number=number, path=str(folder))
+
+    def _refuse(self, order: Begin, reason: str) -> None:
+        source = order.source
+        assert source is not None
+        print(f"resilience: guardian: {reason}", file=sys.stderr, flush=True)
+        fact = SnapshotFact(
+            kind=SnapshotKind.REFUSED,
+            step=source.step,
+            generation=source.generation,
+            node=self._node,
+            world_size=order.world_size,
+            reason=reason,
+            at=SystemClock().wall(),
+        )
+        self._say(fact)
 
     def _say(self, message: Answer | SnapshotFact) -> None:
         with self._output, contextlib.suppress(BrokenPipeError):

@@ -45,6 +45,11 @@ class Holds:
                 self._holds.add(hold)
                 self._write()
 
+    def has(self, why: str) -> bool:
+        """Whether anything is held for this reason."""
+        with self._lock:
+            return any(hold.why == why for hold in self._holds)
+
     def drop(self, why: str) -> None:
         """Give up all holds of one reason."""
         with self._lock:

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -68,7 +69,15 @@ class Remote(Protocol):
         """
 
 
-def prepare(arena: Arena, order: Begin, *, run_id: str, node: str, remote: Remote | None = None) -> Path:
+def prepare(
+    arena: Arena,
+    order: Begin,
+    *,
+    run_id: str,
+    node: str,
+    remote: Remote | None = None,
+    on_damage: Callable[[str], None] = lambda reason: None,
+) -> Path:
     """Make the folder for the generation of `order`, from its source.
 
     Args:
@@ -77,6 +86,8 @@ def prepare(arena: Arena, order: Begin, *, run_id: str, node: str, remote: Remot
         run_id: the run.
         node: this node's name.
         remote: the other nodes; None where there are none.
+        on_damage: told once of each of this node's own files that is not what it was, whether or not others make up
+            for it. Its snapshot is not offered any more.
 
     Returns:
         The folder.
@@ -91,7 +102,8 @@ def prepare(arena: Arena, order: Begin, *, run_id: str, node: str, remote: Remot
     clear(arena)
     try:
         (building / tag_of(source.step)).mkdir(parents=True)
-        _fill(building, arena, order, source, run_id, node, remote)
+        filling = _Filling(building, arena, source, remote, on_damage)
+        filling.fill(order, run_id=run_id, node=node)
         building.rename(folder)
     except OSError as error:
         raise SnapshotError(
@@ -121,32 +133,84 @@ def clear(arena: Arena) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-def _fill(
-    folder: Path, arena: Arena, order: Begin, source: Source, run_id: str, node: str, remote: Remote | None
-) -> None:
-    own = _own_manifest(arena, source, run_id)
-    others = [] if remote is None else remote.manifests(source)
-    manifests = [*([own] if own is not None else []), *others]
-    if not manifests:
-        raise SnapshotError(f"{node}: snapshot of step {source.step}, generation {source.generation}, is not here")
-    sharing = {p.commit.rank for m in manifests for p in m.parts if any(is_shared(e.path) for e in p.commit.files)}
-    merged = merge(manifests, ranks={*order.ranks, *sharing}, node=node)
-    local = () if own is None else own.ranks
-    jobs = []
-    parts = []
-    for part in merged.parts:
-        is_own = part.commit.rank in order.ranks
-        part = part if is_own else _shared_only(part)
-        parts.append(part)
-        where = arena.slot(part.commit.rank, part.commit.slot) if part.commit.rank in local else None
-        jobs += [(part, entry, where) for entry in part.commit.files]
-        if is_own:
-            write_atomically(folder / f"commit-{part.commit.rank}.json", serialise_commit(part.commit))
-            _place_trail(folder, arena, part, remote=None if where is not None else remote)
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda job: _place(folder, source, *job, remote=remote), jobs):
-            pass
-    write_atomically(folder / SNAPSHOT, serialise_manifest(dataclasses.replace(merged, parts=tuple(parts))))
+class _Filling:
+    """Brings together what one folder needs, from here and from elsewhere."""
+
+    def __init__(
+        self, folder: Path, arena: Arena, source: Source, remote: Remote | None, on_damage: Callable[[str], None]
+    ) -> None:
+        self._folder = folder
+        self._arena = arena
+        self._source = source
+        self._remote = remote
+        self._on_damage = on_damage
+
+    def fill(self, order: Begin, *, run_id: str, node: str) -> None:
+        """Make everything that the ranks of `order` load."""
+        own = _own_manifest(self._arena, self._source, run_id)
+        others = [] if self._remote is None else self._remote.manifests(self._source)
+        manifests = [*([own] if own is not None else []), *others]
+        if not manifests:
+            of = f"snapshot of step {self._source.step}, generation {self._source.generation}"
+            raise SnapshotError(f"{node}: {of}, is not here any more")
+        if manifests[0].run_id != run_id:
+            raise SnapshotError(f"snapshot of step {self._source.step} belongs to run {manifests[0].run_id!r}")
+        sharing = {p.commit.rank for m in manifests for p in m.parts if any(is_shared(e.path) for e in p.commit.files)}
+        merged = merge(manifests, ranks={*order.ranks, *sharing}, node=node)
+        local = () if own is None else own.ranks
+        parts = tuple(part if part.commit.rank in order.ranks else _shared_only(part) for part in merged.parts)
+        jobs = [(part, entry, part.commit.rank in local) for part in parts for entry in part.commit.files]
+        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda job: self._place(*job), jobs))
+        for part in parts:
+            if part.commit.rank in order.ranks:
+                path = self._folder / f"commit-{part.commit.rank}.json"
+                write_atomically(path, serialise_commit(part.commit))
+                self._place_trail(part, is_here=part.commit.rank in local)
+        write_atomically(self._folder / SNAPSHOT, serialise_manifest(dataclasses.replace(merged, parts=parts)))
+
+    def _place(self, part: Part, entry: FileEntry, is_here: bool) -> None:
+        """Put one file into the folder, held against its digests."""
+        target = self._folder / tag_of(self._source.step) / PurePosixPath(entry.path).relative_to(STATE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_here:
+            path = self._arena.slot(part.commit.rank, part.commit.slot) / entry.path
+            with self._unless_damaged(part):
+                verify_file(path, entry)
+                os.link(path, target)
+                return
+        if self._remote is None:
+            raise SnapshotError(f"rank {part.commit.rank}'s {entry.path} is not on this node, and there is no other")
+        self._remote.fetch(part, entry, target)
+        verify_file(target, entry)
+
+    def _place_trail(self, part: Part, *, is_here: bool) -> None:
+        """Copy what the trail was at the snapshot: the rank of the new generation goes on with the file itself."""
+        if not part.commit.trail_bytes:
+            return
+        target = self._folder / f"trail-{part.commit.rank}.bin"
+        if is_here:
+            with self._unless_damaged(part):
+                _copy_head(self._arena.trail(part.commit.rank), target, part.commit.trail_bytes)
+                verify_trail(target, part)
+                return
+        if self._remote is None:
+            raise SnapshotError(f"rank {part.commit.rank}'s trail is not on this node, and there is no other")
+        self._remote.fetch_trail(part, target)
+        verify_trail(target, part)
+
+    @contextlib.contextmanager
+    def _unless_damaged(self, part: Part) -> Iterator[None]:
+        """Where this node's own file is damaged, never offer it again; raise only if nobody else can have it."""
+        try:
+            yield
+        except SnapshotError as error:
+            # Without its commit nobody hashes the slot once more, and takes the damage for what was meant.
+            self._arena.commit(part.commit.rank, part.commit.slot).unlink(missing_ok=True)
+            self._arena.manifest(part.commit.step, part.commit.generation).unlink(missing_ok=True)
+            self._on_damage(str(error))
+            if self._remote is None:
+                raise
 
 
 def _own_manifest(arena: Arena, source: Source, run_id: str) -> Manifest | None:
@@ -161,38 +225,6 @@ def _shared_only(part: Part) -> Part:
     """What other ranks read of a rank's part."""
     files = tuple(entry for entry in part.commit.files if is_shared(entry.path))
     return Part(commit=dataclasses.replace(part.commit, files=files, trail_bytes=0), trail="")
-
-
-def _place(
-    folder: Path, source: Source, part: Part, entry: FileEntry, slot: Path | None, *, remote: Remote | None
-) -> None:
-    """Put one file into the folder, and hold it against its digests."""
-    target = folder / tag_of(source.step) / PurePosixPath(entry.path).relative_to(STATE)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if slot is not None:
-        try:
-            verify_file(slot / entry.path, entry)
-            os.link(slot / entry.path, target)
-            return
-        except SnapshotError:
-            if remote is None:  # others may be able to rebuild what is damaged here
-                raise
-    if remote is None:
-        raise SnapshotError(f"rank {part.commit.rank}'s {entry.path} is not on this node, and there is no other")
-    remote.fetch(part, entry, target)
-    verify_file(target, entry)
-
-
-def _place_trail(folder: Path, arena: Arena, part: Part, *, remote: Remote | None) -> None:
-    """Copy what the trail was at the snapshot: the rank of the new generation goes on with the file itself."""
-    if not part.commit.trail_bytes:
-        return
-    target = folder / f"trail-{part.commit.rank}.bin"
-    if remote is not None:
-        remote.fetch_trail(part, target)
-    else:
-        _copy_head(arena.trail(part.commit.rank), target, part.commit.trail_bytes)
-    verify_trail(target, part)
 
 
 def _copy_head(source: Path, target: Path, num_bytes: int) -> None:

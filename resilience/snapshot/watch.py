@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from resilience.errors import SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.hashing import Interrupted, hash_part
-from resilience.snapshot.holds import HASHING, Holds
+from resilience.snapshot.holds import HASHING, RESTORE, Holds
 from resilience.snapshot.inventory import is_still_there, read_manifest
 from resilience.snapshot.manifest import Commit, Hold, Manifest, Part, parse_commit, serialise_manifest
 from resilience.snapshot.orders import Begin
@@ -78,6 +80,7 @@ class Watch:
         self._is_urgent = False
         self._must_wait = False
         self._is_ending = False
+        self._has_complained = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
@@ -139,7 +142,7 @@ class Watch:
         while not self._is_ending:
             is_busy, was_urgent = True, self._is_urgent
             with self._work, contextlib.suppress(Interrupted):
-                is_busy = self._look()
+                is_busy = self._look_if_there_is_room()
             if was_urgent and not is_busy:
                 self._settled.set()
             pause_s = _POLL_S[0] if is_busy else min(1.5 * pause_s, _POLL_S[1])
@@ -154,10 +157,23 @@ class Watch:
             with contextlib.suppress(OSError):  # a container may forbid it
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
 
+    def _look_if_there_is_room(self) -> bool:
+        """A full file system keeps manifests from being published, and must not end this thread."""
+        try:
+            is_busy = self._look()
+        except OSError as error:
+            if not self._has_complained:
+                print(f"resilience: guardian: {error}; snapshots are not published", file=sys.stderr, flush=True)
+            self._has_complained = True
+            return False
+        self._has_complained = False
+        return is_busy
+
     def _look(self) -> bool:
         """Do the most urgent thing there is; False when there was nothing."""
         commits = self._commits()
         self._forget(commits)
+        self._release(commits)
         for key, group in self._whole(commits):
             if key in self._published or _identity(key, group) in self._refused:
                 continue
@@ -207,9 +223,20 @@ class Watch:
     def _forget(self, commits: Commits) -> None:
         """Take back the manifests of snapshots that ranks have begun to overwrite."""
         for key, manifest in list(self._published.items()):
-            if not all(is_still_there(part, commits) for part in manifest.parts):
-                self._arena.manifest(key[1], key[0]).unlink(missing_ok=True)
+            path = self._arena.manifest(key[1], key[0])
+            if not path.exists() or not all(is_still_there(part, commits) for part in manifest.parts):
+                path.unlink(missing_ok=True)
                 del self._published[key]
+
+    def _release(self, commits: Commits) -> None:
+        """Once every rank has committed something of its own, it has loaded what was prepared for it."""
+        group = self._group
+        if group is None or not self._holds.has(RESTORE):
+            return
+        begun = {commit.rank for commit in commits.values() if commit.generation == group.generation}
+        if begun >= group.ranks:
+            shutil.rmtree(self._arena.restore(group.generation), ignore_errors=True)
+            self._holds.drop(RESTORE)
 
     # ------ commits
 
