@@ -87,7 +87,8 @@ def judge(report: dict[str, Any]) -> list[str]:
 def prove(directory: Path, steps: int) -> bool:
     """Both runs and the verdict, printed."""
     faulted, plain, run = directory / "faulted", directory / "plain", directory / "run"
-    options = ["--resilience", "--resilience-faults", str(FILES / "faults.toml"), "--resilience-dir", str(run)]
+    options = ["--resilience", "--resilience-config", str(FILES / "resilience.toml")]
+    options += ["--resilience-faults", str(FILES / "faults.toml"), "--resilience-dir", str(run)]
     faulted_s = train(options, directory, faulted, steps=steps)
     plain_s = train([], directory, plain, steps=steps)
     wrong = judge(read_report(run / "report.json"))
