@@ -68,9 +68,10 @@ class Node:
 class NodeState:
     """How the last generation ended here: what the next Join tells."""
 
-    def __init__(self, node: Node, guardian: Guardian | None = None) -> None:
+    def __init__(self, node: Node) -> None:
         self._node = node
-        self._guardian = guardian
+        self.guardian: Guardian | None = None
+        """Of this node's snapshots; None where there is no memory tier."""
         self.generation = 0
         self.exits: tuple[RankExit, ...] = ()
         self.reason = "first start"
@@ -89,7 +90,7 @@ class NodeState:
         node = self._node
         # The first generation meets where the launch said; later ones elsewhere, for the old port may linger.
         port = node.arguments.master_port if self.generation == 0 else free_port("0.0.0.0")
-        guardian = self._guardian
+        guardian = self.guardian
         if guardian is not None and self.generation:
             guardian.settle()
         return pb.AgentInfo(

@@ -26,6 +26,7 @@ from resilience.launch import guardian as guardians
 from resilience.launch.agent import Agent, Node, NodeState
 from resilience.launch.client import CoordinatorClient, ReportStream
 from resilience.launch.devices import identify
+from resilience.launch.guardian import Guardian
 from resilience.launch.lease import LeaseWatch
 from resilience.launch.network import is_free, local_address_towards
 from resilience.launch.processes import adopt_orphans, end_descendants
@@ -49,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     adopt_orphans()
     try:
-        life = _Life(node)
-    except ResilienceError as error:
+        with _PidFile(node):
+            return _Life(node).run()
+    except ResilienceError as error:  # nothing was started yet
         print(f"resilience: {error}", file=sys.stderr)
         return error.exit_code
-    with _PidFile(node):
-        return life.run()
 
 
 def _node(argv: list[str]) -> Node:
@@ -127,17 +127,24 @@ class _Life:
         )
         self._lease = LeaseWatch(node.context.run_dir, lease_s=config.coordinator.lease_s)
         self._signal: signal.Signals | None = None
-        self._guardian = guardians.start(
+        self._guardian: Guardian | None = None
+        self._state = NodeState(node)
+
+    def run(self) -> int:
+        """Start what ranks need and run them; the exit code.
+
+        Raises:
+            UsageError: what the configuration wants cannot be had here.
+        """
+        node = self._node
+        self._install_signals()
+        self._guardian = self._state.guardian = guardians.start(
             node.context,
             node.context_path,
             node=node.name,
             num_nodes=node.num_nodes,
             tell=lambda fact: self._reports.snapshots([fact]),
         )
-        self._state = NodeState(node, self._guardian)
-
-    def run(self) -> int:
-        self._install_signals()
         parameters = RendezvousParameters(
             backend=BACKEND,
             endpoint=self._client.address,
