@@ -85,7 +85,7 @@ def protected(arenas: Path, nodes: list[str]) -> bool:
     return all(list(arena_of(arenas, node).glob("peers/*/complete")) for node in nodes)
 
 
-@pytest.mark.parametrize(("num_nodes", "losses"), [(2, 1), (6, 2)])
+@pytest.mark.parametrize(("num_nodes", "losses"), [(2, 1), pytest.param(6, 2, marks=pytest.mark.long)])
 def test_lost_nodes_are_rebuilt_on_spare_ones(
     tmp_path: Path, arenas: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, losses: int
 ) -> None:

@@ -203,7 +203,7 @@ def no_room() -> dict[str, Any]:
     case = Case(name="room", zero=1, precision="fp32")
     engine = build_engine(case)
     with memory() as mine:
-        snapshots = mine.snapshots(engine, slots=10_000_000)
+        snapshots = mine.snapshots(engine, slots=100_000)
         train_step(case, engine, 1)
         take(snapshots, 1)
         found = {"case": "room", "off": mine.off, "can_take": snapshots.can_take, "steps": snapshots.steps()}
