@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+
+from resilience.snapshot.arena import Arena
 
 T = TypeVar("T")
 
@@ -168,16 +171,27 @@ class Run:
         wait_for(look, what=f"{text!r} in the output", timeout_s=timeout_s)
 
     def shared_memory(self) -> list[str]:
-        """What this run, and no other on this machine, could have left in /dev/shm: by the ports it met at."""
+        """What this run, and no other on this machine, left in /dev/shm: buffers by the ports it met at, arenas by
+        what they say of themselves."""
         ports = {self.master_port}
         for endpoint in self.run_dir.glob("logs/generation-*/endpoint-*.json"):
             ports.add(json.loads(endpoint.read_text())["master_port"])
         mine = tuple(f"_{port}_" for port in ports)
-        return [
+        buffers = [
             entry.name
             for entry in Path("/dev/shm").iterdir()
             if entry.name.startswith("deepspeed_allreduce_buffer") and any(port in entry.name for port in mine)
         ]
+        return buffers + [path.name for path in self.arenas()]
+
+    def arenas(self) -> list[Path]:
+        """Arenas of this run in /dev/shm."""
+        found = []
+        for path in Path("/dev/shm").glob(f"resilience-{os.getuid()}-*"):
+            owner = Arena(path).owner()
+            if owner is not None and owner.run_dir == str(self.run_dir):
+                found.append(path)
+        return found
 
     def assert_nothing_left(self, timeout_s: float = 30.0) -> None:
         wait_for(
@@ -193,7 +207,8 @@ class Run:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)
         for name in self.shared_memory():
-            (Path("/dev/shm") / name).unlink(missing_ok=True)
+            path = Path("/dev/shm") / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
