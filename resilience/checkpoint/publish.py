@@ -29,6 +29,7 @@ __all__ = [
     "hash_and_flush",
     "hash_file",
     "publish",
+    "random_states_file",
     "read_latest",
     "read_manifest",
     "read_marker",
@@ -43,6 +44,11 @@ MARKER = f"{FOLDER}/saving.json"
 LATEST = "latest"
 TEMPORARY_PREFIX = ".resilience-"
 """Of files and folders that are being made or deleted."""
+
+
+def random_states_file(rank: int) -> str:
+    """Where a rank's random states and counters are kept, relative to the tag's directory."""
+    return f"{FOLDER}/random-rank-{rank:05d}.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from resilience.checkpoint.batch import parse as parse_batch
 from resilience.checkpoint.convert import LATEST_UNIVERSAL, SUFFIX
 from resilience.checkpoint.exchange import attempt, broadcast, gather
 from resilience.checkpoint.manifest import Manifest, assign, fingerprint, is_loaded
-from resilience.checkpoint.publish import MANIFEST, hash_file, read_latest, read_manifest
+from resilience.checkpoint.publish import MANIFEST, hash_file, random_states_file, read_latest, read_manifest
 from resilience.checkpoint.verify import (
     Candidate,
     State,
@@ -35,7 +35,8 @@ from resilience.checkpoint.verify import (
     in_loading_order,
     verify,
 )
-from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.deepspeed import powers
+from resilience.deepspeed.checkpoint_setting import Setting
 from resilience.deepspeed.universal_batch import keep_batch
 from resilience.deepspeed.universal_load import load_universally, seed_new_rank
 from resilience.errors import CheckpointError
@@ -82,7 +83,9 @@ class Loader:
         is_untrained = _position(engine) == self._position
         chosen = self._choose(load_dir, options["tag"], full)
         if chosen is None:
-            return self._original(*args, **kwargs)
+            result = self._original(*args, **kwargs)
+            powers.loaded(engine)
+            return result
         tag_dir = load_dir / chosen.tag
 
         def load_tag(tag: str) -> Any:
@@ -98,6 +101,7 @@ class Loader:
             result = load_tag(chosen.tag)
         if result[0] is None:
             return result
+        powers.loaded(engine)
         if full and is_untrained and chosen.state is State.PUBLISHED:
             self._keep_batch(tag_dir)
         resumes = full and is_untrained and chosen.state is State.PUBLISHED and chosen.at < setting.started_at
@@ -269,6 +273,7 @@ class Loader:
         # An unfinished accumulation is not in a checkpoint: the step begins anew with its first micro-batch.
         micro_steps = int(content["counters"]["micro_steps"])
         engine.micro_steps = micro_steps - micro_steps % engine.gradient_accumulation_steps()
+        powers.bring_back(engine, int(content["counters"][powers.NAME]))
 
     def _refuse(self, load_dir: Path, candidate: Candidate, reason: str) -> None:
         self._say(f"{load_dir}: checkpoint {candidate.tag} refused: {reason}")

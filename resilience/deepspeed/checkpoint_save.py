@@ -20,9 +20,10 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import agree, attempt, broadcast, gather
 from resilience.checkpoint.manifest import FileEntry, Manifest, assign
-from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish
+from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish, random_states_file
 from resilience.checkpoint.verify import member_files
-from resilience.deepspeed.checkpoint_setting import Setting, random_states_file
+from resilience.deepspeed import powers
+from resilience.deepspeed.checkpoint_setting import Setting
 from resilience.deepspeed.universal_batch import batch_of
 from resilience.errors import CheckpointError
 from resilience.events import CheckpointKind
@@ -91,9 +92,13 @@ class Saver:
             started_at=setting.clock.wall(),
         )
 
+    def _counters(self) -> dict[str, int]:
+        engine = self._setting.engine
+        return {"micro_steps": engine.micro_steps, powers.NAME: powers.origin(engine)}
+
     def _save_random_states(self, tag_dir: Path) -> None:
         states = randomness.capture(get_cuda_rng_tracker().get_states())
-        content: dict[str, Any] = {"random": states, "counters": {"micro_steps": self._setting.engine.micro_steps}}
+        content: dict[str, Any] = {"random": states, "counters": self._counters()}
         batch = batch_of(self._setting.engine)
         if batch is not None:
             content["batch"] = dataclasses.asdict(batch)

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from resilience.checkpoint.publish import FOLDER
 from resilience.clock import Clock
 from resilience.events import CheckpointFact, CheckpointKind
 
-__all__ = ["GuardState", "Reporter", "Setting", "Share", "random_states_file"]
+__all__ = ["GuardState", "Reporter", "Setting", "Share"]
 
 _log = logging.getLogger(__name__)
 
@@ -92,8 +91,3 @@ class Setting:
             return
         _log.warning("resilience: %s", message)
         self.client.note(kind, message, step=int(self.engine.global_steps))
-
-
-def random_states_file(rank: int) -> str:
-    """Where a rank's random states and counters are kept, relative to the tag's directory."""
-    return f"{FOLDER}/random-rank-{rank:05d}.json"

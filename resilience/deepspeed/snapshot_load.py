@@ -17,6 +17,7 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 
 from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import gather
+from resilience.deepspeed import powers
 from resilience.deepspeed.snapshot_take import compare
 from resilience.errors import ResilienceError, SnapshotError
 from resilience.snapshot.hashing import verify_file
@@ -110,7 +111,9 @@ def _check_rank(parts: dict[int, Part], rank: int) -> None:
 
 
 def _set_counters(engine: Any, part: Part) -> None:
-    for name, value in part.commit.counters.items():
+    counters = dict(part.commit.counters)
+    powers.bring_back(engine, counters.pop(powers.NAME))
+    for name, value in counters.items():
         setattr(engine, name, value)
 
 

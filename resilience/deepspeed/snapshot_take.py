@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 from deepspeed.utils import logger
 
+from resilience.deepspeed import powers
 from resilience.snapshot.archive import Archive, Image, as_bytes, picture
 from resilience.snapshot.manifest import STATE, FileEntry, Part
 
@@ -38,7 +39,7 @@ def problem(engine: Any) -> str:
 
 def counters(engine: Any) -> dict[str, int]:
     """What the engine counts, a load of a checkpoint brings back only some of it."""
-    return {name: int(getattr(engine, name)) for name in _COUNTERS}
+    return {**{name: int(getattr(engine, name)) for name in _COUNTERS}, powers.NAME: powers.origin(engine)}
 
 
 class Taker:
