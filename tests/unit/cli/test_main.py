@@ -74,7 +74,7 @@ def test_it_runs_without_torch_and_deepspeed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"][0]["name"] == "clean"
+    assert "clean" in [row["name"] for row in json.loads(done.stdout)["steps"]]
 
 
 def test_policy_show_is_the_table(command: Command) -> None:
