@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, launched
+
+from tests.integration.harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, launched
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -49,9 +50,11 @@ def faultless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         ("loader", [], 0),
         ("loader", ["--save-every", "40"], 40),
         ("trainer", [], 0),
+        ("trainer", ["--save-every", "40"], 40),
         ("accelerate", [], 0),
+        ("accelerate", ["--save-every", "40"], 40),
     ],
-    ids=["loader", "loader-from-40", "trainer", "accelerate"],
+    ids=["loader", "loader-from-40", "trainer", "trainer-from-40", "accelerate", "accelerate-from-40"],
 )
 def test_a_killed_rank_costs_no_step_and_the_script_ends_with_the_same_weights(
     tmp_path: Path, faultless: dict[str, Run], script: str, words: list[str], start: int
