@@ -93,7 +93,7 @@ def test_a_loss_spike_is_replayed_first(results: Results) -> None:
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ("short", "to stay within 1e-06 MiB (snapshot.history_max_mib)"),
+        ("short", "within 9.53674e-07 MiB (snapshot.history_max_mib)"),
         ("no_budget", "the budget of 0 rewinds within 3600 s is used up"),
     ],
 )
