@@ -123,7 +123,7 @@ class SnapshotConfig(_Section):
     overhead_budget_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """For `auto`: most of a step's time that copying may take, on average."""
     mtbf_hours: Positive = 3.0
-    """For `auto`: hours between two failures of the job, on average; more failures, more snapshots, up to the budget."""
+    """For `auto`: hours between two failures of the job on average; more failures, more snapshots, up to the budget."""
     dir: Path = Path("/dev/shm")
     """Folder on tmpfs, on every node, in which a run keeps its arena."""
     slots: Annotated[int, Field(ge=3)] | None = None

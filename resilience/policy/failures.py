@@ -141,12 +141,6 @@ def _what(history: _History) -> str:
     return f"rank {root.rank} on {root.node} ended with {how} {where}{said}"
 
 
-def _origin(history: _History) -> str:
-    if history.newest.last_verified_step:
-        return "the last verified checkpoint"
-    return "what the script begins with, as this run has no verified checkpoint yet"
-
-
 def _count(history: _History) -> str:
     limit = history.limits.max_restarts
     return f" ({limit - history.left + 1} of at most {limit} restarts)"
@@ -212,9 +206,7 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         text="a node is gone, restarts are left in the window, and a spare node waits: new generation with that one",
         when=lambda h: h.is_lost_node and h.may_restart and bool(h.newest.spares),
         action=Action.RESTART,
-        reason=lambda h: (
-            f"{_what(h)}; {h.newest.spares[0]}, a spare node, takes its place: restart from {_origin(h)}{_count(h)}"
-        ),
+        reason=lambda h: f"{_what(h)}; {h.newest.spares[0]}, a spare node, takes its place: restart{_count(h)}",
     ),
     ExitRule(
         name="node-lost-wait",
@@ -222,8 +214,7 @@ EXIT_RULES: tuple[ExitRule, ...] = (
         when=lambda h: h.is_lost_node and h.may_restart and h.newest.wait_s > 0,
         action=Action.RESTART,
         reason=lambda h: (
-            f"{_what(h)}; there is no spare node, it is waited for {h.newest.wait_s:g} s: restart from"
-            f" {_origin(h)}{_count(h)}"
+            f"{_what(h)}; there is no spare node, it is waited for {h.newest.wait_s:g} s: restart{_count(h)}"
         ),
     ),
     ExitRule(
@@ -256,10 +247,10 @@ EXIT_RULES: tuple[ExitRule, ...] = (
     ),
     ExitRule(
         name="restart-processes",
-        text="restarts are left in the window: new generation from the last verified checkpoint",
+        text="restarts are left in the window: new generation from the newest snapshot or checkpoint that can be had",
         when=lambda h: h.left > 0,
         action=Action.RESTART,
-        reason=lambda h: f"{_what(h)}: restart from {_origin(h)}{_count(h)}",
+        reason=lambda h: f"{_what(h)}: restart{_count(h)}",
     ),
     ExitRule(
         name="budget-used-up",

@@ -22,6 +22,7 @@ from resilience.context import RunContext
 from resilience.errors import ResilienceError, SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot.arena import Arena, write_atomically
+from resilience.snapshot.flush import Flusher
 from resilience.snapshot.holds import RESTORE, Holds
 from resilience.snapshot.manifest import Hold
 from resilience.snapshot.orders import Answer, Begin, Flush, Settle, decode, write
@@ -91,6 +92,16 @@ class _Guardian:
         self._output = threading.Lock()
         self._holds = Holds(arena)
         self._watch = Watch(arena, run_id=context.run_id, node=node, holds=self._holds, tell=self._say)
+        self._flusher = Flusher(
+            arena,
+            context.config.snapshot,
+            run_id=context.run_id,
+            run_dir=context.run_dir,
+            node=node,
+            holds=self._holds,
+            newest=lambda: self._watch.newest,
+            tell=self._say,
+        )
         self._redundancy: Redundancy | None = None
         if has_peers:
             self._redundancy = Redundancy(arena, context, node=node, holds=self._holds, tell=self._say)
@@ -101,6 +112,7 @@ class _Guardian:
         content = json.dumps({"pid": os.getpid(), "address": address}).encode()
         write_atomically(self._arena.guardian, content)
         self._watch.start()
+        self._flusher.start()
         for line in iter(sys.stdin.buffer.readline, b""):
             number, order = decode(line)
             match order:
@@ -110,17 +122,21 @@ class _Guardian:
                     self._watch.settle(order.timeout_s)
                     answer = Answer(number=number)
                 case Flush():
-                    answer = Answer(number=number, problem="nothing is flushed")
+                    self._watch.settle(order.timeout_s / 2)
+                    path, problem = self._flusher.flush_now(order.timeout_s / 2)
+                    answer = Answer(number=number, path=path, problem=problem)
             self._say(answer)
 
     def stop(self) -> None:
         """End the threads."""
         self._watch.stop()
+        self._flusher.stop()
         if self._redundancy is not None:
             self._redundancy.stop()
 
     def _begin(self, number: int, order: Begin) -> Answer:
         source = order.source
+        self._flusher.begin(order.generation, order.ranks)
         with self._watch.paused(), contextlib.ExitStack() as at_end:
             go_back(self._arena, order.generation, None if source is None else source.step)
             at_end.callback(self._watch.begin, order)

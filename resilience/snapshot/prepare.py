@@ -36,10 +36,10 @@ from resilience.snapshot.manifest import (
 )
 from resilience.snapshot.orders import Begin, Source
 
-__all__ = ["SNAPSHOT", "Remote", "clear", "is_shared", "prepare", "tag_of"]
+__all__ = ["OWN_PREFIXES", "SNAPSHOT", "Remote", "clear", "is_shared", "prepare", "tag_of"]
 
 SNAPSHOT = "snapshot.json"
-_OWN_PREFIXES = ("zero_pp_rank_", "bf16_zero_pp_rank_")
+OWN_PREFIXES = ("zero_pp_rank_", "bf16_zero_pp_rank_")
 """DeepSpeed's names for what one rank alone reads; all other files are read by ranks that did not write them."""
 _MAX_THREADS = 4
 
@@ -122,7 +122,7 @@ def tag_of(step: int) -> str:
 
 def is_shared(path: str) -> bool:
     """Whether ranks read this file that did not write it."""
-    return not PurePosixPath(path).name.startswith(_OWN_PREFIXES)
+    return not PurePosixPath(path).name.startswith(OWN_PREFIXES)
 
 
 def clear(arena: Arena) -> None:

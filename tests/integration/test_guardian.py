@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import signal
+import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
+from resilience.checkpoint.publish import read_latest
 from resilience.snapshot.arena import Arena
-from tests.integration.harness import Run, digest, launched, wait_for
+from resilience.snapshot.inventory import read_inventory
+from tests.integration.harness import Run, digest, launched, resilience, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -70,10 +77,45 @@ def test_nothing_is_left_however_a_run_ends(tmp_path: Path, how: str) -> None:
         wait_for(lambda: read_inventory(arena), what="a snapshot")
         end(run, how)
         run.wait(60)
-        if how == "everything":
-            # Nobody was left to clean up; the next run of this user does.
-            with launched(tmp_path / "next", script_args=["--steps", "1"], resilience=CONFIG) as after:
-                assert after.wait() == 0, after.output()[-4000:]
-                assert f"removed {arena.path}" in after.output()
+        if how != "everything":
+            run.assert_nothing_left()
+            return
+        # Nobody was left to clean up; the next run of this user does.
+        assert arena.path.exists()
+        with launched(tmp_path / "next", script_args=["--steps", "1"], resilience=CONFIG) as after:
+            assert after.wait() == 0, after.output()[-4000:]
+            assert f"removed {arena.path}" in after.output()
         assert not arena.path.exists()
+
+
+@pytest.mark.slow
+def test_a_preempted_run_leaves_its_newest_snapshot_as_a_checkpoint(tmp_path: Path) -> None:
+    config = f"{CONFIG}flush_interval_s = 1.0\n"
+    with launched(tmp_path / "run", script_args=["--steps", "100000"], resilience=config) as run:
+        snapshots = run.run_dir / "snapshots"
+        run.wait_for_line("step 4 ")
+        wait_for(lambda: read_latest(snapshots), what="a snapshot on disk")
+        reached = wait_for(lambda: [step for step, _ in arena_of(run).published()], what="one in memory")[-1]
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 75
         run.assert_nothing_left()
+    tag = read_latest(snapshots)
+    assert tag is not None
+    step = int(tag.removeprefix("global_step"))
+    assert step >= reached, "what was in memory is on disk"
+    assert len(list(snapshots.iterdir())) <= 3, "two checkpoints and `latest`"
+    answer = resilience("checkpoints", "verify", str(snapshots), cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    for path in (snapshots / tag).glob("*.pt"):
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+    # It is what DeepSpeed would have saved, and a script that is given it goes on from there.
+    with launched(
+        tmp_path / "plain", plain=True, script_args=["--steps", str(step), "--save-every", str(step)]
+    ) as plain:
+        assert plain.wait() == 0, plain.output()[-4000:]
+    shutil.copytree(snapshots, tmp_path / "again" / "checkpoints")
+    assert digest(tmp_path / "again", tag) == digest(tmp_path / "plain", tag)
+    with launched(tmp_path / "again", script_args=["--steps", str(step + 1)], resilience=CONFIG) as again:
+        assert again.wait() == 0, again.output()[-4000:]
+        assert again.report()["num_steps"] == step + 1

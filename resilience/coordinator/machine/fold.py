@@ -94,9 +94,20 @@ def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[
     record.places = places_of(fact.seats)
     state.generations.append(record)
     state.telemetry.rank_checks.clear()
+    _say_origin(state, fact)
     for name, _ in record.places:  # spare ones go on waiting
         state.nodes[name].waiting = state.nodes[name].is_done = False
     return []
+
+
+def _say_origin(state: State, fact: f.GenerationBegan) -> None:
+    """Where the state comes from is known only now that every node has said what it holds."""
+    if fact.restore is None:
+        return
+    for decision in list(state.decisions.values()):
+        if decision.action is Action.RESTART and decision.outcome is Outcome.PENDING:
+            reason = f"{decision.reason}; generation {fact.generation} begins from {fact.restore.reason}"
+            state.decisions[decision.decision_id] = dataclasses.replace(decision, reason=reason)
 
 
 def _rank_joined(state: State, fact: f.RankJoined, at: float) -> list[Effect]:
