@@ -21,6 +21,7 @@ from resilience.snapshot.inventory import read_commits
 from resilience.snapshot.manifest import Commit, FileEntry, Record, serialise_commit
 
 NUM_WORDS = 40_000
+NUM_PIECES = 8
 
 
 class Rank:
@@ -64,7 +65,10 @@ class Rank:
             path.write_bytes(words)
             return
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-            mapped[:] = words
+            # Slowly, so that most kills strike in the middle of it.
+            for at in range(0, len(words), len(words) // NUM_PIECES):
+                mapped[at : at + len(words) // NUM_PIECES] = words[at : at + len(words) // NUM_PIECES]
+                time.sleep(0.0005)
 
 
 def main() -> None:
