@@ -66,7 +66,10 @@ METRICS: tuple[Metric, ...] = (
         "outcome",
     ),
     _counter("replays_total", "Iterations that were run again", "", "outcome"),
-    _counter("restores_total", "Checkpoints loaded or refused", "", "tier", "outcome"),
+    _counter("rewinds_total", "Times that the run went back to a memory snapshot in its live processes", "", "outcome"),
+    _counter("restores_total", "Snapshots and checkpoints loaded or refused", "", "tier", "outcome"),
+    _histogram("snapshot_seconds", "Blocking copy, load and flush of memory snapshots", "seconds", _SECONDS, "phase"),
+    _gauge("snapshot_age_steps", "Steps since the newest memory snapshot", "steps"),
     _counter("decisions_total", "Decisions, by the rung they chose", "decisions", "action"),
     _histogram(
         "decision_seconds", "From the first detection to the end of the decision's execution", "seconds", _SECONDS

@@ -11,7 +11,18 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import resilience
-from resilience.cli import calibrate, checkpoints, coordinator, devices, diagnosis, faults, policy, run, weights
+from resilience.cli import (
+    calibrate,
+    checkpoints,
+    coordinator,
+    devices,
+    diagnosis,
+    faults,
+    policy,
+    run,
+    snapshots,
+    weights,
+)
 from resilience.errors import ExitCode, ResilienceError
 
 __all__ = ["app", "main"]
@@ -23,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (run, faults, checkpoints, devices, policy, coordinator, diagnosis, weights, calibrate):
+for module in (run, faults, snapshots, checkpoints, devices, policy, coordinator, diagnosis, weights, calibrate):
     module.register(app)
 
 

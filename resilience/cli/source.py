@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """What can be asked of a run, and the two orders that can be given to it."""
+    """What can be asked of a run, and the orders that can be given to it."""
 
     def run(self) -> op.Run: ...
 
@@ -55,6 +55,12 @@ class Source(Protocol):
     def set_cordon(self, target: str, *, cordoned: bool, reason: str) -> op.SetCordonResponse: ...
 
     def drain(self, reason: str) -> None: ...
+
+    def snapshots(self) -> op.ListSnapshotsResponse: ...
+
+    def take_snapshot(self, reason: str) -> None: ...
+
+    def rewind(self, reason: str, step: int | None) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -197,6 +203,16 @@ class LiveSource:
     def drain(self, reason: str) -> None:
         self._call(self._stub.DrainRun, op.DrainRunRequest(reason=reason), op.DrainRunResponse)
 
+    def snapshots(self) -> op.ListSnapshotsResponse:
+        return self._call(self._stub.ListSnapshots, op.ListSnapshotsRequest(), op.ListSnapshotsResponse)
+
+    def take_snapshot(self, reason: str) -> None:
+        request = op.TakeSnapshotNowRequest(reason=reason)
+        self._call(self._stub.TakeSnapshotNow, request, op.TakeSnapshotNowResponse)
+
+    def rewind(self, reason: str, step: int | None) -> None:
+        self._call(self._stub.RewindRun, op.RewindRunRequest(reason=reason, step=step), op.RewindRunResponse)
+
     def _call(self, method: Callable[..., Any], request: Any, kind: type[T]) -> T:
         try:
             answer = method(request, metadata=self._metadata, timeout=_CALL_S)
@@ -265,6 +281,17 @@ class RecordedSource:
     def drain(self, reason: str) -> None:
         del reason
         raise ResilienceError("the run has ended: there is nothing to drain")
+
+    def snapshots(self) -> op.ListSnapshotsResponse:
+        return op.ListSnapshotsResponse()  # they are gone with the run
+
+    def take_snapshot(self, reason: str) -> None:
+        del reason
+        raise ResilienceError("the run has ended: there is nothing to take a snapshot of")
+
+    def rewind(self, reason: str, step: int | None) -> None:
+        del reason, step
+        raise ResilienceError("the run has ended: there is nothing to rewind")
 
 
 def _credentials(token_file: Path | None) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,7 @@ The service answers with these functions from the live machine, and the command 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -14,7 +14,7 @@ from resilience.coordinator.accounting import account
 from resilience.coordinator.devices import DeviceRecord
 from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine.state import State, StoryLine
-from resilience.events import Decision, Detection
+from resilience.events import Decision, Detection, SnapshotFact, SnapshotKind
 from resilience.policy import EXIT_RULES, RULES, judge, restarts_left
 from resilience.rpc.codec import MAX_MESSAGE_BYTES, clip, to_proto
 from resilience.rpc.v1 import operator_pb2 as op
@@ -122,6 +122,43 @@ def _rank_state(machine: Machine, rank: int, now: float) -> op.RankState:
     if beat is not None and beat.step_seconds is not None:
         message.step_seconds = beat.step_seconds
     return message
+
+
+def list_snapshots(machine: Machine) -> op.ListSnapshotsResponse:
+    """Memory snapshots that were told of lately, newest first."""
+    record = machine.state.generations[-1] if machine.state.generations else None
+    nodes = {name for name, _ in record.places} if record is not None else set()
+    found = [_snapshot(step, generation, facts, nodes) for (step, generation), facts in machine.pulse.snapshots.items()]
+    told: list[op.SnapshotState] = [snapshot for snapshot in found if snapshot is not None]
+    told.sort(key=_age, reverse=True)
+    return op.ListSnapshotsResponse(snapshots=told)
+
+
+def _age(snapshot: op.SnapshotState) -> tuple[int, int]:
+    return snapshot.generation, snapshot.step
+
+
+def _snapshot(
+    step: int, generation: int, facts: Mapping[tuple[str, SnapshotKind], SnapshotFact], nodes: set[str]
+) -> op.SnapshotState | None:
+    taken = {node: fact for (node, kind), fact in facts.items() if kind is SnapshotKind.TAKEN}
+    if not taken:
+        return None
+    redundancies = [fact.redundancy for (_, kind), fact in facts.items() if kind is SnapshotKind.PROTECTED]
+    is_protected = len(redundancies) == len(taken)
+    is_flushed = any(kind is SnapshotKind.FLUSHED for _, kind in facts)
+    return op.SnapshotState(
+        step=step,
+        generation=generation,
+        tier="disk" if is_flushed else "peer" if is_protected else "memory",
+        num_bytes=sum(fact.num_bytes for fact in taken.values()),
+        clean_through=max(fact.clean_through for fact in facts.values()),
+        redundancy=min(redundancies) if is_protected else 0,
+        complete=set(taken) >= nodes,
+        at=max(fact.at for fact in taken.values()),
+        seconds=max(fact.seconds for fact in taken.values()),
+        node=clip(",".join(sorted(taken))),
+    )
 
 
 def list_detections(state: State, *, include_propagated: bool = False, limit: int = 0) -> op.ListDetectionsResponse:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.host import Host
 from resilience.coordinator.machine import Machine
@@ -49,6 +50,9 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
         "replays_total": counted(
             (str(d.outcome),) for d in decisions if d.action is Action.REPLAY and d.outcome is not Outcome.PENDING
         ),
+        "rewinds_total": counted(
+            (str(d.outcome),) for d in decisions if d.action is Action.REWIND and d.outcome is not Outcome.PENDING
+        ),
         "restores_total": _restores(machine),
         "decisions_total": counted((str(d.action),) for d in decisions),
         "abft_checks_total": {(site,): count for site, count in state.telemetry.checks.items()},
@@ -59,6 +63,7 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
             ("live",): state.last_verified_step,
             ("checkpoint",): state.newest_checkpoint_step,
         },
+        "snapshot_age_steps": _snapshot_age(machine),
         "generation": {(): state.generation},
         "device_faults_total": counted((device, verdict) for device, verdict, *_ in _device_faults(roots)),
         "quarantined": {(device,): value for device, value in cordoned.items()},
@@ -80,6 +85,12 @@ def _device_faults(roots: Iterable[Detection]) -> set[tuple[str, str, int, int]]
     }
 
 
+def _snapshot_age(machine: Machine) -> Samples:
+    """Steps since the newest memory snapshot; nothing where there is none."""
+    newest = max((step for step, _ in machine.pulse.snapshots), default=None)
+    return {} if newest is None else {(): max(0, queries.newest_step(machine) - newest)}
+
+
 def _restores(machine: Machine) -> Samples:
     """Every rank loads its part of a checkpoint; that is one restore of the run."""
     seen = {
@@ -88,7 +99,12 @@ def _restores(machine: Machine) -> Samples:
         if point.kind is not CheckpointKind.PUBLISHED
     }
     outcomes = {CheckpointKind.LOADED: "succeeded", CheckpointKind.REFUSED: "refused"}
-    return collections.Counter(("checkpoint", outcomes[kind]) for _, _, _, kind in seen)
+    restores: collections.Counter[tuple[str, ...]] = collections.Counter(
+        ("disk", outcomes[kind]) for _, _, _, kind in seen
+    )
+    restores.update(("memory", "succeeded") for _ in machine.state.loaded_snapshots)
+    restores.update(("memory", "refused") for _ in machine.state.refusals)
+    return restores
 
 
 def families(machine: Machine, now: float) -> Iterator[Metric]:

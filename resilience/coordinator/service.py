@@ -17,6 +17,7 @@ from resilience.coordinator.journal import JournalError
 from resilience.coordinator.machine import RefusalKind, Refused
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.answers import JoinStatus, answer_join, directives_for, skips_in_a_row
+from resilience.coordinator.machine.facts import Wish
 from resilience.coordinator.machine.operations import devices_of
 from resilience.coordinator.machine.vetoes import decision_id
 from resilience.rpc.codec import BoundsError, check_bounds, to_proto
@@ -222,6 +223,21 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
         )
         changed = before ^ set(self.host.machine.state.cordons)
         return op.SetCordonResponse(devices=[device for device, _ in devices if device in changed])
+
+    @_answers
+    async def ListSnapshots(self, request: op.ListSnapshotsRequest, context: Any) -> op.ListSnapshotsResponse:
+        return queries.list_snapshots(self.host.machine)
+
+    @_answers
+    async def TakeSnapshotNow(self, request: op.TakeSnapshotNowRequest, context: Any) -> op.TakeSnapshotNowResponse:
+        self.host.submit(c.AskRanks(wish=Wish.SNAPSHOT, reason=request.reason))
+        return op.TakeSnapshotNowResponse()
+
+    @_answers
+    async def RewindRun(self, request: op.RewindRunRequest, context: Any) -> op.RewindRunResponse:
+        step = request.step if request.HasField("step") else None
+        self.host.submit(c.AskRanks(wish=Wish.REWIND, reason=request.reason, step=step))
+        return op.RewindRunResponse()
 
     @_answers
     async def DrainRun(self, request: op.DrainRunRequest, context: Any) -> op.DrainRunResponse:

@@ -179,8 +179,12 @@ def directive_message(directive: Directive) -> pb.Directive:
         message.restart.CopyFrom(pb.Restart(ended_generation=directive.generation, reason=reason))
     elif directive.kind is DirectiveKind.STOP:
         message.stop.CopyFrom(pb.Stop(exit_code=directive.exit_code, reason=reason))
-    else:
+    elif directive.kind is DirectiveKind.DRAIN:
         message.drain.CopyFrom(pb.Drain(reason=reason))
+    elif directive.kind is DirectiveKind.REWIND:
+        message.rewind.CopyFrom(pb.Rewind(reason=reason, step=directive.step))
+    else:
+        message.take_snapshot.CopyFrom(pb.TakeSnapshot(reason=reason))
     return message
 
 

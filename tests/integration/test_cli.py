@@ -19,7 +19,7 @@ import pytest
 from resilience.cli.main import main
 from resilience.config import Config, LaunchConfig
 from resilience.context import RunContext
-from resilience.events import CheckpointFact, CheckpointKind
+from resilience.events import CheckpointFact, CheckpointKind, SnapshotFact, SnapshotKind
 from resilience.launch import progress
 from resilience.rpc.codec import to_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
@@ -121,6 +121,16 @@ def test_every_verb_is_answered_live_and_from_the_journal(served: Served, capsys
     assert json.loads(asked(capsys, "uncordon", "device-1", "--json")[1])["devices"] == ["device-1"]
     assert asked(capsys, "explain", "g1-s9-a0")[0] == 1
     assert asked(capsys, "status", "--address", served.address)[0] == 0  # the token is that of the run
+    taken = SnapshotFact(
+        kind=SnapshotKind.TAKEN, step=4, generation=1, node="a", num_bytes=5 << 20, clean_through=2, seconds=0.1, at=1.0
+    )
+    served.report(snapshots=[to_proto(taken)])
+    (snapshot,) = json.loads(asked(capsys, "snapshots", "--json")[1])
+    assert (snapshot["step"], snapshot["tier"], snapshot["clean_through"]) == (4, "memory", 2)
+    assert "5.0" in asked(capsys, "snapshots")[1]
+    assert asked(capsys, "snapshot", "now")[0] == 0
+    assert asked(capsys, "rewind", "--step", "4", "--reason", "suspicious loss")[0] == 0
+    assert "rewind to the snapshot of step 4 asked for: suspicious loss" in asked(capsys, "events")[1]
     assert asked(capsys, "drain", "--reason", "maintenance")[0] == 0
     assert json.loads(asked(capsys, "status", "--json")[1])["state"] == "draining"
     live = {verb: asked(capsys, verb, "--json")[1] for verb in ("detections", "decisions", "devices")}

@@ -33,6 +33,7 @@ def test_no_label_grows_with_the_run() -> None:
         "cause",
         "tier",
         "method",
+        "phase",
     }
     assert all(set(metric.labels) <= bounded for metric in METRICS)
 

@@ -50,6 +50,8 @@ class DirectiveKind(enum.StrEnum):
     RESTART = "restart"
     STOP = "stop"
     DRAIN = "drain"
+    REWIND = "rewind"
+    SNAPSHOT = "snapshot"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,12 @@ class Directive:
     reason: str
     generation: int = 0
     exit_code: int = 0
+    step: int | None = None
+    """With a rewind: the step of the snapshot."""
+
+
+_ASKED_FOR_S = 60.0
+"""How long rank 0 may take to hear what a person asked for."""
 
 
 def answer_join(state: State, node: str, last_generation: int) -> JoinAnswer:
@@ -135,6 +143,18 @@ def directives_for(state: State, member: str, generation: int, now: float) -> tu
         orders.append(
             Directive(directive_id="drain", kind=DirectiveKind.DRAIN, expires_at=expires_at, reason=state.drain)
         )
+    if member == "rank:0" and ending is None and generation == state.generation:
+        orders += [
+            Directive(
+                directive_id=f"{wish}-{asked.number}",
+                kind=DirectiveKind(wish),
+                expires_at=asked.at + _ASKED_FOR_S,
+                reason=asked.reason,
+                step=asked.step,
+            )
+            for wish, asked in state.asked.items()
+            if asked.generation == state.generation and now < asked.at + _ASKED_FOR_S
+        ]
     return tuple(orders)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from resilience.coordinator.machine.facts import Agent, Note
+from resilience.coordinator.machine.facts import Agent, Note, Wish
 from resilience.events import CheckpointFact, Decision, Detection, Evidence, RankExit, SnapshotFact, Strike
 from resilience.policy import Copy
 
 __all__ = [
+    "AskRanks",
     "Close",
     "Command",
     "Conclude",
@@ -141,6 +142,16 @@ class Drain:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AskRanks:
+    """A person asks all ranks for something at the end of their step."""
+
+    wish: Wish
+    reason: str = ""
+    step: int | None = None
+    """With a rewind: to the snapshot of this step; None takes the newest clean one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ObserveRpc:
     """A call was answered."""
 
@@ -168,5 +179,17 @@ class Close:
 
 
 Command = (
-    JoinAgent | JoinRank | Report | Decide | Conclude | Leave | SetCordon | Drain | ObserveRpc | Tick | Recover | Close
+    JoinAgent
+    | JoinRank
+    | Report
+    | Decide
+    | Conclude
+    | Leave
+    | SetCordon
+    | Drain
+    | AskRanks
+    | ObserveRpc
+    | Tick
+    | Recover
+    | Close
 )

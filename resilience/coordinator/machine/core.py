@@ -24,6 +24,7 @@ _PLANNERS: dict[type, Callable[[State, Pulse, Any, float], Iterator[f.Fact]]] = 
     c.Conclude: vetoes.conclude,
     c.SetCordon: operations.set_cordon,
     c.Drain: operations.drain,
+    c.AskRanks: operations.ask_ranks,
     c.ObserveRpc: operations.observe_rpc,
     c.Tick: operations.tick,
     c.Recover: operations.recover,

@@ -6,6 +6,7 @@ Each is a frozen value of plain data, so that the journal can write it as JSON a
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 from resilience.config import PolicyConfig
 from resilience.events import CheckpointFact, Decision, Detection, Evidence, Mode, Outcome, SnapshotFact, Strike
@@ -33,13 +34,22 @@ __all__ = [
     "Opened",
     "OrderTaken",
     "RankJoined",
+    "RanksAsked",
     "RanksDone",
     "Recovered",
     "Reported",
     "RestartSettled",
     "Sampled",
     "Seat",
+    "Wish",
 ]
+
+
+class Wish(enum.StrEnum):
+    """What a person can ask of all ranks."""
+
+    REWIND = "rewind"
+    SNAPSHOT = "snapshot"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +302,15 @@ class DrainAsked:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RanksAsked:
+    """A person asked all ranks for something; rank 0 is told, and tells the others at the next boundary."""
+
+    wish: Wish
+    reason: str = ""
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The run is over. After it only people may still change something: a cordon."""
 
@@ -320,6 +339,7 @@ Fact = (
     | MemberLeft
     | RanksDone
     | DrainAsked
+    | RanksAsked
     | Finished
 )
 
@@ -345,6 +365,7 @@ FACTS: dict[str, type] = {
         MemberLeft,
         RanksDone,
         DrainAsked,
+        RanksAsked,
         Finished,
     )
 }

@@ -15,6 +15,7 @@ from resilience.coordinator.machine import ledger, snapshots
 from resilience.coordinator.machine.effects import Effect, Finish, RememberCordon
 from resilience.coordinator.machine.state import (
     MAX_DURATIONS,
+    Asked,
     Cordon,
     Ending,
     GenerationRecord,
@@ -311,6 +312,13 @@ def _drain_asked(state: State, fact: f.DrainAsked, at: float) -> list[Effect]:
     return []
 
 
+def _ranks_asked(state: State, fact: f.RanksAsked, at: float) -> list[Effect]:
+    before = state.asked.get(fact.wish)
+    number = 1 if before is None else before.number + 1
+    state.asked[fact.wish] = Asked(number, state.generation, fact.reason, fact.step, at)
+    return []
+
+
 def _finished(state: State, fact: f.Finished, at: float) -> list[Effect]:
     state.finished = Ending(fact.exit_code, fact.reason)
     state.finished_at, state.outcome = at, fact.outcome
@@ -338,6 +346,7 @@ _FOLDS: dict[type, Callable[[State, Any, float], list[Effect]]] = {
     f.MemberLeft: _member_left,
     f.RanksDone: _ranks_done,
     f.DrainAsked: _drain_asked,
+    f.RanksAsked: _ranks_asked,
     f.Finished: _finished,
 }
 assert set(_FOLDS) == set(f.FACTS.values()), "every fact has its fold"

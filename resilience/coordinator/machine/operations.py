@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from resilience.coordinator.machine import facts as f
-from resilience.coordinator.machine.commands import Close, Drain, ObserveRpc, Recover, SetCordon, Tick
+from resilience.coordinator.machine.commands import AskRanks, Close, Drain, ObserveRpc, Recover, SetCordon, Tick
 from resilience.coordinator.machine.effects import RefusalKind, Refused
 from resilience.coordinator.machine.pulse import Pulse, sample_interval_s
 from resilience.coordinator.machine.rendezvous import begin, finish
@@ -13,8 +13,9 @@ from resilience.coordinator.machine.reports import flush
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.supervision import watch
 from resilience.errors import ExitCode
+from resilience.events import Mode
 
-__all__ = ["close", "devices_of", "drain", "observe_rpc", "recover", "set_cordon", "tick"]
+__all__ = ["ask_ranks", "close", "devices_of", "drain", "observe_rpc", "recover", "set_cordon", "tick"]
 
 
 def tick(state: State, pulse: Pulse, command: Tick, now: float) -> Iterator[f.Fact]:
@@ -59,6 +60,15 @@ def drain(state: State, pulse: Pulse, command: Drain, now: float) -> Iterator[f.
     """A person asks the run to leave after its next checkpoint."""
     if state.drain is None and state.finished is None:
         yield f.DrainAsked(reason=command.reason)
+
+
+def ask_ranks(state: State, pulse: Pulse, command: AskRanks, now: float) -> Iterator[f.Fact]:
+    """A person asks all ranks for a snapshot, or to go back to one."""
+    if state.finished is not None or state.generation_ended:
+        raise Refused(RefusalKind.INVALID, f"no ranks train: there is nobody to ask for a {command.wish}")
+    if state.mode is not Mode.ENFORCE and command.wish is f.Wish.REWIND:
+        raise Refused(RefusalKind.INVALID, f"mode {state.mode}: nothing is done to the ranks; run with mode enforce")
+    yield f.RanksAsked(wish=command.wish, reason=command.reason, step=command.step)
 
 
 def observe_rpc(state: State, pulse: Pulse, command: ObserveRpc, now: float) -> Iterator[f.Fact]:

@@ -6,12 +6,15 @@ coordinator that is killed loses at most so much of its telemetry, and nothing e
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from resilience.coordinator.machine.commands import Heartbeat
 from resilience.coordinator.machine.facts import Observations, Sampled
 from resilience.coordinator.machine.state import State
+from resilience.events import SnapshotFact, SnapshotKind
 from resilience.metrics import BY_NAME, bucket_of
 
 __all__ = ["Pulse", "sample", "sample_interval_s"]
@@ -22,6 +25,10 @@ _RANKS_PER_SECOND = 64
 _MEASURED_BY_RANKS = frozenset({"replay", "rewind", "check"})
 """Causes of badput that ranks report. The coordinator knows the others by itself, from first steps and checkpoints, and
 causes are labels of a metric, so no rank may invent one."""
+
+
+_MAX_SNAPSHOTS = 64
+_PHASES = {SnapshotKind.TAKEN: "copy", SnapshotKind.LOADED: "load", SnapshotKind.FLUSHED: "flush"}
 
 
 @dataclasses.dataclass
@@ -49,6 +56,20 @@ class Pulse:
     first_step_at: float | None = None
     sums: dict[tuple[str, str], _Sum] = dataclasses.field(default_factory=dict)
     badput: dict[str, float] = dataclasses.field(default_factory=dict)
+    snapshots: collections.OrderedDict[tuple[int, int], dict[tuple[str, SnapshotKind], SnapshotFact]] = (
+        dataclasses.field(default_factory=collections.OrderedDict)
+    )
+    """(step, generation) -> what was told last of each node's part; the newest ones."""
+
+    def take_snapshots(self, facts: Iterable[SnapshotFact]) -> None:
+        """What members told of memory snapshots: too much to be journaled, and gone with the snapshots."""
+        for fact in facts:
+            self.snapshots.setdefault((fact.step, fact.generation), {})[fact.node, fact.kind] = fact
+            phase = _PHASES.get(fact.kind)
+            if phase is not None:
+                self.observe("snapshot_seconds", fact.seconds, phase)
+            while len(self.snapshots) > _MAX_SNAPSHOTS:
+                self.snapshots.popitem(last=False)
 
     def age(self, member: str, now: float) -> float:
         """Seconds since `member` gave a sign of life."""

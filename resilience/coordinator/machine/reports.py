@@ -75,6 +75,7 @@ def _take_pulse(state: State, pulse: Pulse, command: Report, now: float, *, is_n
     if is_new:
         pulse.sequences[command.member] = command.sequence
         pulse.take_badput(state, command.badput_seconds)
+        pulse.take_snapshots(command.snapshots)
     if kind == "rank" and command.heartbeat is not None:
         pulse.take_beat(state, int(name), command.heartbeat, is_new=is_new, now=now)
     is_first_step = pulse.first_step_at is not None

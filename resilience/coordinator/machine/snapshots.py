@@ -14,6 +14,8 @@ __all__ = ["choose", "is_news", "note"]
 
 def is_news(state: State, generation: int, fact: SnapshotFact) -> bool:
     """Whether `fact`, told by a member of `generation`, is not known yet."""
+    if fact.kind is SnapshotKind.LOADED:
+        return fact not in state.loaded_snapshots
     if fact.kind is SnapshotKind.REFUSED:
         return fact.tier != Tier.DISK and _refusal(generation, fact) not in state.refusals
     return False
@@ -21,6 +23,7 @@ def is_news(state: State, generation: int, fact: SnapshotFact) -> bool:
 
 def note(state: State, fact: Reported) -> None:
     """What members told of memory snapshots."""
+    state.loaded_snapshots += [each for each in fact.snapshots if each.kind is SnapshotKind.LOADED]
     for each in fact.snapshots:
         if each.kind is SnapshotKind.REFUSED and each.tier != Tier.DISK:
             state.refusals.add(_refusal(fact.generation, each))

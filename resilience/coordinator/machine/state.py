@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from resilience.config import PolicyConfig
-from resilience.coordinator.machine.facts import Agent, Note, Seat
+from resilience.coordinator.machine.facts import Agent, Note, Seat, Wish
 from resilience.events import (
     Action,
     CheckpointFact,
@@ -16,6 +16,7 @@ from resilience.events import (
     Detection,
     Evidence,
     Mode,
+    SnapshotFact,
     Strike,
     Verdict,
 )
@@ -23,6 +24,7 @@ from resilience.metrics import BY_NAME
 from resilience.policy import Ancestor, Choice, Copy, Failure
 
 __all__ = [
+    "Asked",
     "Cordon",
     "Ending",
     "GenerationRecord",
@@ -150,6 +152,17 @@ class Cordon:
 
 
 @dataclasses.dataclass
+class Asked:
+    """What a person asked of all ranks, the newest of its kind."""
+
+    number: int
+    generation: int
+    reason: str
+    step: int | None
+    at: float
+
+
+@dataclasses.dataclass
 class StoryLine:
     """One line of the run's story."""
 
@@ -245,6 +258,9 @@ class State:
     order: Order | None = None
     ending: Ending | None = None
     drain: str | None = None
+    asked: dict[Wish, Asked] = dataclasses.field(default_factory=dict)
+    loaded_snapshots: list[SnapshotFact] = dataclasses.field(default_factory=list)
+    """Those that a generation went on from."""
     finished: Ending | None = None
     finished_at: float | None = None
     outcome: str = ""

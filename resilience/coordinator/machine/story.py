@@ -121,6 +121,11 @@ def _drain_asked(state: State, fact: f.DrainAsked, at: float) -> None:
     state.tell(at, "note", f"drain asked for: {fact.reason or 'no reason given'}")
 
 
+def _ranks_asked(state: State, fact: f.RanksAsked, at: float) -> None:
+    where = "" if fact.step is None else f" to the snapshot of step {fact.step}"
+    state.tell(at, "note", f"{fact.wish}{where} asked for: {fact.reason or 'no reason given'}")
+
+
 def _finished(state: State, fact: f.Finished, at: float) -> None:
     state.tell(at, "finished", f"run ended with {fact.exit_code} ({fact.outcome}): {fact.reason}")
 
@@ -140,5 +145,6 @@ _TELLERS: dict[type, Callable[[State, Any, float], None]] = {
     f.MemberLeft: _member_left,
     f.RanksDone: _ranks_done,
     f.DrainAsked: _drain_asked,
+    f.RanksAsked: _ranks_asked,
     f.Finished: _finished,
 }

@@ -53,7 +53,10 @@ def main() -> None:
                 continue
             step += 1
             if step % 10 == 0:
-                accelerator.print(f"step {step} average {average:.9f} lr {scheduler.get_last_lr()}", flush=True)
+                # In one write: ranks share the launcher's output.
+                accelerator.print(
+                    f"step {step} average {average:.9f} lr {scheduler.get_last_lr()}\n", end="", flush=True
+                )
             if args.save_every and step % args.save_every == 0:
                 accelerator.save_state(str(own))
                 accelerator.wait_for_everyone()

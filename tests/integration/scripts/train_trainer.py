@@ -64,7 +64,7 @@ def main() -> None:
         print(f"done at step {trainer.state.global_step}", flush=True)
         for entry in trainer.state.log_history:
             kept = {key: value for key, value in entry.items() if key in ("step", "loss", "grad_norm", "eval_loss")}
-            print("history", json.dumps(kept), flush=True)
+            print("history", json.dumps(kept, sort_keys=True), flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -125,6 +125,16 @@ def test_a_run_that_has_ended_cannot_be_drained(command: Command) -> None:
     assert "nothing to drain" in err
 
 
+@pytest.mark.usefixtures("ended")
+def test_a_run_that_has_ended_has_no_snapshots_and_takes_none(command: Command) -> None:
+    assert json.loads(command("snapshots", "--json")[1]) == []
+    assert "no memory snapshot" in command("snapshots")[1]
+    for words in (["snapshot", "now"], ["rewind"], ["rewind", "--step", "3"]):
+        code, _, err = command(*words)
+        assert code == 1
+        assert "the run has ended" in err
+
+
 def test_another_run_directory(command: Command, ended: FakeRun, here: Path) -> None:
     del ended
     (here / "resilience-runs" / "latest").unlink()

@@ -10,8 +10,8 @@ from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.machine import RefusalKind, Refused
 from resilience.coordinator.machine import commands as c
-from resilience.coordinator.machine.answers import skips_in_a_row
-from resilience.coordinator.machine.facts import FACTS
+from resilience.coordinator.machine.answers import directives_for, skips_in_a_row
+from resilience.coordinator.machine.facts import FACTS, Wish
 from resilience.coordinator.machine.pulse import sample_interval_s
 from resilience.events import (
     Action,
@@ -300,3 +300,33 @@ def test_answers_fit_into_a_message(run: FakeRun) -> None:
     assert answer.ByteSize() < MAX_MESSAGE_BYTES
     assert answer.detections[-1].detection_id == "g1-r0-7999", "the newest stay"
     assert len(queries.list_detections(run.state, limit=3).detections) == 3
+
+
+def test_nothing_begins_before_an_agent_has_come() -> None:
+    run = FakeRun()
+    run.pass_time(2.0)
+    assert run.machine.state.generation == 0
+
+
+def test_what_a_person_asks_of_the_ranks_is_told_to_rank_0_for_a_minute(run: FakeRun) -> None:
+    run.train(until=2)
+    run.submit(c.AskRanks(wish=Wish.REWIND, reason="suspicious", step=1))
+    run.submit(c.AskRanks(wish=Wish.SNAPSHOT))
+
+    def told(member: str) -> list[tuple[str, int | None]]:
+        found = directives_for(run.machine.state, member, 1, run.clock.wall())
+        return [(directive.directive_id, directive.step) for directive in found]
+
+    assert told("rank:0") == [("rewind-1", 1), ("snapshot-1", None)]
+    assert told("rank:1") == told("agent:node-0") == []
+    run.submit(c.AskRanks(wish=Wish.REWIND, reason="again"))
+    assert told("rank:0") == [("rewind-2", None), ("snapshot-1", None)]
+    run.clock.advance(61.0)
+    assert told("rank:0") == []
+
+
+def test_nobody_is_asked_for_a_rewind_where_nothing_is_enforced() -> None:
+    run = FakeRun(mode=Mode.SHADOW)
+    run.start()
+    with pytest.raises(Refused, match="shadow"):
+        run.submit(c.AskRanks(wish=Wish.REWIND))

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.scrape import families
-from resilience.events import CheckpointFact, CheckpointKind
+from resilience.events import Action, CheckpointFact, CheckpointKind, Decision, Outcome, SnapshotFact, SnapshotKind
 from resilience.metrics import METRICS, PREFIX, Kind
 from resilience.testing import FakeRun
 
@@ -62,6 +62,21 @@ def busy() -> FakeRun:
             step=4, checks=(("linear.out", 9),), residual_ratios=(0.02, float("nan")), abft_overhead_ratio=0.1
         ),
     )
+    told = [
+        SnapshotFact(kind=kind, step=3, generation=1, node="a", num_bytes=100, seconds=0.1, at=5.0)
+        for kind in (SnapshotKind.TAKEN, SnapshotKind.LOADED)
+    ]
+    run.report("rank:0", snapshots=tuple(told))
+    back = Decision(
+        decision_id="g1-s4-a1",
+        generation=1,
+        step=4,
+        attempt=1,
+        action=Action.REWIND,
+        reason="",
+        outcome=Outcome.SUCCEEDED,
+    )
+    run.conclude(back)
     run.submit(c.ObserveRpc(method="Decide", seconds=0.002))
     run.submit(c.SetCordon(target="device-1", cordoned=True, reason="hot"))
     run.pass_time(1.25)
@@ -87,7 +102,11 @@ def test_values(busy: FakeRun) -> None:
     assert value(found, "corrections_total", outcome="succeeded") == 1
     assert value(found, "corrections_total", outcome="failed") == 1
     assert value(found, "replays_total", outcome="succeeded") == 1
-    assert value(found, "restores_total", tier="checkpoint", outcome="refused") == 1
+    assert value(found, "restores_total", tier="disk", outcome="refused") == 1
+    assert value(found, "restores_total", tier="memory", outcome="succeeded") == 1
+    assert value(found, "rewinds_total", outcome="succeeded") == 1
+    assert value(found, "snapshot_age_steps") == 1
+    assert value(found, "snapshot_seconds_count", phase="copy") == 1
     assert value(found, "abft_checks_total", site="linear.out") == 9
     assert value(found, "abft_residual_ratio_count") == 1, "what is not finite is left out"
     assert value(found, "last_verified_step", tier="checkpoint") == 4
@@ -104,6 +123,6 @@ def test_counters_are_the_same_after_recovery(busy: FakeRun) -> None:
     before = scraped(busy)
     busy.restart_coordinator()
     after = scraped(busy)
-    volatile = ("heartbeat_age_seconds", "abft_overhead_ratio", "goodput_ratio")
+    volatile = ("heartbeat_age_seconds", "abft_overhead_ratio", "goodput_ratio", "snapshot_age_steps")
     kept = {key: number for key, number in before.items() if not key[0].startswith(tuple(PREFIX + v for v in volatile))}
     assert {key: after.get(key) for key in kept} == kept
