@@ -103,8 +103,9 @@ bit = 30
 """
 
 
-def test_damaged_masters_lead_back_to_the_checkpoint(tmp_path: Path, fault_free: Path) -> None:
-    with launched(tmp_path, faults=STRUCK_AT_REST, resilience="[detection]\nat_rest_share = 1.0\n") as run:
+def test_damaged_masters_lead_back_to_the_checkpoint_where_no_snapshots_are(tmp_path: Path, fault_free: Path) -> None:
+    settings = "[detection]\nat_rest_share = 1.0\n[snapshot]\ninterval_steps = 0\n"
+    with launched(tmp_path, faults=STRUCK_AT_REST, resilience=settings) as run:
         assert run.wait() == 0, run.output()[-4000:]
         report = run.report()
         run.assert_nothing_left()

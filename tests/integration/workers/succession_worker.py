@@ -27,7 +27,7 @@ from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import gather
 from resilience.config import Config
 from resilience.context import ARENA_VARIABLE, RESTORE_VARIABLE, RunContext
-from resilience.deepspeed import hook
+from resilience.deepspeed import hook, snapshot_take
 from resilience.events import SnapshotFact
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.manifest import Commit, Manifest, Part, serialise_manifest
@@ -148,7 +148,7 @@ def keep_snapshot(engine: Any, folder: Path) -> None:
         clean_through=0,
         blocked_s=0.0,
         random=randomness.capture({}),
-        counters={name: getattr(engine, name) for name in ("micro_steps", "global_samples", "skipped_steps")},
+        counters=snapshot_take.counters(engine),
         trail_bytes=len(trail),
         files=(),
     )

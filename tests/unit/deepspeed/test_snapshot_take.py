@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from resilience.deepspeed import snapshot_take
+from resilience.deepspeed import powers, snapshot_take
 from resilience.deepspeed.snapshot_take import Taker, compare, problem
 from resilience.snapshot.hashing import hash_file
 from resilience.snapshot.manifest import Commit, FileEntry, Part
@@ -135,4 +135,4 @@ def test_what_cannot_be_taken_is_named() -> None:
     assert problem(engine) == ""
     assert snapshot_take.counters(
         SimpleNamespace(micro_steps=8, global_steps=4, global_samples=32, skipped_steps=1)
-    ) == {"micro_steps": 8, "global_steps": 4, "global_samples": 32, "skipped_steps": 1}
+    ) == {"micro_steps": 8, "global_steps": 4, "global_samples": 32, "skipped_steps": 1, powers.NAME: 0}
