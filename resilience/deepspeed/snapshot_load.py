@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rn
 from resilience.checkpoint import randomness
 from resilience.checkpoint.exchange import gather
 from resilience.deepspeed import powers
-from resilience.deepspeed.snapshot_take import compare
+from resilience.deepspeed.snapshot_take import compare, num_hashing_threads
 from resilience.errors import ResilienceError, SnapshotError
-from resilience.snapshot.hashing import verify_file
+from resilience.snapshot.hashing import verify_files
 from resilience.snapshot.manifest import STATE, Manifest, Part, parse_manifest
 from resilience.snapshot.mapped import Mapped
 from resilience.snapshot.prepare import SNAPSHOT, is_shared, tag_of
@@ -28,6 +29,9 @@ from resilience.snapshot.prepare import SNAPSHOT, is_shared, tag_of
 __all__ = ["load", "read_prepared", "resume_randomness"]
 
 LoadCheckpoint = Callable[..., Any]
+
+_MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, pickle.UnpicklingError)
+"""What DeepSpeed, torch and pickle raise when a state is not that of the engine."""
 
 
 def read_prepared(folder: Path) -> Manifest:
@@ -74,15 +78,19 @@ def load(
     if verify_files:
         _agree(device, lambda: _verify(tag_folder, parts, rank))
     _agree(device, lambda: _check_rank(parts, rank))
-    path = _load_mapped(engine, device, lambda: load_checkpoint(str(folder), tag=tag_folder.name)[0])
-    problem = "DeepSpeed found nothing to load" if path is None else ""
-    if not problem:
-        _set_counters(engine, parts[rank])
-        problem = compare(engine, parts, rank=rank)
+    where = f"snapshot of step {manifest.step}: rank {rank}"
+
+    def load_it() -> None:
+        if load_checkpoint(str(folder), tag=tag_folder.name)[0] is None:
+            raise SnapshotError(f"{where}: DeepSpeed found nothing to load")
+
+    _load_mapped(engine, device, lambda: _agree(device, lambda: _telling(where, load_it)))
+    _agree(device, lambda: _telling(where, lambda: _set_counters(engine, parts[rank])))
+    difference = compare(engine, parts, rank=rank)
 
     def check() -> None:
-        if problem:
-            raise SnapshotError(f"snapshot of step {manifest.step}: rank {rank}: {problem}")
+        if difference:
+            raise SnapshotError(f"{where}: {difference}")
 
     _agree(device, check)
 
@@ -99,10 +107,15 @@ def resume_randomness(part: Part, *, source: str) -> None:
 
 
 def _verify(folder: Path, parts: dict[int, Part], rank: int) -> None:
-    for owner, part in parts.items():
-        for entry in part.commit.files:
-            if owner == rank or is_shared(entry.path):
-                verify_file(folder / Path(entry.path).relative_to(STATE), entry)
+    verify_files(
+        (
+            (folder / Path(entry.path).relative_to(STATE), entry)
+            for owner, part in parts.items()
+            for entry in part.commit.files
+            if owner == rank or is_shared(entry.path)
+        ),
+        num_threads=num_hashing_threads(),
+    )
 
 
 def _check_rank(parts: dict[int, Part], rank: int) -> None:
@@ -129,17 +142,25 @@ def _agree(device: torch.device, check: Callable[[], None]) -> None:
         raise SnapshotError(problems[0])
 
 
-def _load_mapped(engine: Any, device: torch.device, load_it: Callable[[], Any]) -> Any:
+def _telling(where: str, work: Callable[[], None]) -> None:
+    """Run what runs DeepSpeed's and torch's code on verified files: where they do not fit this engine, it fails in one
+    of many ways, and on all ranks alike."""
+    try:
+        work()
+    except _MISFITS as error:
+        raise SnapshotError(f"{where}: does not fit the engine ({type(error).__name__}: {error})") from error
+
+
+def _load_mapped(engine: Any, device: torch.device, load_it: Callable[[], None]) -> None:
     """Load out of mappings of the files, which is several times as fast as by way of fresh memory; and once more that
     way if anything of the engine still lies in a mapping: it would change when the file's slot is overwritten."""
     reader, moments = _MappedReader(engine.checkpoint_engine), _moments(engine)
     with _reading_with(engine, reader):
-        path = load_it()
+        load_it()
     _bring_home(engine, moments, reader)
     if any(gather(not reader.close(), device)):
         with _reading_with(engine, _PlainReader(engine.checkpoint_engine)):
-            path = load_it()
-    return path
+            load_it()
 
 
 class _PlainReader:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from resilience.deepspeed import powers
 from resilience.snapshot.archive import Archive, Image, as_bytes, picture
 from resilience.snapshot.manifest import STATE, FileEntry, Part
 
-__all__ = ["Taker", "compare", "counters", "problem"]
+__all__ = ["Taker", "compare", "counters", "num_hashing_threads", "problem"]
 
+_THREADS_MAX = 8
+"""More do not hash faster: memory is what they wait for."""
 _COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 
 
@@ -136,14 +140,22 @@ def _difference(image: Image, entry: FileEntry) -> str:
     found = {name: storage for name, storage in image.storages if storage.nbytes()}
     if found.keys() != expected.keys():
         return f"the engine has {len(found)} storages where the snapshot holds {len(expected)}"
-    for name, storage in found.items():
-        if _digest(storage) != expected[name]:
-            return f"{name} in the engine is not what the snapshot holds"
+    with ThreadPoolExecutor(num_hashing_threads()) as pool:
+        digests = pool.map(_digest, found.values())
+        for name, digest in zip(found, digests, strict=True):
+            if digest != expected[name]:
+                return f"{name} in the engine is not what the snapshot holds"
     return ""
 
 
 def _digest(storage: Any) -> str:
     return xxhash.xxh3_128_hexdigest(as_bytes(storage).cpu().numpy().data)
+
+
+def num_hashing_threads() -> int:
+    """How many threads of this rank may hash while training stands still: its share of the node's cores."""
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_THREADS_MAX, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 class _Collector:

@@ -8,16 +8,18 @@ against 12 for a mapping that is populated ahead). Both the read and the hash re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from resilience.errors import SnapshotError
-from resilience.snapshot.manifest import Commit, FileEntry, Part
+from resilience.snapshot.manifest import Commit, FileEntry, Part, Record
 
-__all__ = ["Interrupted", "hash_file", "hash_head", "hash_part", "verify_file", "verify_trail"]
+__all__ = ["Interrupted", "hash_file", "hash_head", "hash_part", "verify_file", "verify_files", "verify_trail"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -46,22 +48,31 @@ class _Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         os.close(self._descriptor)
 
     @property
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
-    def feed(self, hasher: xxhash.xxh3_128, start: int, end: int) -> None:
-        """Hash the bytes from `start` to `end`."""
-        while start < end:
+    def digest(self, ranges: Iterable[tuple[int, int]]) -> str:
+        """XXH3-128 of the bytes from each begin to each end, one after the other."""
+        hasher = xxhash.xxh3_128()
+        for begin, end in ranges:
+            self._feed(hasher, begin, end)
+        return hasher.hexdigest()
+
+    def _feed(self, hasher: xxhash.xxh3_128, at: int, end: int) -> None:
+        while at < end:
             if not self._wanted():
                 raise Interrupted
-            count = os.preadv(self._descriptor, [self._buffer[: min(_CHUNK_BYTES, end - start)]], start)
+            count = os.preadv(self._descriptor, [self._buffer[: min(_CHUNK_BYTES, end - at)]], at)
             if not count:
-                raise SnapshotError(f"{self._path}: ends at {start} bytes, not {end}")
+                raise SnapshotError(f"{self._path}: ends at {at} bytes, not {end}")
             hasher.update(self._buffer[:count])
-            start += count
+            at += count
 
 
 def hash_file(path: Path, entry: FileEntry, *, wanted: Callable[[], bool] = _always) -> FileEntry:
@@ -76,17 +87,27 @@ def hash_file(path: Path, entry: FileEntry, *, wanted: Callable[[], bool] = _alw
         SnapshotError: it is not there, or of another size.
         Interrupted: it is not wanted any more.
     """
-    with _Reader(path, wanted) as reader:
-        if reader.size != entry.size:
-            raise SnapshotError(f"{path}: has {reader.size} bytes, not {entry.size}")
-        rest, end, records = xxhash.xxh3_128(), 0, []
-        for record in entry.records:
-            reader.feed(rest, end, record.offset)
-            hasher, end = xxhash.xxh3_128(), record.offset + record.size
-            reader.feed(hasher, record.offset, end)
-            records.append(dataclasses.replace(record, digest=hasher.hexdigest()))
-        reader.feed(rest, end, entry.size)
-    return dataclasses.replace(entry, records=tuple(records), rest=rest.hexdigest())
+    with _opened(path, entry, wanted) as reader:
+        records = tuple(
+            dataclasses.replace(record, digest=reader.digest([(record.offset, record.offset + record.size)]))
+            for record in entry.records
+        )
+        return dataclasses.replace(entry, records=records, rest=reader.digest(_outside_of_records(entry)))
+
+
+def _opened(path: Path, entry: FileEntry, wanted: Callable[[], bool] = _always) -> _Reader:
+    reader = _Reader(path, wanted)
+    size = reader.size
+    if size != entry.size:
+        reader.close()
+        raise SnapshotError(f"{path}: has {size} bytes, not {entry.size}")
+    return reader
+
+
+def _outside_of_records(entry: FileEntry) -> list[tuple[int, int]]:
+    ends = [0, *(record.offset + record.size for record in entry.records)]
+    begins = [*(record.offset for record in entry.records), entry.size]
+    return list(zip(ends, begins, strict=True))
 
 
 def hash_head(path: Path, num_bytes: int, *, wanted: Callable[[], bool] = _always) -> str:
@@ -95,10 +116,8 @@ def hash_head(path: Path, num_bytes: int, *, wanted: Callable[[], bool] = _alway
     Raises:
         SnapshotError: it is not there, or shorter.
     """
-    hasher = xxhash.xxh3_128()
     with _Reader(path, wanted) as reader:
-        reader.feed(hasher, 0, num_bytes)
-    return hasher.hexdigest()
+        return reader.digest([(0, num_bytes)])
 
 
 def hash_part(commit: Commit, slot: Path, trail: Path, *, wanted: Callable[[], bool] = _always) -> Part:
@@ -124,12 +143,36 @@ def verify_file(path: Path, entry: FileEntry) -> None:
     Raises:
         SnapshotError: names the file, and the record that differs.
     """
-    found = hash_file(path, entry)
-    for before, now in zip(entry.records, found.records, strict=True):
-        if before.digest != now.digest:
-            raise SnapshotError(f"{path}: record {before.name} is not what was hashed when the snapshot was taken")
-    if found.rest != entry.rest:
-        raise SnapshotError(f"{path}: the bytes outside of its records are not what they were")
+    verify_files([(path, entry)])
+
+
+def verify_files(files: Iterable[tuple[Path, FileEntry]], *, num_threads: int = 1) -> None:
+    """Hold files against their digests, several records at a time.
+
+    Raises:
+        SnapshotError: names the first file that differs, and the record.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        for check in [pool.submit(check) for path, entry in files for check in _checks(path, entry)]:
+            check.result()
+
+
+def _checks(path: Path, entry: FileEntry) -> Iterator[Callable[[], None]]:
+    for record in entry.records:
+        yield functools.partial(_check_record, path, entry, record)
+    yield functools.partial(_check_rest, path, entry)
+
+
+def _check_record(path: Path, entry: FileEntry, record: Record) -> None:
+    with _opened(path, entry) as reader:
+        if reader.digest([(record.offset, record.offset + record.size)]) != record.digest:
+            raise SnapshotError(f"{path}: record {record.name} is not what was hashed when the snapshot was taken")
+
+
+def _check_rest(path: Path, entry: FileEntry) -> None:
+    with _opened(path, entry) as reader:
+        if reader.digest(_outside_of_records(entry)) != entry.rest:
+            raise SnapshotError(f"{path}: the bytes outside of its records are not what they were")
 
 
 def verify_trail(path: Path, part: Part) -> None:

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.errors import SnapshotError
-from resilience.snapshot.hashing import Interrupted, hash_file, hash_head, hash_part, verify_file, verify_trail
+from resilience.snapshot.hashing import (
+    Interrupted,
+    hash_file,
+    hash_head,
+    hash_part,
+    verify_file,
+    verify_files,
+    verify_trail,
+)
 from resilience.snapshot.manifest import Commit, FileEntry, Record
 
 
@@ -66,6 +74,21 @@ def test_any_flipped_bit_is_found_where_it_is(tmp_path_factory: pytest.TempPathF
     where = "data/0" if 100 <= at < 4_100 else "data/1" if 5_000 <= at < 9_000 else "outside of its records"
     with pytest.raises(SnapshotError, match=where):
         verify_file(path, hashed)
+
+
+def test_several_threads_find_the_first_file_that_differs(tmp_path: Path) -> None:
+    files = []
+    for number in range(3):
+        path = tmp_path / str(number)
+        path.write_bytes(random.Random(number).randbytes(10_000))
+        files.append((path, hash_file(path, entry(10_000, (100, 4_000), (5_000, 4_000)))))
+    verify_files(files, num_threads=3)
+    for path, _ in files[1:]:
+        content = bytearray(path.read_bytes())
+        content[5_500] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(SnapshotError, match=r"/1: record data/1 "):
+        verify_files(files, num_threads=3)
 
 
 def test_what_is_short_or_gone_is_named(tmp_path: Path) -> None:
