@@ -17,7 +17,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ _PROTOCOL = 2
 _ROOM = 2.0
 """The pickle may grow by this factor before the file is laid out anew: counters and schedulers do grow."""
 _ROOM_BYTES = 16 << 10
+_ROUND_BYTES = 64 << 10
+"""To a multiple of this: a process that takes over the files of another finds their pickles a few bytes longer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,10 +87,11 @@ def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 class Archive:
-    """One prepared file.
+    """One prepared file. Where a file of the same layout is there, of a process that ended, it is taken over: giving a
+    new one its memory takes several times as long as filling it.
 
     Args:
-        path: of the file; its folder exists.
+        path: of the file; its folder exists. Nobody else may be writing to it.
         image: what it will hold first; sizes of storages are fixed with it.
 
     Raises:
@@ -98,18 +101,13 @@ class Archive:
     def __init__(self, path: Path, image: Image) -> None:
         self.path = path
         self._sizes = image.sizes
-        self._capacity = int(len(image.pickled) * _ROOM) + _ROOM_BYTES
+        room = int(len(image.pickled) * _ROOM) + _ROOM_BYTES
+        self._capacity = -(-room // _ROUND_BYTES) * _ROUND_BYTES
         try:
-            _lay_out(path, self._capacity, self._sizes)
+            self._pickle_at, self._records = _lay_out(path, self._capacity, self._sizes)
         except (OSError, RuntimeError) as error:
             path.unlink(missing_ok=True)
             raise SnapshotError(f"{path}: cannot be laid out ({error}); is the file system full?") from None
-        reader: Any = torch._C.PyTorchFileReader(str(path))  # torch's stubs lack some of its methods
-        self._pickle_at = reader.get_record_offset("data.pkl")
-        self._records = tuple(
-            Record(name=name, offset=reader.get_record_offset(name), size=size) for name, size in self._sizes if size
-        )
-        del reader
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
@@ -131,7 +129,7 @@ class Archive:
                 np.copyto(target, source.numpy())
             else:
                 torch.from_numpy(target).copy_(source)
-        return FileEntry(path="", size=len(self._bytes), records=tuple(sorted(self._records, key=lambda r: r.offset)))
+        return FileEntry(path="", size=len(self._bytes), records=self._records)
 
     def close(self) -> None:
         """Let the mapping go; the file stays."""
@@ -139,10 +137,30 @@ class Archive:
         self._map.close()
 
 
-def _lay_out(path: Path, capacity: int, sizes: Sequence[tuple[str, int]]) -> None:
-    """Write the file with all its records, their bytes not set yet, and give it its memory."""
-    path.unlink(missing_ok=True)
-    writer: Any = torch._C.PyTorchFileWriter(str(path))
+def _lay_out(path: Path, capacity: int, sizes: Sequence[tuple[str, int]]) -> tuple[int, tuple[Record, ...]]:
+    """See that the file is there with all its records, their bytes not set yet, and has its memory.
+
+    Returns:
+        Where its pickle begins, and its records.
+    """
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    try:
+        places = _write_empty(new, capacity, sizes)
+        if not _is_laid_out(path, new, *places, capacity):
+            path.unlink(missing_ok=True)
+            # Now, for a mapping of a file without memory would end the process (SIGBUS) instead of raising.
+            with new.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+    return places
+
+
+def _write_empty(path: Path, capacity: int, sizes: Sequence[tuple[str, int]]) -> tuple[int, tuple[Record, ...]]:
+    """The file as torch lays it out, with holes in the place of the records."""
+    writer: Any = torch._C.PyTorchFileWriter(str(path))  # torch's stubs lack some of its methods
     writer.write_record("data.pkl", b"\x00" * capacity, capacity)
     writer.write_record(".format_version", b"1", 1)
     writer.write_record(".storage_alignment", b"64", 2)
@@ -151,6 +169,29 @@ def _lay_out(path: Path, capacity: int, sizes: Sequence[tuple[str, int]]) -> Non
         writer.write_record_metadata(name, size)
     writer.write_end_of_file()
     del writer
-    # Now, for a mapping of a file without memory would end the process (SIGBUS) instead of raising.
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    records = (Record(name=name, offset=reader.get_record_offset(name), size=size) for name, size in sizes if size)
+    return reader.get_record_offset("data.pkl"), tuple(sorted(records, key=lambda record: record.offset))
+
+
+def _is_laid_out(path: Path, new: Path, pickle_at: int, records: Sequence[Record], capacity: int) -> bool:
+    """Whether `path` is what `new` is, byte for byte outside of the pickle and the records, has its memory, and is in
+    no other folder: what hangs in a restore folder, too, must stay what it is."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    size = new.stat().st_size
+    if found.st_nlink != 1 or found.st_size != size or found.st_blocks * 512 < size:
+        return False
+    ends = [pickle_at + capacity, *(record.offset + record.size for record in records)]
+    begins = [*(record.offset for record in records), size]
+    with path.open("rb") as one, new.open("rb") as other:
+        return all(
+            _read(one, *span) == _read(other, *span) for span in [(0, pickle_at), *zip(ends, begins, strict=True)]
+        )
+
+
+def _read(file: BinaryIO, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)

@@ -104,6 +104,52 @@ def test_it_stays_in_place_while_the_pickle_grows_and_is_laid_out_anew_when_it_c
     again.close()
 
 
+def test_a_file_of_a_process_that_ended_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    first = Archive(path, picture(state(1)))
+    first.fill(picture(state(1)))
+    first.close()
+    inode = path.stat().st_ino
+    again = Archive(path, picture(state(1_000)))
+    assert path.stat().st_ino == inode
+    again.fill(picture(state(1_000)))
+    assert_same(torch.load(path), state(1_000))
+    assert sorted(tmp_path.iterdir()) == [path]
+    again.close()
+
+
+@pytest.mark.parametrize("why", ["linked", "another width", "torn", "a hole", "a flipped header"])
+def test_a_file_that_is_not_as_it_should_be_is_laid_out_anew(tmp_path: Path, why: str) -> None:
+    path = tmp_path / "file.pt"
+    width = 260 if why == "another width" else 257
+    first = Archive(path, picture(state(1, width=width)))
+    entry = first.fill(picture(state(1, width=width)))
+    first.close()
+    held = path.open("rb")  # the inode is not given to another file meanwhile
+    if why == "linked":
+        (tmp_path / "restore.pt").hardlink_to(path)
+    elif why == "torn":
+        with path.open("r+b") as file:
+            file.truncate(entry.size - 1)
+    elif why == "a hole":
+        path.write_bytes(b"")
+        with path.open("r+b") as file:
+            file.truncate(entry.size)
+    elif why == "a flipped header":
+        with path.open("r+b") as file:
+            file.seek(entry.size - 3)
+            file.write(b"\xaa")
+    before = held.read()
+    with held:
+        again = Archive(path, picture(state(2)))
+        assert path.stat().st_ino != os.fstat(held.fileno()).st_ino
+        again.fill(picture(state(2)))
+        assert_same(torch.load(path), state(2))
+        held.seek(0)
+        assert held.read() == before
+    again.close()
+
+
 def test_names_and_offsets_are_those_that_torch_sees(tmp_path: Path) -> None:
     image = picture(state(1))
     archive = Archive(tmp_path / "file.pt", image)
