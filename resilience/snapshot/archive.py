@@ -24,6 +24,7 @@ import torch
 from torch.serialization import location_tag, normalize_storage_type
 
 from resilience.errors import SnapshotError
+from resilience.kernels.copying import copy_past_caches
 from resilience.snapshot.manifest import FileEntry, Record
 
 __all__ = ["Archive", "Image", "as_bytes", "picture"]
@@ -126,7 +127,7 @@ class Archive:
             target = self._bytes[record.offset : record.offset + record.size]
             source = as_bytes(storages[record.name])
             if source.device.type == "cpu":
-                np.copyto(target, source.numpy())
+                copy_past_caches(target, source.numpy())
             else:
                 torch.from_numpy(target).copy_(source)
         return FileEntry(path="", size=len(self._bytes), records=self._records)
