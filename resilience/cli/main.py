@@ -19,6 +19,7 @@ from resilience.cli import (
     diagnosis,
     faults,
     policy,
+    report,
     run,
     snapshots,
     weights,
@@ -34,7 +35,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (run, faults, snapshots, checkpoints, devices, policy, coordinator, diagnosis, weights, calibrate):
+for module in (
+    run,
+    report,
+    faults,
+    snapshots,
+    checkpoints,
+    devices,
+    policy,
+    coordinator,
+    diagnosis,
+    weights,
+    calibrate,
+):
     module.register(app)
 
 
