@@ -300,15 +300,22 @@ _EDITS_OF_OPTIMIZER = (
 )
 
 
-def watch_edits(engine: Any, edited: Callable[[], None]) -> Callable[[], None]:
-    """Call `edited` after each of DeepSpeed's own ways to write weights or optimizer state between the steps.
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+def watch_edits(
+    engine: Any, edited: Callable[[], None] = _nothing, *, before: Callable[[], None] = _nothing
+) -> Callable[[], None]:
+    """Call `before` before and `edited` after each of DeepSpeed's own ways to write weights or optimizer state between
+    the steps.
 
     They write through `.data`, which no version counter shows. The returned callable takes the wrappers out again.
     """
-    undo = [_wrap(engine, name, edited) for name in _EDITS_OF_ENGINE]
-    undo += [_wrap(engine.optimizer, name, edited) for name in _EDITS_OF_OPTIMIZER]
-    undo += [_wrap(parameter, "set_full_hp_param", edited) for parameter in engine.module.parameters()]
-    undo.append(_wrap_gathered(edited))
+    undo = [_wrap(engine, name, before, edited) for name in _EDITS_OF_ENGINE]
+    undo += [_wrap(engine.optimizer, name, before, edited) for name in _EDITS_OF_OPTIMIZER]
+    undo += [_wrap(parameter, "set_full_hp_param", before, edited) for parameter in engine.module.parameters()]
+    undo.append(_wrap_gathered(before, edited))
 
     def undo_all() -> None:
         for step in reversed(undo):
@@ -317,7 +324,7 @@ def watch_edits(engine: Any, edited: Callable[[], None]) -> Callable[[], None]:
     return undo_all
 
 
-def _wrap(target: Any, name: str, edited: Callable[[], None]) -> Callable[[], None]:
+def _wrap(target: Any, name: str, begin: Callable[[], None], edited: Callable[[], None]) -> Callable[[], None]:
     original = getattr(target, name, None)
     if not callable(original):
         return lambda: None
@@ -325,6 +332,7 @@ def _wrap(target: Any, name: str, edited: Callable[[], None]) -> Callable[[], No
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begin()
         try:
             return original(*args, **kwargs)
         finally:
@@ -343,15 +351,18 @@ def _wrap(target: Any, name: str, edited: Callable[[], None]) -> Callable[[], No
     return undo
 
 
-def _wrap_gathered(edited: Callable[[], None]) -> Callable[[], None]:
+def _wrap_gathered(before: Callable[[], None], edited: Callable[[], None]) -> Callable[[], None]:
     """ZeRO-3's context in which a script may write gathered parameters."""
     original = GatheredParameters.__exit__
 
     def leave(self: Any, *exc: Any) -> Any:
+        is_edit = self.enabled and self.src_rank is not None
+        if is_edit:
+            before()
         try:
             return original(self, *exc)
         finally:
-            if self.enabled and self.src_rank is not None:
+            if is_edit:
                 edited()
 
     GatheredParameters.__exit__ = leave

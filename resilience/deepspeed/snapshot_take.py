@@ -2,13 +2,14 @@
 
 What DeepSpeed would save, and under which name, stays its own business, so that every ZeRO stage and MoE come along.
 DeepSpeed clones nothing on the way: what is collected aliases the live state, and must be copied before the next
-optimizer step. All of this is collective, as `save_checkpoint` is.
+optimizer step. Collecting is collective, as `save_checkpoint` is; copying is not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from deepspeed.utils import logger
 
 from resilience.deepspeed import powers
 from resilience.snapshot.archive import Archive, Image, as_bytes, picture
+from resilience.snapshot.copiers import Copier, WaitingCopier
 from resilience.snapshot.manifest import STATE, FileEntry, Part
 
 __all__ = ["Taker", "compare", "counters", "num_hashing_threads", "problem"]
@@ -51,10 +54,12 @@ class Taker:
 
     Args:
         engine: a DeepSpeedEngine.
+        copier: of what lies on its device; None to copy all at once.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, copier: Copier | None = None) -> None:
         self._engine = engine
+        self.copier = copier or WaitingCopier()
         self._archives: dict[Path, Archive] = {}
 
     def collect(self) -> dict[str, Image]:
@@ -70,22 +75,25 @@ class Taker:
         )
 
     def fill(self, slot: Path, images: dict[str, Image]) -> tuple[FileEntry, ...]:
-        """Copy the images into a slot; what its files hold then.
+        """Copy the images into a slot, some of it perhaps later (`copier.is_copying`); what its files hold then.
 
         Raises:
             SnapshotError: there is no room.
         """
         entries = []
+        self.copier.begin(functools.partial(_lasting, self._engine))
         for path, image in images.items():
             archive = self._archive(slot / path, image)
-            entries.append(dataclasses.replace(archive.fill(image), path=path))
+            entries.append(dataclasses.replace(archive.fill(image, self.copier), path=path))
+        self.copier.seal()
         self._drop_others(slot, images)
         return tuple(entries)
 
     def close(self) -> None:
         """Let all mappings go."""
+        self.copier.drop()
         for archive in self._archives.values():
-            archive.close()
+            self._close(archive)
         self._archives.clear()
 
     def _archive(self, path: Path, image: Image) -> Archive:
@@ -93,17 +101,33 @@ class Taker:
         if archive is not None and archive.fits(image):
             return archive
         if archive is not None:
-            archive.close()
+            self._close(self._archives.pop(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._archives[path] = Archive(path, image)
-        return self._archives[path]
+        archive = self._archives[path] = Archive(path, image)
+        self.copier.admit(archive.memory)
+        return archive
 
     def _drop_others(self, slot: Path, images: dict[str, Image]) -> None:
         """A file that is not saved any more must not be found beside the others."""
         kept = {slot / path for path in images}
         for path in [path for path in self._archives if path.is_relative_to(slot) and path not in kept]:
-            self._archives.pop(path).close()
+            self._close(self._archives.pop(path))
             path.unlink(missing_ok=True)
+
+    def _close(self, archive: Archive) -> None:
+        self.copier.release(archive.memory)
+        archive.close()
+
+
+def _lasting(engine: Any) -> frozenset[int]:
+    """The storages of weights, masters and moments, by identity: nothing changes them but an optimizer step, or the
+    script. DeepSpeed replaces some of them at each step."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    weights = [part for weight in engine.module.parameters() for part in (weight, getattr(weight, "ds_tensor", None))]
+    masters = [*optimizer.state, *(master for group in optimizer.param_groups for master in group["params"])]
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    kept = (each for each in (*weights, *masters, *moments) if isinstance(each, torch.Tensor))
+    return frozenset(tensor.untyped_storage()._cdata for tensor in kept)
 
 
 def compare(engine: Any, parts: dict[int, Part], *, rank: int) -> str:

@@ -50,6 +50,7 @@ from resilience.guard.transaction import Guard
 from resilience.imported import ImportNote
 from resilience.last_place import LastPlace, path_of
 from resilience.snapshot.arena import Arena
+from resilience.snapshot.copiers import copier_for
 
 __all__ = ["Guarded", "guard_engine"]
 
@@ -293,10 +294,10 @@ def _snapshots(
     if not arena or config.snapshot.interval_steps == 0 or config.mode is Mode.OFF:
         return None
 
-    def tell(reason: str) -> None:
-        text = f"rank {settings.rank}: snapshots off: {reason}"
+    def tell(reason: str, what: str = "snapshots off") -> None:
+        text = f"rank {settings.rank}: {what}: {reason}"
         print(f"resilience: {text}", file=sys.stderr, flush=True)
-        reporter.note("snapshots_off", text)
+        reporter.note(what.replace(" ", "_"), text)
 
     reason = problem or snapshot_take.problem(engine)
     if reason:
@@ -313,10 +314,17 @@ def _snapshots(
         keeps_parity=parity,
         rng=adapter,
         trail_bytes=(lambda: trail.num_bytes) if trail is not None else (lambda: 0),
+        copier=copier_for(engine.device),
         on_off=tell,
+        on_waiting=lambda reason: tell(reason, "snapshots wait"),
         clock=settings.clock,
     )
     undo.append(snapshots.close)
+    if engine.device.type != "cpu":
+        undo.append(watch_edits(engine, before=snapshots.finish))
+        # A script that fails between two steps leaves the snapshot of the first one whole.
+        atexit.register(snapshots.finish)
+        undo.append(lambda: atexit.unregister(snapshots.finish))
     return snapshots
 
 

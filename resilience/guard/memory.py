@@ -12,11 +12,14 @@ import torch
 
 from resilience.guard.recorder import ForwardEvent
 
-__all__ = ["FastForwarding", "Past", "Snapshots", "Trail"]
+__all__ = ["FastForwarding", "NoSnapshots", "Past", "Snapshots", "Trail"]
 
 
 class Snapshots(Protocol):
     """Copies of this rank's state. All ranks call `take` for the same steps, because the boundary agreed on them."""
+
+    lost_step: int
+    """Step of the last snapshot, where this rank's copy of it came to nothing; else 0."""
 
     @property
     def can_take(self) -> bool:
@@ -26,7 +29,39 @@ class Snapshots(Protocol):
         """Whether it is time for a snapshot after `step`, by this rank's own measure."""
 
     def take(self, step: int, *, clean_through: int) -> None:
-        """Copy the state as it is at the end of `engine.step()`. Collective."""
+        """Copy the state as it is at the end of `engine.step()`, or begin to. Collective."""
+
+    def before_forward(self) -> None:
+        """A forward begins: until `finish` nothing changes weights, masters and moments."""
+
+    def finish(self) -> None:
+        """Return when the snapshot that was begun, if any, is whole. Called before anything that changes the state, or
+        that may need the snapshot; not collective."""
+
+    def give_up(self, step: int) -> None:
+        """Some rank's copy of the snapshot of this step came to nothing."""
+
+
+class NoSnapshots:
+    """Where none are taken."""
+
+    lost_step = 0
+    can_take = False
+
+    def wants(self, step: int) -> bool:
+        return False
+
+    def take(self, step: int, *, clean_through: int) -> None:
+        raise AssertionError("no slot was ever free")
+
+    def before_forward(self) -> None:
+        """Nothing is copied."""
+
+    def finish(self) -> None:
+        """Nothing was begun."""
+
+    def give_up(self, step: int) -> None:
+        """There is none."""
 
 
 class Past(Protocol):

@@ -84,6 +84,8 @@ class Flags:
     snapshot: int
     no_snapshot: int
     snapshot_not_due: int
+    lost_snapshot: int
+    """Step of a snapshot that is not whole on some rank; 0 where there is none."""
 
 
 def clean_step_of(findings: Iterable[Finding]) -> int | None:

@@ -25,7 +25,7 @@ from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.headway import Headway
 from resilience.guard.loss import LossHistory
-from resilience.guard.memory import FastForwarding, Past, Snapshots, Trail
+from resilience.guard.memory import FastForwarding, NoSnapshots, Past, Snapshots, Trail
 from resilience.guard.notes import NON_FINITE, Inspection
 from resilience.guard.recorder import ForwardEvent, Recorder
 from resilience.guard.replicas import Replicas
@@ -130,7 +130,7 @@ class Guard:
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
-        self._snapshots = snapshots
+        self.snapshots: Snapshots = snapshots or NoSnapshots()
         self._trail = trail
         self._fast_forwarding = fast_forwarding
         if fast_forwarding is not None:
@@ -172,6 +172,7 @@ class Guard:
         self.boundary.leave_if_drained()
         if self._state is not None and self._adapter.module.training:
             self.look_at_state()
+        self.snapshots.before_forward()
         self._begin_micro_step(self.recorder.micro_step)
         event = self.recorder.before_forward(args, kwargs)
         self._headway.fed((args, kwargs))
@@ -197,6 +198,7 @@ class Guard:
 
     def _evaluate(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A forward without gradients has no part in the step, but a restarted script wants to hear the same again."""
+        self.snapshots.finish()
         began = self._trail.before_forward(args, kwargs) if self._trail is not None else None
         self._is_inside_forward = True
         try:
@@ -218,6 +220,7 @@ class Guard:
         return returned
 
     def _take_model_step(self, lr_kwargs: Any) -> Any:
+        self.snapshots.finish()
         try:
             self.boundary.settle()
         except ResilienceError as error:
@@ -240,9 +243,9 @@ class Guard:
             # Whatever the script does between its steps is its own to do again: a snapshot is from here.
             if self._trail is not None:
                 self._trail.step_taken(step, deterministic=self.boundary.deterministic)
-            if self._snapshots is not None and self.boundary.snapshot_is_due:
+            if self.boundary.snapshot_is_due:
                 self.rewinder.begin(step)
-                self._snapshots.take(step, clean_through=self.boundary.clean_through)
+                self.snapshots.take(step, clean_through=self.boundary.clean_through)
                 if self._state is not None:
                     # Under ZeRO-3 DeepSpeed gathers anew, for a checkpoint, what stays gathered.
                     self._state.moved()
@@ -269,16 +272,6 @@ class Guard:
         self.boundary.leave(LEFT_FOR_RESTART, reason)
 
     # ------ what the boundary uses
-
-    @property
-    def can_take_snapshot(self) -> bool:
-        """Whether this rank could take a snapshot at the end of the step."""
-        return self._snapshots is not None and not self.rewinder.is_busy and self._snapshots.can_take
-
-    @property
-    def wants_snapshot(self) -> bool:
-        """Whether it is time for one."""
-        return self._snapshots is not None and not self.rewinder.is_busy and self._snapshots.wants(self.step)
 
     @property
     def step(self) -> int:
@@ -375,6 +368,7 @@ class Guard:
         Raises:
             SystemExit: something is damaged, and the decision was to leave.
         """
+        self.snapshots.finish()
         if self._state is None:
             return
         findings = self._state.before_save()

@@ -90,6 +90,8 @@ class Boundary:
         inspection, scaler_skips = self._inspect()
         flags = self._compare(inspection, scaler_skips)
         self._obey(flags)
+        if flags.lost_snapshot:
+            self._guard.snapshots.give_up(flags.lost_snapshot)
         inspection, flags = self._settle_state(inspection, flags, scaler_skips)
         noteworthy = flags.veto or flags.mended or flags.unrepeatable or flags.scaler_skips
         if not noteworthy and not self._is_measured:
@@ -212,7 +214,7 @@ class Boundary:
         return inspection, skips
 
     def _compare(self, inspection: Inspection, scaler_skips: bool) -> Flags:
-        orders = self._reporter.orders()
+        orders, snapshots = self._reporter.orders(), self._guard.snapshots
         own = Flags(
             veto=any(is_unmended(detection) for detection in inspection.detections),
             differences=inspection.num_differences,
@@ -224,9 +226,10 @@ class Boundary:
             fenced=orders.fenced,
             drain=orders.drain,
             rewind=orders.rewind,
-            snapshot=orders.snapshot,
-            no_snapshot=not self._guard.can_take_snapshot,
-            snapshot_not_due=not self._guard.wants_snapshot,
+            snapshot=bool(orders.snapshot),
+            no_snapshot=self._rewinder.is_busy or not snapshots.can_take,
+            snapshot_not_due=self._rewinder.is_busy or not snapshots.wants(self._guard.step),
+            lost_snapshot=snapshots.lost_step,
         )
         return Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
 

@@ -25,6 +25,7 @@ from torch.serialization import location_tag, normalize_storage_type
 
 from resilience.errors import SnapshotError
 from resilience.kernels.copying import copy_past_caches
+from resilience.snapshot.copiers import Bytes, Copier, WaitingCopier
 from resilience.snapshot.manifest import FileEntry, Record
 
 __all__ = ["Archive", "Image", "as_bytes", "picture"]
@@ -35,6 +36,7 @@ _ROOM = 2.0
 _ROOM_BYTES = 16 << 10
 _ROUND_BYTES = 64 << 10
 """To a multiple of this: a process that takes over the files of another finds their pickles a few bytes longer."""
+_AT_ONCE = WaitingCopier()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,8 +119,13 @@ class Archive:
         """Whether the file can hold this without being laid out anew."""
         return image.sizes == self._sizes and len(image.pickled) <= self._capacity
 
-    def fill(self, image: Image) -> FileEntry:
-        """Copy everything in; what the file holds then, without digests."""
+    @property
+    def memory(self) -> Bytes:
+        """The mapped file, (n,) uint8."""
+        return self._bytes
+
+    def fill(self, image: Image, copier: Copier = _AT_ONCE) -> FileEntry:
+        """Copy everything in, what lies on a device by way of `copier`; what the file holds then, without digests."""
         assert self.fits(image), "lay it out anew"
         pickled = np.frombuffer(image.pickled, dtype=np.uint8)
         self._bytes[self._pickle_at : self._pickle_at + len(pickled)] = pickled
@@ -126,10 +133,10 @@ class Archive:
         for record in self._records:
             target = self._bytes[record.offset : record.offset + record.size]
             source = as_bytes(storages[record.name])
-            if source.device.type == "cpu":
-                copy_past_caches(target, source.numpy())
+            if copier.serves(source):
+                copier.copy(target, source)
             else:
-                torch.from_numpy(target).copy_(source)
+                copy_past_caches(target, source.numpy())
         return FileEntry(path="", size=len(self._bytes), records=self._records)
 
     def close(self) -> None:

@@ -66,6 +66,9 @@ class Copier(Protocol):
     def finish(self) -> bool:
         """Return when everything is copied; False where the state changed on the way, and the copy is worth nothing."""
 
+    def drop(self) -> None:
+        """Copy no more of the snapshot; return when nothing is written any more."""
+
     def wait_from_now_on(self, reason: str) -> None:
         """Copy at once, for this reason."""
 
@@ -102,6 +105,9 @@ class WaitingCopier:
 
     def finish(self) -> bool:
         return True
+
+    def drop(self) -> None:
+        """Nothing to do."""
 
     def wait_from_now_on(self, reason: str) -> None:
         """It always has."""
@@ -179,7 +185,7 @@ class StreamCopier:
         return self._streams.serves(source)
 
     def begin(self, lasting: Lasting) -> None:
-        self._drop()
+        self.drop()
         self._lasting = frozenset() if self._is_waiting else lasting()
 
     def copy(self, target: Bytes, source: torch.Tensor) -> None:
@@ -197,7 +203,7 @@ class StreamCopier:
         if self._late:
             self._hashes = [self._hash()]
         else:
-            self._drop()
+            self.drop()
 
     def go_on(self) -> None:
         if not self._late or (self._has_started and self._under_way[-1].query()):
@@ -216,7 +222,7 @@ class StreamCopier:
         self._under_way[-1].synchronize()
         first, *others = [*self._hashes, self._hash()]
         is_same = all(torch.equal(first, other) for other in others)
-        self._drop()
+        self.drop()
         return is_same
 
     def wait_from_now_on(self, reason: str) -> None:
@@ -235,8 +241,7 @@ class StreamCopier:
         """Of the state that is copied late, (n,) int64, on the device."""
         return torch.stack([bit_hash(source) for _, source in self._late])
 
-    def _drop(self) -> None:
-        """Let go of everything that was to be copied, and wait for what is being copied: its memory may go next."""
+    def drop(self) -> None:
         for event in self._under_way:
             event.synchronize()
         self._early, self._late, self._hashes, self._under_way = [], [], [], []
