@@ -1,11 +1,12 @@
 """A training script on Accelerate: it forces the boundary and steps inside backward. It does not know `resilience`."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,10 +18,13 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", required=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--seedable", action="store_true", help="the data's order follows from seed and epoch alone")
     args = parser.parse_args()
 
     accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=args.deepspeed_config), gradient_accumulation_steps=2
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=args.deepspeed_config),
+        gradient_accumulation_steps=2,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=args.seedable),
     )
     set_seed(5)
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 1))
@@ -30,12 +34,11 @@ def main() -> None:
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4, shuffle=True)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     own = Path(args.checkpoints) / "own"
-    step = seen = 0
-    if args.save_every and (own / "seen").exists():
+    seen, average = 0, 0.0
+    if args.save_every and (own / "progress.json").exists():
         accelerator.load_state(str(own))
-        seen = int((own / "seen").read_text())
-        step = seen // 2
-    average, epoch, place = 0.0, 0, 0
+        seen, average = json.loads((own / "progress.json").read_text())
+    step, epoch, place = seen // 2, 0, 0
     while step < args.steps:
         loader.set_epoch(epoch)
         for features, target in loader:
@@ -61,12 +64,12 @@ def main() -> None:
                 accelerator.save_state(str(own))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:
-                    (own / "seen").write_text(str(place))
+                    (own / "progress.json").write_text(json.dumps([place, average]))
             if step >= args.steps:
                 break
         epoch += 1
     model.save_checkpoint(str(Path(args.checkpoints) / "final"))
-    accelerator.print(f"done at step {step}", flush=True)
+    accelerator.print(f"done at step {step}\n", end="", flush=True)
     accelerator.end_training()
 
 
