@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilience.abft.calibration import (
-    Histogram,
-    false_positive_bound,
-    read_histograms,
-    scale_of,
-    write_profile,
-)
 from resilience.cli import output
 from resilience.cli.options import Json
 from resilience.errors import ResilienceError
-from resilience.launch.calibrating import run_calibrating
+
+if TYPE_CHECKING:
+    from resilience.abft.calibration import Histogram
 
 __all__ = ["register"]
 
@@ -42,6 +37,9 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Run a job with every check on and nothing acted on; show its residuals and the bound on false alarms."""
+    from resilience.abft.calibration import read_histograms, write_profile
+    from resilience.launch.calibrating import run_calibrating
+
     code, run_dir = run_calibrating(arguments, quiet=as_json)
     found = read_histograms(run_dir)
     rows = _rows(found, safety_factor)
@@ -59,6 +57,8 @@ def calibrate(
 
 
 def _rows(found: Histogram, safety_factor: float) -> list[dict[str, object]]:
+    from resilience.abft.calibration import false_positive_bound, scale_of
+
     return [
         {
             "site": site,
@@ -96,6 +96,8 @@ def _print(rows: list[dict[str, object]]) -> None:
         ],
         empty="no residuals were recorded",
     )
+    from resilience.abft.calibration import false_positive_bound
+
     checks = sum(int(str(row["num_checks"])) for row in rows)
     alarms = sum(int(str(row["num_alarms"])) for row in rows)
     if rows:

@@ -7,22 +7,17 @@ import importlib.util
 import io
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilience.checkpoint.batch import Batch, rescale
-from resilience.checkpoint.batch import parse as parse_batch
-from resilience.checkpoint.convert import LATEST_UNIVERSAL, identify, is_good, is_made_of, universal_of
-from resilience.checkpoint.convert import convert as make
-from resilience.checkpoint.deletion import delete, known
-from resilience.checkpoint.publish import write_atomically
-from resilience.checkpoint.retention import Policy, plan
-from resilience.checkpoint.verify import inspect, is_tag_dir, is_universal, locate
 from resilience.cli import output
 from resilience.cli.options import Json
 from resilience.clock import SystemClock
 from resilience.errors import CheckpointError, ResilienceError, UsageError
+
+if TYPE_CHECKING:
+    from resilience.checkpoint.batch import Batch
 
 __all__ = ["register"]
 
@@ -51,6 +46,10 @@ def prune(
 
     Never deleted: what `latest` names, the newest good one, one that is being saved, and what has no manifest.
     """
+    from resilience.checkpoint.deletion import delete, known
+    from resilience.checkpoint.retention import Policy, plan
+    from resilience.checkpoint.verify import inspect, is_tag_dir, is_universal
+
     if not directory.is_dir() or is_tag_dir(directory) or is_universal(directory):
         raise UsageError(f"{directory}: give the save_dir of save_checkpoint, which holds several checkpoints")
     found = inspect(directory, read_files=True)
@@ -89,6 +88,8 @@ def convert(
 
     A run under --resilience does this by itself when it loads. With plain DeepSpeed, load it with `load_universal`.
     """
+    from resilience.checkpoint.verify import is_universal, locate
+
     missing = [name for name in ("torch", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
         raise ResilienceError(
@@ -99,18 +100,7 @@ def convert(
     tag_dir = locate(directory).absolute()
     saved = _recorded_batch(tag_dir)
     batch = None if saved is None else _rescaled(saved, world_size)
-    try:
-        origin = identify(tag_dir, verified=False)
-        universal = universal_of(tag_dir)
-        was_there = is_made_of(universal, origin) and is_good(universal)
-        if not was_there:
-            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed greets on standard output
-                from resilience.deepspeed.universal import run_conversion
-
-            make(tag_dir, origin, run_conversion, now=SystemClock().wall())
-        write_atomically(universal.parent / LATEST_UNIVERSAL, universal.name.encode())
-    except OSError as error:
-        raise CheckpointError(f"{tag_dir} cannot be converted ({error.strerror}: {error.filename})") from None
+    universal, was_there = _made_of(tag_dir)
     if as_json:
         content = {"source": tag_dir, "universal": universal, "was_there": was_there, "batch": batch}
         output.print_json({**content, "world_size": world_size})
@@ -120,15 +110,39 @@ def convert(
         print(f"on {world_size} ranks: {batch}")
 
 
+def _made_of(tag_dir: Path) -> tuple[Path, bool]:
+    """The universal form of a checkpoint, and whether it was there already."""
+    from resilience.checkpoint.convert import LATEST_UNIVERSAL, convert, identify, is_good, is_made_of, universal_of
+    from resilience.checkpoint.publish import write_atomically
+
+    try:
+        origin = identify(tag_dir, verified=False)
+        universal = universal_of(tag_dir)
+        was_there = is_made_of(universal, origin) and is_good(universal)
+        if not was_there:
+            with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed greets on standard output
+                from resilience.deepspeed.universal import run_conversion
+
+            convert(tag_dir, origin, run_conversion, now=SystemClock().wall())
+        write_atomically(universal.parent / LATEST_UNIVERSAL, universal.name.encode())
+    except OSError as error:
+        raise CheckpointError(f"{tag_dir} cannot be converted ({error.strerror}: {error.filename})") from None
+    return universal, was_there
+
+
 def _recorded_batch(tag_dir: Path) -> Batch | None:
     """What the save recorded; its file is verified before anything is converted."""
+    from resilience.checkpoint.batch import parse
+
     try:
-        return parse_batch(json.loads((tag_dir / _RECORD).read_text(encoding="utf-8")).get("batch"))
+        return parse(json.loads((tag_dir / _RECORD).read_text(encoding="utf-8")).get("batch"))
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def _rescaled(saved: Batch, world_size: int) -> Batch:
+    from resilience.checkpoint.batch import rescale
+
     try:
         return rescale(saved, world_size)
     except CheckpointError as error:

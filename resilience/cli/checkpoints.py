@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilience.checkpoint.verify import Inspection, inspect
 from resilience.cli import checkpoint_care, output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.errors import CheckpointError, ExitCode
-from resilience.rpc.codec import from_proto
+
+if TYPE_CHECKING:
+    from resilience.checkpoint.verify import Inspection
 
 __all__ = ["register"]
 
@@ -47,6 +48,8 @@ def list_(
     if as_json:
         output.print_json(facts)
         return
+    from resilience.rpc.codec import from_proto
+
     output.print_table(
         ["time", "what", "tag", ">step", ">verified", ">took", "reason"],
         [
@@ -91,6 +94,8 @@ def verify(
 
 
 def _inspected(directory: Path, *, read_files: bool) -> list[Inspection]:
+    from resilience.checkpoint.verify import inspect
+
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give a save_dir or one of its tags")
     found = inspect(directory, read_files=read_files, node=socket.gethostname())

@@ -8,12 +8,6 @@ from typing import Annotated
 
 import typer
 
-from resilience.cli.source import LATEST_RUN
-from resilience.config import load_config
-from resilience.coordinator.access import dialled_host
-from resilience.coordinator.paths import devices_path, journal_path
-from resilience.coordinator.runtime import Settings, serve
-
 __all__ = ["register"]
 
 _group = typer.Typer(help="A coordinator of its own, apart from the launcher.", no_args_is_help=True)
@@ -46,6 +40,12 @@ def serve_(
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML, YAML or JSON.")] = None,
 ) -> None:
     """Serve one run until SIGTERM; a run that was served before goes on from its journal."""
+    from resilience.cli.source import LATEST_RUN
+    from resilience.config import load_config
+    from resilience.coordinator.access import dialled_host
+    from resilience.coordinator.paths import devices_path, journal_path
+    from resilience.coordinator.runtime import Settings, serve
+
     sections = {
         "coordinator": {"bind": bind, "port": port, "metrics_port": metrics_port, "token_file": token_file},
         "launch": {"run_id": run_id, "dir": run_dir},

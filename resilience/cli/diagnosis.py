@@ -6,7 +6,6 @@ import typer
 
 from resilience.cli import output
 from resilience.cli.options import Json
-from resilience.diagnosis import Level, diagnose
 from resilience.errors import ExitCode
 
 __all__ = ["register"]
@@ -19,6 +18,8 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: Json = False) -> None:
     """Look at this machine: what a run needs, one line each, and the fix where something is wrong (then 1)."""
+    from resilience.diagnosis import Level, diagnose
+
     findings = diagnose()
     if as_json:
         output.print_json(findings)

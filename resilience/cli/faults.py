@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resilience.cli import output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.events import Decision, Detection
-from resilience.rpc.codec import from_proto
-from resilience.rpc.v1 import operator_pb2 as op
+
+if TYPE_CHECKING:
+    from resilience.rpc.v1 import operator_pb2 as op
 
 __all__ = ["decision_fields", "detection_row", "register"]
 
@@ -39,6 +40,8 @@ def detections(
     if as_json:
         output.print_json(found)
         return
+    from resilience.rpc.codec import from_proto
+
     rows = [detection_row(from_proto(detection)) for detection in found]
     output.print_table(DETECTION_COLUMNS, rows, empty="nothing was detected")
 
@@ -70,6 +73,8 @@ def decisions(
     if as_json:
         output.print_json(found)
         return
+    from resilience.rpc.codec import from_proto
+
     output.print_table(
         ["decision", "action", "outcome", ">latency", ">lost", "reason"],
         [
@@ -103,6 +108,8 @@ def explain(
 
 
 def _print_explanation(explanation: op.Explanation) -> None:
+    from resilience.rpc.codec import from_proto
+
     rule = f"{explanation.rule}: {explanation.rule_text}" if explanation.rule else None
     ruled_out = "\n".join(explanation.considered)
     fields = decision_fields(from_proto(explanation.decision))

@@ -1,13 +1,14 @@
-"""The options that all verbs share."""
+"""The options that all verbs share. Imports nothing that takes long: every verb's file begins here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resilience.cli.source import Source, open_source
+if TYPE_CHECKING:
+    from resilience.cli.source import Source
 
 __all__ = ["Address", "Json", "RunDir", "TokenFile", "source"]
 
@@ -28,4 +29,6 @@ RunDir = Annotated[
 
 def source(address: str | None, token_file: Path | None, run_dir: Path | None) -> Source:
     """Who answers for the run that the options name."""
+    from resilience.cli.source import open_source
+
     return open_source(address, token_file, run_dir)

@@ -1,7 +1,8 @@
 """How answers are printed: tables for people at 80 columns, JSON for programs.
 
 JSON keys are the names of report.json; enumerations are their lower-case words, what is unset is null, and so are
-numbers that JSON has no word for (infinite residuals), as in the report.
+numbers that JSON has no word for (infinite residuals), as in the report. Colours appear on terminals only, and not
+where NO_COLOR is set. rich and protobuf are imported by what needs them, so that other verbs start without them.
 """
 
 from __future__ import annotations
@@ -13,21 +14,31 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import rich.box
-from google.protobuf.message import Message
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from resilience.events import Decision
-from resilience.rpc import codec
-from resilience.rpc.v1 import coordinator_pb2 as pb
 
-__all__ = ["clock_time", "duration", "number", "plain", "print_fields", "print_json", "print_table", "print_text"]
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from rich.console import Console
+    from rich.text import Text
 
-_AS_VALUES = (pb.Detection, pb.Decision, pb.Evidence, pb.Strike, pb.RankExit, pb.CheckpointFact)
+__all__ = [
+    "clock_time",
+    "console",
+    "duration",
+    "number",
+    "plain",
+    "print_fields",
+    "print_json",
+    "print_line",
+    "print_table",
+    "print_text",
+    "style_of",
+]
+
+_AS_VALUES = frozenset({"Detection", "Decision", "Evidence", "Strike", "RankExit", "CheckpointFact"})
+"""Messages that mirror a value of `resilience.events`, whose names the report has."""
 _NEVER_BROKEN = 16
 """Columns of cells up to this many characters stay whole; the wider ones share what room is left."""
 _STYLES = {
@@ -36,13 +47,24 @@ _STYLES = {
     "refused": "red",
     "lost": "red",
     "stop": "red",
+    "quarantine": "red",
+    "cordoned": "red",
     "fail": "red",
     "warn": "yellow",
     "restart": "yellow",
+    "restarting": "yellow",
+    "restore": "yellow",
+    "rewind": "yellow",
     "replay": "yellow",
+    "draining": "yellow",
+    "waiting": "yellow",
+    "ended": "yellow",
     "shadowed": "yellow",
+    "corrected": "green",
     "succeeded": "green",
     "published": "green",
+    "training": "green",
+    "done": "green",
     "finished": "green",
     "ok": "green",
 }
@@ -50,13 +72,11 @@ _STYLES = {
 
 def plain(value: Any) -> Any:
     """`value` as what JSON can hold: messages and dataclasses become objects with all their fields."""
-    if isinstance(value, _AS_VALUES):
-        return plain(codec.from_proto(value))
+    if hasattr(value, "DESCRIPTOR"):
+        return _plain_message(value)
     if isinstance(value, Decision):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return plain({**fields, "verdicts": dict(value.verdicts)})
-    if isinstance(value, Message):
-        return {field.name: _field(value, field) for field in value.DESCRIPTOR.fields}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -80,13 +100,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty:
 
     Columns whose heading begins with `>` are aligned to the right.
     """
+    import rich.box
+    from rich.table import Table
+
     shown = [[_cell(each) for each in row] for row in rows]
     if not shown:
         print_text(empty)
         return
     widths = _widths(columns, shown)
-    console = _console()
-    fits = sum(widths) + 2 * len(widths) <= console.width
+    out = console()
+    fits = sum(widths) + 2 * len(widths) <= out.width
     table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for heading, width in zip(columns, widths, strict=True):
         table.add_column(
@@ -97,23 +120,37 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty:
         )
     for row in shown:
         table.add_row(*row)
-    console.print(table)
+    out.print(table)
 
 
 def print_fields(fields: Iterable[tuple[str, Any]]) -> None:
     """Print names with their values, one to a line; those without a value are left out."""
+    from rich.table import Table
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for name, value in fields:
         if value is not None and value != "":
             grid.add_row(name, _cell(value))
-    _console().print(grid)
+    console().print(grid)
 
 
 def print_text(line: str) -> None:
     """Print one paragraph as it is."""
-    _console().print(Text(line))
+    from rich.text import Text
+
+    console().print(Text(line))
+
+
+def print_line(line: str, style: str = "") -> None:
+    """Print one line at once and whole, however narrow the terminal: it may go to a pipe that is read line by line."""
+    if style and sys.stdout.isatty():
+        from rich.text import Text
+
+        console().print(Text(line, style=style), soft_wrap=True)
+    else:
+        print(line, flush=True)
 
 
 def number(value: float | None, digits: int = 3, unit: str = "") -> str:
@@ -152,6 +189,27 @@ def clock_time(at: float) -> str:
     return moment.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
 
 
+def style_of(word: str) -> str:
+    """The colour of a state, an action, an outcome or a level; empty for words that have none."""
+    return _STYLES.get(word, "")
+
+
+def console() -> Console:
+    """Standard output, made anew for each print: it may have been redirected since."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def _plain_message(message: Message) -> Any:
+    if message.DESCRIPTOR.name in _AS_VALUES:
+        from resilience.rpc.codec import from_proto
+
+        value: Any = from_proto(message)  # type: ignore[call-overload]  # the names above are those it knows
+        return plain(value)
+    return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
+
+
 def _field(message: Message, field: Any) -> Any:
     content = getattr(message, field.name)
     if field.has_presence and not field.is_repeated and not message.HasField(field.name):
@@ -169,10 +227,7 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> list[int]
 
 
 def _cell(value: Any) -> Text:
+    from rich.text import Text
+
     text = "" if value is None else str(value)
-    return Text(text, style=_STYLES.get(text, ""))
-
-
-def _console() -> Console:
-    # Made anew for each print: standard output may have been redirected since.
-    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    return Text(text, style=style_of(text))

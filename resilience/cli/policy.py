@@ -6,20 +6,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pydantic
 import typer
 
-from resilience import policy
 from resilience.cli import output
 from resilience.cli.faults import decision_fields
 from resilience.cli.options import Json
 from resilience.clock import SystemClock
-from resilience.config import Config, load_config
 from resilience.errors import UsageError
 from resilience.events import Check, Detection, DetectionKind, Evidence
-from resilience.policy.table import as_markdown
+
+if TYPE_CHECKING:
+    from resilience.config import Config
 
 __all__ = ["register"]
 
@@ -41,6 +40,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """The rows of the table, in the order in which they are tried; the first that applies wins."""
+    from resilience import policy
+    from resilience.policy.table import as_markdown
+
     if markdown:
         print(as_markdown(), end="")
         return
@@ -75,6 +77,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Validate a configuration, with the environment under it, and say what each setting means."""
+    from resilience.config import load_config
+
     settings = list(_settings(load_config(file, environ=os.environ)))
     if as_json:
         output.print_json({name: {"value": value, "default": default} for name, value, default, _ in settings})
@@ -90,6 +94,10 @@ def check(
 
 def _settings(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
     """(name, value, default, sentence) of every setting."""
+    import pydantic
+
+    from resilience.config import Config
+
     defaults = Config()
     for name, field in Config.model_fields.items():
         section, default = getattr(config, name), getattr(defaults, name)
@@ -119,6 +127,9 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """What would be decided about this evidence, by which row, and why nothing cheaper."""
+    from resilience import policy
+    from resilience.config import Config, load_config
+
     if file is not None:
         evidence = _read_evidence(file)
     else:
@@ -170,6 +181,8 @@ def _alarm(site: str, check: Check, kind: DetectionKind, mended: bool, attempt: 
 
 
 def _read_evidence(file: Path) -> Evidence:
+    import pydantic
+
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return pydantic.TypeAdapter(Evidence).validate_python(content)

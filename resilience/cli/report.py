@@ -11,7 +11,6 @@ import typer
 
 from resilience.cli import output
 from resilience.cli.options import Address, Json, RunDir, TokenFile
-from resilience.cli.source import LATEST_RUN, LiveSource
 from resilience.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ def report(
 
 
 def _material(run: str | None, run_dir: Path | None, address: str | None, token_file: Path | None) -> Material:
+    from resilience.cli.source import LiveSource
     from resilience.report_page import from_coordinator, from_directory
 
     if address is not None:
@@ -65,6 +65,8 @@ def _material(run: str | None, run_dir: Path | None, address: str | None, token_
 
 
 def _directory(run: str | None) -> Path:
+    from resilience.cli.source import LATEST_RUN
+
     if run is None:
         return LATEST_RUN
     named = LATEST_RUN.parent / run

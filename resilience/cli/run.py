@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resilience.cli import output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
-from resilience.rpc.v1 import operator_pb2 as op
+
+if TYPE_CHECKING:
+    from resilience.rpc.v1 import operator_pb2 as op
 
 __all__ = ["register"]
 

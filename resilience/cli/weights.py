@@ -11,8 +11,6 @@ from typing import Annotated
 
 import typer
 
-from resilience.checkpoint.publish import read_manifest
-from resilience.checkpoint.verify import locate, verify
 from resilience.cli import output
 from resilience.cli.options import Json
 from resilience.errors import CheckpointError, ResilienceError
@@ -32,6 +30,9 @@ def digest(
     as_json: Json = False,
 ) -> None:
     """SHA-256 over a checkpoint's consolidated fp32 weights, in name order: equal weights, equal digest."""
+    from resilience.checkpoint.publish import read_manifest
+    from resilience.checkpoint.verify import locate, verify
+
     missing = [name for name in ("torch", "deepspeed") if importlib.util.find_spec(name) is None]
     if missing:
         raise ResilienceError(
