@@ -118,6 +118,8 @@ class RankSnapshots:
         self._step_began_at: float | None = None
         self.blocked_s = 0.0
         """Seconds that training waited for copies, in all."""
+        self.problem = ""
+        """Why none are taken any more; empty while they are."""
         self.lost_step = 0
         """Step of the last snapshot, where this rank's copy of it came to nothing; else 0."""
 
@@ -127,7 +129,13 @@ class RankSnapshots:
         return self._arena
 
     @property
+    def interval_steps(self) -> int:
+        """Steps between two snapshots, as things stand."""
+        return self._pace.interval
+
+    @property
     def can_take(self) -> bool:
+        self.finish()
         if self._is_off:
             return False
         held = {hold.step for hold in read_holds(self._arena)}
@@ -142,7 +150,6 @@ class RankSnapshots:
         return self._pace.is_due(step)
 
     def take(self, step: int, *, clean_through: int) -> None:
-        self.finish()
         self._clean_through, self.lost_step = clean_through, 0
         slot = self._next
         assert slot is not None, "the boundary asked first"
@@ -211,7 +218,7 @@ class RankSnapshots:
     def turn_off(self, reason: str) -> None:
         """Take no more; said once."""
         if not self._is_off:
-            self._is_off = True
+            self._is_off, self.problem = True, reason
             self._on_off(reason)
 
     def close(self) -> None:

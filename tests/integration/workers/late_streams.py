@@ -27,8 +27,9 @@ class _Copy:
 
     def synchronize(self) -> None:
         """Everything that was given to the stream before is copied, too."""
-        self.streams.log.append("wait")
-        self.streams.run(until=self)
+        if not self.is_done:
+            self.streams.log.append("wait")
+            self.streams.run(until=self)
 
 
 class LateStreams:

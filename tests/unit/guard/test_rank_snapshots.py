@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from resilience.guard import snapshots as module
 from resilience.guard.settings import Settings
 from resilience.guard.snapshots import RankSnapshots
 from resilience.snapshot.arena import Arena, Room, make, write_atomically
+from resilience.snapshot.copiers import StreamCopier
 from resilience.snapshot.inventory import read_commits
 from resilience.snapshot.manifest import Hold, serialise_holds
+from resilience.testing import FakeClock
+from tests.integration.workers.late_streams import LateStreams
 
 
 class Engine:
@@ -26,6 +30,8 @@ class Engine:
         self.has_moe_layers = False
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self.weight = torch.zeros(100)
+        self.module = torch.nn.ParameterDict({"weight": torch.nn.Parameter(self.weight, requires_grad=False)})
+        self.optimizer = SimpleNamespace(state={}, param_groups=[])
 
     def save_checkpoint(self, save_dir: str, tag: str, save_latest: bool) -> None:
         self.checkpoint_engine.save({"weight": self.weight}, f"{save_dir}{tag}/model.pt")
@@ -40,7 +46,8 @@ class Engine:
 class Rank:
     """One rank, its arena, and what it said."""
 
-    def __init__(self, directory: Path, **config: Any) -> None:
+    def __init__(self, directory: Path, streams: LateStreams | None = None, **config: Any) -> None:
+        self.streams, self.waiting = streams, list[str]()
         self.arena, _ = make(directory, run_id="run", node="here", run_dir=directory)
         self.config = config
         self.said: list[str] = []
@@ -65,6 +72,8 @@ class Rank:
             num_local_ranks=1,
             keeps_parity=False,
             rng=self.engine,
+            copier=StreamCopier(self.streams) if self.streams is not None else None,
+            on_waiting=self.waiting.append,
             on_off=self.said.append,
         )
 
@@ -185,3 +194,160 @@ def test_after_a_rewind_later_snapshots_are_gone(rank: Rank) -> None:
     assert list(rank.held()) == [1]
     assert rank.take(2)
     assert sorted(rank.held()) == [1, 2]
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Rank:
+    """A rank whose device copies when it is waited for."""
+    return Rank(tmp_path, LateStreams())
+
+
+def test_a_snapshot_that_is_being_copied_is_none(late: Rank) -> None:
+    for step in (1, 2, 3):
+        assert late.take(step, clean_through=step)
+        late.snapshots.before_forward()
+        assert step not in late.held(), "its commit must not be there before its last byte"
+        assert step not in late.snapshots.steps()
+        late.snapshots.finish()
+        assert late.held()[step] == step
+        assert late.snapshots.steps()[-1] == step
+    assert late.waiting == []
+
+
+def test_the_commit_comes_after_the_last_byte(late: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert late.streams is not None
+    log = late.streams.log
+    monkeypatch.setattr(module, "write_atomically", lambda path, content: log.append(path.name))
+    late.take(1)
+    late.snapshots.before_forward()
+    late.snapshots.finish()
+    assert log == ["copy", "join", "wait", "commit.json"]
+
+
+def test_a_rank_that_dies_before_its_copy_is_finished_leaves_no_commit(late: Rank) -> None:
+    for step in (1, 2, 3, 4):
+        late.take(step)
+        late.snapshots.finish()
+    late.take(5)
+    late.snapshots.before_forward()
+    before = late.held()
+    assert 5 not in before
+    # The next process finds those that were whole, and writes to the torn slot first.
+    late.snapshots = late.start(generation=2)
+    assert late.snapshots.steps() == sorted(before)
+    assert late.take(6)
+    late.snapshots.finish()
+    assert late.held() == {**before, 6: 6.0}
+
+
+def test_the_copy_is_waited_for_before_the_next_one_begins(late: Rank) -> None:
+    late.take(1)
+    late.snapshots.before_forward()
+    assert late.snapshots.can_take
+    assert late.held() == {1: 1.0}
+    late.take(2)
+    assert late.held() == {1: 1.0}
+
+
+def test_a_state_that_was_written_beneath_the_copy_is_no_snapshot(late: Rank) -> None:
+    late.take(1)
+    late.snapshots.finish()
+    late.take(2)
+    late.snapshots.before_forward()
+    late.engine.weight[50] = 7.0
+    late.snapshots.finish()
+    assert late.held() == {1: 1.0}
+    assert late.snapshots.lost_step == 2
+    assert late.snapshots.steps() == [1]
+    late.take(3)
+    late.snapshots.finish()
+    assert (sorted(late.held()), late.snapshots.lost_step) == ([1, 3], 0)
+    assert late.waiting == [], "once may have been damage"
+
+
+def test_a_script_that_writes_weights_at_each_step_waits_for_its_copies(late: Rank) -> None:
+    for step in (1, 2):
+        late.take(step)
+        late.engine.weight[0] += 1.0
+        late.snapshots.finish()
+    assert late.held() == {}
+    for step in (3, 4):
+        late.take(step)
+        late.engine.weight[0] += 1.0
+        late.snapshots.finish()
+    assert late.held() == {3: 3.0, 4: 4.0}
+    assert late.waiting == ["something writes weights or optimizer state between the optimizer steps"]
+
+
+def test_what_one_rank_has_lost_no_rank_counts_on(late: Rank) -> None:
+    for step in (1, 2):
+        late.take(step)
+        late.snapshots.finish()
+    late.snapshots.give_up(2)
+    assert late.held() == {1: 1.0}
+    assert late.snapshots.steps() == [1]
+
+
+def test_a_rewind_in_the_middle_of_a_copy_leaves_no_trace_of_it(late: Rank) -> None:
+    late.take(1)
+    late.snapshots.finish()
+    late.take(2)
+    late.snapshots.before_forward()
+    late.snapshots.rewound(1)
+    late.engine.weight.fill_(1.0)
+    late.snapshots.finish()
+    assert late.held() == {1: 1.0}
+
+
+def test_memory_that_cannot_be_page_locked_is_said_once_and_copied_to_all_the_same(tmp_path: Path) -> None:
+    rank = Rank(tmp_path, LateStreams(refuses="cudaHostRegister: not permitted"))
+    for step in (1, 2, 3):
+        rank.take(step)
+        assert rank.held()[step] == step
+    assert rank.waiting == ["memory of snapshots cannot be page-locked (cudaHostRegister: not permitted)"]
+
+
+def test_at_the_end_the_copy_is_finished_and_all_memory_is_unlocked(late: Rank) -> None:
+    assert late.streams is not None
+    late.take(1)
+    late.snapshots.close()
+    assert late.held() == {1: 1.0}
+    assert late.streams.locked == set()
+
+
+def test_only_what_training_waits_for_counts(tmp_path: Path) -> None:
+    rank, clock = Rank(tmp_path, LateStreams()), FakeClock()
+    streams = rank.streams
+    assert streams is not None
+    rank.snapshots._clock = clock
+    run, join = streams.run, streams.join
+    streams.join = lambda: (clock.advance(60.0), join())
+    streams.run = lambda until=None: (clock.advance(2.0), run(until))
+    rank.take(1)
+    clock.advance(30.0)
+    rank.snapshots.finish()
+    assert rank.snapshots.blocked_s == 2.0
+    (commit,) = read_commits(rank.arena).values()
+    assert commit.blocked_s == 2.0
+
+
+def test_files_that_hang_in_a_restore_folder_give_no_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(tmp_path, slots=3)
+    for step in (1, 2, 3):
+        rank.take(step, clean_through=step)
+    monkeypatch.setattr(module, "room", lambda path: Room(free=100, available=1 << 40))
+    # A new process takes the files over and needs nothing more; those that are held elsewhere it cannot have.
+    rank.snapshots = rank.start(generation=2)
+    assert rank.take(4, clean_through=4)
+    assert rank.said == []
+    folder = rank.arena.restore(2)
+    folder.mkdir()
+    for slot in rank.arena.slots(0):
+        (path,) = rank.arena.state(0, slot).iterdir()
+        (folder / f"{slot}.pt").hardlink_to(path)
+    rank.take(5, clean_through=4)
+    assert len(rank.said) == 1
+    assert "more slots would fit" in rank.said[0]
+    assert 4 in rank.held()
