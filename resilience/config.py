@@ -175,6 +175,14 @@ class CoordinatorConfig(_Section):
     """Prometheus port; unset takes 9464, or a free one if that is busy."""
     token_file: Path | None = None
     """File (mode 0600) that holds the shared token; an embedded coordinator creates its own."""
+    tls_ca: Path | None = None
+    """Authority (PEM) that signed all certificates of the job; with it all parties show theirs to each other (mTLS)."""
+    tls_cert: Path | None = None
+    """Certificate (PEM) of whoever reads this."""
+    tls_key: Path | None = None
+    """Its key (PEM, mode 0600)."""
+    tls_name: str | None = None
+    """Name that the certificate of whoever is called must carry; unset is the host of its address."""
     heartbeat_interval_s: Positive = 0.5
     """Seconds between two heartbeats of a rank or an agent."""
     lease_s: Positive = 15.0
@@ -226,6 +234,10 @@ class Config(_Section):
             raise ValueError(
                 "coordinator.address names an external coordinator; drop coordinator.port, which is for an embedded one"
             )
+        tls = {key: getattr(self.coordinator, key) for key in ("tls_ca", "tls_cert", "tls_key")}
+        missing = [f"coordinator.{key}" for key, path in tls.items() if path is None]
+        if missing and (len(missing) < len(tls) or self.coordinator.tls_name is not None):
+            raise ValueError(f"{' and '.join(missing)} missing: mTLS needs coordinator.tls_ca, tls_cert and tls_key")
         return self
 
 

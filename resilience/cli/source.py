@@ -23,6 +23,7 @@ from resilience.coordinator.machine.effects import RememberCordon
 from resilience.coordinator.paths import devices_path, journal_path
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
+from resilience.rpc.tls import Tls, open_channel
 from resilience.rpc.v1 import operator_pb2 as op
 from resilience.rpc.v1 import operator_pb2_grpc as rpc
 
@@ -74,6 +75,7 @@ class Endpoint:
     pid: int | None = None
 
 
+    tls: Tls | None = None
 def read_endpoint(run_dir: Path) -> Endpoint | None:
     """The coordinator of the run in `run_dir`; None if there is no such file.
 
@@ -92,6 +94,7 @@ def read_endpoint(run_dir: Path) -> Endpoint | None:
             pid=content.get("pid"),
         )
     except FileNotFoundError:
+            tls=Tls.from_told(content.get("tls")),
         return None
     except OSError as error:
         raise ResilienceError(f"{path}: cannot be read ({error.strerror})") from None
@@ -121,7 +124,7 @@ def open_source(address: str | None, token_file: Path | None, run_dir: Path | No
     if address is not None and (endpoint is None or endpoint.address != address):
         return LiveSource(address, token_file)
     assert endpoint is not None
-    live = LiveSource(endpoint.address, token_file or endpoint.token_file)
+    live = LiveSource(endpoint.address, token_file or endpoint.token_file, endpoint.tls)
     if address is not None or live.answers():
         return live
     return _recorded(chosen, endpoint)
@@ -145,9 +148,10 @@ def _recorded(run_dir: Path, endpoint: Endpoint) -> RecordedSource:
 class LiveSource:
     """A running coordinator."""
 
-    def __init__(self, address: str, token_file: Path | None) -> None:
+    def __init__(self, address: str, token_file: Path | None, tls: Tls | None = None) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        # A coordinator tells which certificates it was given; whoever has others says so in the environment.
+        self._channel = open_channel(address, Tls.from_environment(os.environ) or tls, GRPC_OPTIONS)
         self._stub = rpc.OperatorStub(self._channel)
         self._metadata = _credentials(token_file)
 

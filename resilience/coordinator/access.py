@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from resilience.errors import UsageError
+from resilience.rpc.tls import Tls, refuse_readable
 
 if TYPE_CHECKING:
     _Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -39,13 +40,11 @@ def read_token(path: Path | None) -> str | None:
     """
     if path is None:
         return None
+    refuse_readable(path, "token file")
     try:
-        mode = path.stat().st_mode & 0o777
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"token file {path} cannot be read ({error}); give one line of ASCII, mode 0600") from None
-    if mode & 0o077:
-        raise UsageError(f"token file {path} has mode {mode:04o}, others can read it; chmod 600 {path}")
     if len(token) < MIN_TOKEN_CHARACTERS:
         raise UsageError(
             f"token file {path} holds {len(token)} characters; at least {MIN_TOKEN_CHARACTERS} are required"
@@ -53,16 +52,16 @@ def read_token(path: Path | None) -> str | None:
     return token
 
 
-def check_bind(host: str, token: str | None) -> None:
-    """Refuse to be open to others without a token.
+def check_bind(host: str, token: str | None, tls: Tls | None = None) -> None:
+    """Refuse to be open to others without a token or certificates.
 
     Raises:
-        UsageError: `host` is not a loopback address and there is no token.
+        UsageError: `host` is not a loopback address and there is neither.
     """
-    if token is None and not _is_loopback(host):
+    if token is None and tls is None and not _is_loopback(host):
         raise UsageError(
-            f"coordinator.bind = {host!r} is open to other machines and there is no token; set coordinator.token_file,"
-            " or bind to 127.0.0.1"
+            f"coordinator.bind = {host!r} is open to other machines and there is no token; set coordinator.token_file"
+            " or coordinator.tls_ca, or bind to 127.0.0.1"
         )
 
 

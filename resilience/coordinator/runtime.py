@@ -30,10 +30,11 @@ from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.facts import Opened
 from resilience.coordinator.paths import devices_path, journal_path
 from resilience.coordinator.report import write_report
-from resilience.coordinator.scrape import MetricsServer
 from resilience.coordinator.service import CoordinatorService, OperatorService
+from resilience.coordinator.web import MetricsServer
 from resilience.errors import ExitCode, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
+from resilience.rpc.tls import Tls, add_port
 from resilience.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
 
 __all__ = ["DEFAULT_METRICS_PORT", "Settings", "serve", "settings_of"]
@@ -113,7 +114,7 @@ def serve(settings: Settings, *, clock: Clock | None = None) -> int:
 
 async def _serve(settings: Settings, clock: Clock) -> int:
     token = read_token(settings.token_file)
-    check_bind(settings.bind, token)
+    check_bind(settings.bind, token, Tls.of(settings.config.coordinator))
     try:
         settings.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -187,7 +188,7 @@ def _listen(settings: Settings, token: str | None) -> tuple[grpc.aio.Server, int
     address = f"{settings.bind}:{settings.port}"
     try:
         _probe(settings.bind, settings.port)
-        return server, server.add_insecure_port(address)
+        return server, add_port(server, address, Tls.of(settings.config.coordinator))
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or "it was taken at this moment"
         raise UsageError(f"coordinator address {address} cannot be used ({why}); choose another port") from None
@@ -231,6 +232,7 @@ def _write_addresses(settings: Settings, port: int, metrics_address: str) -> Non
         "metrics_address": metrics_address,
         "pid": os.getpid(),
         "token_file": None if settings.token_file is None else str(settings.token_file),
+        "tls": None if (tls := Tls.of(settings.config.coordinator)) is None else tls.told(),
         "run_id": settings.run_id,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -6,13 +6,10 @@ import asyncio
 import collections
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
-from resilience.coordinator.host import Host
 from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine.ledger import blames_a_device
 from resilience.coordinator.machine.state import Histogram, State
@@ -21,11 +18,10 @@ from resilience.metrics import METRICS, PREFIX, Kind
 from resilience.metrics import Metric as Row
 from resilience.policy import restarts_left
 
-__all__ = ["MetricsServer", "families", "samples"]
+__all__ = ["families", "samples"]
 
 Samples = Mapping[tuple[str, ...], float]
 
-_SCRAPE_TIMEOUT_S = 5.0
 _MENDING = frozenset({Check.CHECKSUM, Check.INVARIANT, Check.AT_REST, Check.REPLICA})
 
 
@@ -137,41 +133,3 @@ def _histogram(
             buckets.append((bound, cumulative))
         metric.add_metric([run, label] if row.labels else [run], buckets, histogram.total)
     return metric
-
-
-class _StateCollector(Collector):
-    """Reads the state on its own event loop, where nothing changes it meanwhile."""
-
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
-        self._host = host
-        self._loop = loop
-
-    def collect(self) -> Iterable[Metric]:
-        async def read() -> list[Metric]:
-            return list(families(self._host.machine, self._host.now()))
-
-        return asyncio.run_coroutine_threadsafe(read(), self._loop).result(_SCRAPE_TIMEOUT_S)
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-
-class MetricsServer:
-    """`/metrics` over HTTP, on a thread of its own."""
-
-    def __init__(self, host: Host, *, bind: str, port: int) -> None:
-        """Listen on `bind`:`port`; port 0 takes a free one.
-
-        Raises:
-            OSError: the port is busy.
-        """
-        registry = CollectorRegistry()
-        registry.register(_StateCollector(host, asyncio.get_running_loop()))
-        self._server, self._thread = start_http_server(port, bind, registry)
-        self.address = f"{bind}:{self._server.server_port}"
-
-    def close(self) -> None:
-        """Stop listening. Call it from another thread while the event loop runs: a scrape may be going on."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -22,6 +22,7 @@ from resilience.context import RunContext
 from resilience.events import Decision, Evidence
 from resilience.guard.outbox import MAX_SAMPLES_PER_REPORT, Fact, Outbox
 from resilience.rpc.codec import GRPC_OPTIONS, from_proto, to_proto
+from resilience.rpc.tls import Tls, open_channel
 from resilience.rpc.v1 import coordinator_pb2 as pb
 from resilience.rpc.v1 import coordinator_pb2_grpc as pb_grpc
 
@@ -220,7 +221,8 @@ class Client:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _session(self) -> None:
-        with grpc.insecure_channel(self._address(), options=GRPC_OPTIONS) as channel:
+        tls = Tls.of(self._context.config.coordinator)
+        with open_channel(self._address(), tls, GRPC_OPTIONS) as channel:
             stub = pb_grpc.CoordinatorStub(channel)
             request = pb.JoinRequest(run_id=self._context.run_id, rank=self._identity.to_proto())
             self.join_response = stub.Join(request, timeout=10.0, metadata=self._metadata(), wait_for_ready=True)

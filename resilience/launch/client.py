@@ -18,6 +18,7 @@ from resilience.context import RunContext
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
 from resilience.events import RankExit, SnapshotFact
 from resilience.rpc import codec
+from resilience.rpc.tls import Tls, open_channel
 from resilience.rpc.v1 import coordinator_pb2 as pb
 from resilience.rpc.v1 import coordinator_pb2_grpc as rpc
 from resilience.rpc.v1 import operator_pb2 as op
@@ -37,9 +38,9 @@ _CHANNEL_OPTIONS = (
 )
 
 
-def is_reachable(address: str, *, timeout_s: float) -> bool:
-    """Whether a gRPC server answers at `address` within `timeout_s`."""
-    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+def is_reachable(address: str, *, timeout_s: float, tls: Tls | None = None) -> bool:
+    """Whether a gRPC server answers at `address` within `timeout_s`, and each side takes the other's certificate."""
+    with open_channel(address, tls, _CHANNEL_OPTIONS) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=timeout_s)
         except grpc.FutureTimeoutError:
@@ -54,7 +55,7 @@ class CoordinatorClient:
         self.run_id = context.run_id
         self.address = context.coordinator_address
         self._clock = clock or SystemClock()
-        self._channel = grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        self._channel = open_channel(self.address, Tls.of(context.config.coordinator), _CHANNEL_OPTIONS)
         self.stub = rpc.CoordinatorStub(self._channel)
         self._operator = OperatorStub(self._channel)
         self.metadata = credentials(context.token_file)

@@ -13,6 +13,7 @@ from resilience.launch.client import is_reachable
 from resilience.launch.lease import Holder
 from resilience.launch.options import Options
 from resilience.launch.run_directory import RunDirectory, default_directory
+from resilience.rpc.tls import Tls
 
 __all__ = ["find_context"]
 
@@ -39,7 +40,7 @@ def find_context(config: Config, options: Options) -> tuple[RunContext, bool]:
             "--no_ssh --node_rank > 0: this node cannot tell which run it belongs to; give all nodes the same "
             "--resilience-dir on shared storage, or coordinator.address together with launch.run_id"
         )
-    if not is_reachable(address, timeout_s=_WAIT_S):
+    if not is_reachable(address, timeout_s=_WAIT_S, tls=Tls.of(config.coordinator)):
         raise CoordinatorUnreachableError(f"coordinator.address = {address}: no answer within {_WAIT_S:.0f} s")
     directory = RunDirectory(default_directory(run_id))
     directory.make()

@@ -27,6 +27,7 @@ from resilience.launch.client import credentials
 from resilience.launch.footer import Footer
 from resilience.launch.outcome import Row, join
 from resilience.rpc.codec import GRPC_OPTIONS
+from resilience.rpc.tls import Tls, open_channel
 from resilience.rpc.v1 import operator_pb2 as op
 from resilience.rpc.v1 import operator_pb2_grpc as rpc
 
@@ -89,7 +90,8 @@ class _Watcher:
         self.thread.join(timeout=2 * _CALL_S)
 
     def _watch(self) -> None:
-        channel = grpc.insecure_channel(self._context.coordinator_address, options=GRPC_OPTIONS)
+        tls = Tls.of(self._context.config.coordinator)
+        channel = open_channel(self._context.coordinator_address, tls, GRPC_OPTIONS)
         stub, metadata = rpc.OperatorStub(channel), credentials(self._context.token_file)
         try:
             while not self._stopped.wait(_ASK_INTERVAL_S):

@@ -16,6 +16,7 @@ from pathlib import Path
 from resilience.context import RunContext
 from resilience.errors import UsageError
 from resilience.launch.lease import Holder
+from resilience.rpc.tls import Tls
 
 __all__ = ["Endpoint", "RunDirectory", "default_directory"]
 
@@ -132,6 +133,7 @@ class RunDirectory:
             "metrics_address": metrics_address,
             "pid": pid,
             "token_file": None if context.token_file is None else str(context.token_file),
+            "tls": None if (tls := Tls.of(context.config.coordinator)) is None else tls.told(),
             "run_id": context.run_id,
         }
         temporary = self.path / f".coordinator.json.{os.getpid()}"

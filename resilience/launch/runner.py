@@ -30,6 +30,7 @@ from resilience.launch.network import is_loopback, local_address_towards
 from resilience.launch.options import Options, add_options, load, refuse_unsupported
 from resilience.launch.run_directory import RunDirectory, default_directory
 from resilience.launch.supervision import Part, supervise
+from resilience.rpc.tls import Tls
 
 __all__ = ["extend"]
 
@@ -86,7 +87,9 @@ def _lead(command: NodeCommand, config: Config, options: Options, *, has_followe
     # What can be refused is refused before anything is written.
     port = 0 if is_external else choose_port(config.coordinator)
     metrics_port = 0 if is_external else choose_metrics_port(config.coordinator)
-    if is_external and not is_reachable(str(config.coordinator.address), timeout_s=_EXTERNAL_S):
+    if is_external and not is_reachable(
+        str(config.coordinator.address), timeout_s=_EXTERNAL_S, tls=Tls.of(config.coordinator)
+    ):
         raise CoordinatorUnreachableError(
             f"coordinator.address = {config.coordinator.address}: no answer within {_EXTERNAL_S:.0f} s; "
             "start it with `resilience coordinator serve`, or leave the address out for an embedded one"

@@ -31,6 +31,7 @@ from resilience.coordinator.access import read_token
 from resilience.errors import SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.rpc.v1 import guardian_pb2 as pb
+from resilience.rpc.tls import Tls
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.encode import Interrupted, encode
 from resilience.snapshot.groups import Group, form_groups
@@ -103,7 +104,8 @@ class Redundancy:
         self._holdings = Holdings(arena, run_id=context.run_id, node=node)
         token = read_token(context.token_file)
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._server = Server(self._holdings, self, run_id=context.run_id, token=token)
+        self._tls = Tls.of(context.config.coordinator)
+        self._server = Server(self._holdings, self, run_id=context.run_id, token=token, tls=self._tls)
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._is_ending = False
@@ -166,7 +168,9 @@ class Redundancy:
         if not addresses:
             return None
         caller = Caller(self._run_id, self._node, lambda: order.generation)
-        clients = [PeerClient(node, at, caller, metadata=self._metadata) for node, at in addresses.items()]
+        clients = [
+            PeerClient(node, at, caller, metadata=self._metadata, tls=self._tls) for node, at in addresses.items()
+        ]
         return Peers(self._holdings, clients, run_id=self._run_id, node=self._node)
 
     # ------ as a member
@@ -318,7 +322,7 @@ class Redundancy:
         for peer in serving:
             if group is not None and peer.node in group.nodes and peer.node != self._node:
                 caller = Caller(self._run_id, self._node, lambda: self._generation)
-                clients[peer.node] = PeerClient(peer.node, peer.address, caller, metadata=self._metadata)
+                clients[peer.node] = PeerClient(peer.node, peer.address, caller, metadata=self._metadata, tls=self._tls)
         for client in self._clients.values():
             client.close()
         self._generation, self._group, self._clients, self._settled = generation, group, clients, None

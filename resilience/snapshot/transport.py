@@ -24,6 +24,7 @@ import xxhash
 from resilience.clock import Clock, SystemClock
 from resilience.errors import SnapshotError
 from resilience.rpc.codec import GRPC_OPTIONS, BoundsError, check_bounds
+from resilience.rpc.tls import Tls, add_port, open_channel
 from resilience.rpc.v1 import guardian_pb2 as pb
 from resilience.rpc.v1 import guardian_pb2_grpc as rpc
 from resilience.snapshot.holdings import Description, Holdings, Kind, Ref, Stored
@@ -126,8 +127,11 @@ def run_idle() -> None:
 class Server:
     """Serves what a node holds to the other guardians of its run."""
 
-    def __init__(self, holdings: Holdings, exchanges: Exchanges, *, run_id: str, token: str | None) -> None:
+    def __init__(
+        self, holdings: Holdings, exchanges: Exchanges, *, run_id: str, token: str | None, tls: Tls | None = None
+    ) -> None:
         self._token = token
+        self._tls = tls
         # Whatever a peer asks for must not take time from the ranks of this node.
         self._pool = concurrent.futures.ThreadPoolExecutor(_MAX_THREADS, "serve", initializer=run_idle)
         self._server = grpc.server(
@@ -146,17 +150,19 @@ class Server:
             port: the port that an earlier guardian had, which peers still know; taken if it is free.
 
         Raises:
-            SnapshotError: the address is open to others and there is no token, or it cannot be listened on.
+            SnapshotError: the address is open to others and there is neither token nor certificate, or it cannot be
+                listened on.
+            UsageError: the certificates cannot be used.
         """
-        if self._token is None and not ipaddress.ip_address(host).is_loopback:
+        if self._token is None and self._tls is None and not ipaddress.ip_address(host).is_loopback:
             raise SnapshotError(
                 f"guardians would be open to other machines at {host} and the run has no token; set "
-                "coordinator.token_file"
+                "coordinator.token_file or coordinator.tls_ca"
             )
         literal = f"[{host}]" if ":" in host else host
         for candidate in dict.fromkeys((port, 0)):
             with contextlib.suppress(RuntimeError):
-                bound = self._server.add_insecure_port(f"{literal}:{candidate}")
+                bound = add_port(self._server, f"{literal}:{candidate}", self._tls)
                 self._server.start()
                 return f"{literal}:{bound}"
         raise SnapshotError(f"guardian cannot listen on {host}")
@@ -286,12 +292,20 @@ def _key_message(key: Key) -> pb.SnapshotKey:
 class PeerClient:
     """Another node's guardian, as a source. May be used by several threads."""
 
-    def __init__(self, node: str, address: str, caller: Caller, *, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(
+        self,
+        node: str,
+        address: str,
+        caller: Caller,
+        *,
+        metadata: tuple[tuple[str, str], ...],
+        tls: Tls | None = None,
+    ) -> None:
         self.node = node
         self.address = address
         self._caller = caller
         self._metadata = metadata
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = open_channel(address, tls, _OPTIONS)
         self._stub = rpc.GuardianStub(self._channel)
         self._closed = threading.Event()
 
