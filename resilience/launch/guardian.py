@@ -6,6 +6,7 @@ the guardian's own words.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ from resilience.clock import SystemClock
 from resilience.config import SnapshotConfig
 from resilience.context import RunContext
 from resilience.errors import SnapshotError, UsageError
-from resilience.events import Mode, SnapshotFact
+from resilience.events import Mode, SnapshotFact, SnapshotKind
 from resilience.launch import shim
 from resilience.launch.run_directory import RunDirectory
 from resilience.rpc.v1 import coordinator_pb2 as pb
@@ -41,6 +42,8 @@ _FLUSH_S = 9.0
 """The launcher kills agents 20 s after a signal; ranks may take 5 s of them."""
 _STOP_S = 2.0
 _POLL_S = 0.02
+_MAX_TOLD = 256
+"""Facts that are known again when a guardian that was started again tells them once more: of what is in the arena."""
 _MAX_DEATHS = 5
 """In a row, without one answer in between: something is wrong that another start will not mend."""
 
@@ -106,7 +109,7 @@ class Guardian:
         self._clock = SystemClock()
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._told: set[tuple[str, int, int, str]] = set()
+        self._told: collections.deque[tuple[str, int, int, str, float]] = collections.deque(maxlen=_MAX_TOLD)
         self._refused: set[tuple[int, int]] = set()
         self._number = 0
         self._num_deaths = 0
@@ -277,10 +280,11 @@ class Guardian:
             if isinstance(message, Answer):
                 self._answers.put(message)
                 continue
-            # One that was started again says once more what it finds.
-            key = (message.kind, message.step, message.generation, message.reason)
+            # One that was started again says once more what it finds. A step that was taken again is another one.
+            at = message.at if message.kind is SnapshotKind.TAKEN else 0.0
+            key = (message.kind, message.step, message.generation, message.reason, at)
             if key not in self._told:
-                self._told.add(key)
+                self._told.append(key)
                 self._tell(message)
 
 

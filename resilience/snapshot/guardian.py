@@ -19,7 +19,7 @@ from types import FrameType
 
 from resilience.clock import SystemClock
 from resilience.context import RunContext
-from resilience.errors import ResilienceError, SnapshotError
+from resilience.errors import ExitCode, ResilienceError, SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.flush import Flusher
@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ResilienceError as error:
         print(f"resilience: guardian: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # What ranks have committed stays: the next guardian may find room again.
+        print(f"resilience: guardian: {error}; is {arena.path.parent} full?", file=sys.stderr)
+        return ExitCode.FAILED
     except _Ended:
         # Whoever else ends a guardian does not end the run: its agent starts another one.
         owner = arena.owner()
@@ -117,7 +121,7 @@ class _Guardian:
             number, order = decode(line)
             match order:
                 case Begin():
-                    answer = self._begin(number, order)
+                    answer = self._begin_if_there_is_room(number, order)
                 case Settle():
                     self._watch.settle(order.timeout_s)
                     answer = Answer(number=number)
@@ -133,6 +137,17 @@ class _Guardian:
         self._flusher.stop()
         if self._redundancy is not None:
             self._redundancy.stop()
+
+    def _begin_if_there_is_room(self, number: int, order: Begin) -> Answer:
+        try:
+            return self._begin(number, order)
+        except OSError as error:
+            problem = f"{self._node}: generation {order.generation} cannot be prepared ({error})"
+            if order.source is not None:
+                self._refuse(order, problem)
+            else:
+                print(f"resilience: guardian: {problem}", file=sys.stderr, flush=True)
+            return Answer(number=number, problem=problem)
 
     def _begin(self, number: int, order: Begin) -> Answer:
         source = order.source

@@ -36,14 +36,17 @@ class Holds:
         self._lock = threading.Lock()
         self._holds = {hold for hold in read_holds(arena) if hold.why in _OUTLIVES_ITS_GUARDIAN}
         with contextlib.suppress(OSError):  # the arena is being removed
-            self._write()
+            self._write(self._holds)
 
     def add(self, hold: Hold) -> None:
-        """Hold a snapshot."""
+        """Hold a snapshot.
+
+        Raises:
+            OSError: ranks cannot be told; then it is not held.
+        """
         with self._lock:
             if hold not in self._holds:
-                self._holds.add(hold)
-                self._write()
+                self._write({*self._holds, hold})
 
     def has(self, why: str) -> bool:
         """Whether anything is held for this reason."""
@@ -51,12 +54,16 @@ class Holds:
             return any(hold.why == why for hold in self._holds)
 
     def drop(self, why: str) -> None:
-        """Give up all holds of one reason."""
+        """Give up all holds of one reason.
+
+        Raises:
+            OSError: ranks cannot be told; then they are held still.
+        """
         with self._lock:
             kept = {hold for hold in self._holds if hold.why != why}
             if kept != self._holds:
-                self._holds = kept
-                self._write()
+                self._write(kept)
 
-    def _write(self) -> None:
-        write_atomically(self._arena.holds, serialise_holds(self._holds))
+    def _write(self, holds: set[Hold]) -> None:
+        write_atomically(self._arena.holds, serialise_holds(holds))
+        self._holds = holds

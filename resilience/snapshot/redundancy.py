@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -30,8 +31,8 @@ from resilience.context import RunContext
 from resilience.coordinator.access import read_token
 from resilience.errors import SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
-from resilience.rpc.v1 import guardian_pb2 as pb
 from resilience.rpc.tls import Tls
+from resilience.rpc.v1 import guardian_pb2 as pb
 from resilience.snapshot.arena import Arena, write_atomically
 from resilience.snapshot.encode import Interrupted, encode
 from resilience.snapshot.groups import Group, form_groups
@@ -48,6 +49,8 @@ __all__ = ["Redundancy"]
 
 _POLL_S = (0.02, 0.3)
 """Between two looks of a leader: the shortest, while things happen, and the longest."""
+_RETRY_S_MAX = 2.0
+"""The longest between two tries that fail one after the other: storage that is full stays so for a while."""
 _Phase = pb.ExchangeRequest.Phase
 _PHASES = (
     pb.ExchangeRequest.HOLD,
@@ -117,7 +120,9 @@ class Redundancy:
         self._held: set[Key] = set()
         self._began: dict[Key, float] = {}
         self._settled: object = None
-        self._problem = ""
+        self._num_failures = 0
+        """Of the leader, in a row."""
+        self._said: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="parity", daemon=True)
 
     def start(self) -> str:
@@ -155,9 +160,9 @@ class Redundancy:
             self._kept.go_back(order.generation, None if source is None else source.step)
             self._began.clear()
             self._hold_only(self._kept.stored())
+            self._form(order.generation, order.peers)
             told = {"generation": order.generation, "peers": [dataclasses.asdict(peer) for peer in order.peers]}
             write_atomically(self._kept.group, json.dumps(told).encode())
-            self._form(order.generation, order.peers)
         self._wake.set()
 
     def remote(self, order: Begin) -> Peers | None:
@@ -186,22 +191,28 @@ class Redundancy:
             group = self._group
             if group is None or (members, losses) != (group.nodes, group.losses) or leader != members[0]:
                 raise RefusalError(f"{self._node}: {leader} leads no such group")
-            match phase:
-                case pb.ExchangeRequest.HOLD:
-                    self._hold(key)
-                    return True
-                case pb.ExchangeRequest.ENCODE:
-                    return self._encode(key, group)
-                case pb.ExchangeRequest.COMPLETE:
-                    if not self._is_stored(key):
-                        raise RefusalError(f"{self._node}: has not stored the parity of {key}")
-                    self._kept.complete(key)
-                    return True
-                case pb.ExchangeRequest.FORGET:
-                    self._forget_others(key, group)
-                    return True
-                case _:
-                    raise RefusalError(f"{self._node}: there is no phase {phase}")
+            try:
+                return self._advance(phase, key, group)
+            except OSError as error:
+                raise RefusalError(f"{self._node}: {_storage(error)}") from None
+
+    def _advance(self, phase: _Phase, key: Key, group: Group) -> bool:
+        match phase:
+            case pb.ExchangeRequest.HOLD:
+                self._hold(key)
+                return True
+            case pb.ExchangeRequest.ENCODE:
+                return self._encode(key, group)
+            case pb.ExchangeRequest.COMPLETE:
+                if not self._is_stored(key):
+                    raise RefusalError(f"{self._node}: has not stored the parity of {key}")
+                self._kept.complete(key)
+                return True
+            case pb.ExchangeRequest.FORGET:
+                self._forget_others(key, group)
+                return True
+            case _:
+                raise RefusalError(f"{self._node}: there is no phase {phase}")
 
     def _hold(self, key: Key) -> None:
         if self._work is not None and self._work.key != key:
@@ -227,8 +238,8 @@ class Redundancy:
         if work is not None and work.key == key and not work.done:
             return False
         self._work = None
-        if work is not None and work.problem:
-            raise RefusalError(work.problem)
+        if work is not None and work.key == key and work.problem:
+            raise RefusalError(f"{self._node}: {work.problem}")
         if self._is_stored(key):
             return True
         self._num_works += 1
@@ -257,6 +268,8 @@ class Redundancy:
             pass
         except SnapshotError as error:
             work.problem = str(error)
+        except OSError as error:
+            work.problem = _storage(error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             work.done = True
@@ -345,7 +358,8 @@ class Redundancy:
             is_busy = False
             if group is not None and group.nodes[0] == self._node:
                 is_busy = self._lead(group, clients, generation)
-            pause_s = _POLL_S[0] if is_busy else min(1.5 * pause_s, _POLL_S[1])
+            longest_s = min(_POLL_S[1] * 2 ** max(0, self._num_failures - 1), _RETRY_S_MAX)
+            pause_s = _POLL_S[0] if is_busy else min(1.5 * pause_s, longest_s)
             self._wake.wait(pause_s)
             self._wake.clear()
 
@@ -354,10 +368,10 @@ class Redundancy:
         seen = (generation, self._published())
         if seen == self._settled:
             return False
-        own = self._holdings.describe(generation)
-        if not own.snapshots:
-            return False
         try:
+            own = self._holdings.describe(generation)
+            if not own.snapshots:
+                return False
             found = [own, *(client.describe(num_tries=1) for client in clients.values())]
             common = frozenset.intersection(*(each.snapshots for each in found))
             if common and self._is_protected(max(common), found, group):
@@ -368,11 +382,23 @@ class Redundancy:
             for phase in _PHASES:
                 self._phase(phase, max(common), group, clients, generation)
         except SnapshotError as error:
-            if self._generation == generation and str(error) != self._problem and not self._is_ending:
-                self._problem = str(error)
-                print(f"resilience: parity: {error}", file=sys.stderr, flush=True)
+            self._failed(generation, str(error))
             return False
+        except OSError as error:
+            self._failed(generation, f"{self._node}: {_storage(error)}")
+            return False
+        self._num_failures = 0
         return True
+
+    def _failed(self, generation: int, problem: str) -> None:
+        """An exchange broke off. It is tried again, with the next snapshot if there is one by then; said once."""
+        if self._generation != generation or self._is_ending:
+            return
+        self._num_failures += 1
+        kind = re.sub(r"\d+", "", problem)
+        if kind not in self._said:
+            self._said.add(kind)
+            print(f"resilience: parity: {problem}", file=sys.stderr, flush=True)
 
     def _published(self) -> list[tuple[str, int]]:
         """The files of the published manifests: one that is published again is another file."""
@@ -402,6 +428,10 @@ class Redundancy:
                     waiting.remove(node)
             if waiting:
                 self._wake.wait(_POLL_S[0])
+
+
+def _storage(error: OSError) -> str:
+    return f"parity cannot be stored: {error.filename or 'the arena'}: {error.strerror}; the newest one that was counts"
 
 
 def _why(key: Key) -> str:

@@ -359,6 +359,8 @@ class PeerClient:
             except grpc.RpcError as error:
                 num_failures += 1
                 self._pause_or_raise(error, num_failures, _NUM_TRIES)
+            except ValueError:
+                raise self._let_go() from None
 
     def _window(self, ref: Ref, start: int, end: int) -> Iterator[bytes]:
         call = self._stub.Read(self._request(ref, start, end), timeout=_WINDOW_S, metadata=self._metadata)
@@ -398,6 +400,13 @@ class PeerClient:
             except grpc.RpcError as error:
                 num_failures += 1
                 self._pause_or_raise(error, num_failures, num_tries)
+            except ValueError:
+                raise self._let_go() from None
+
+    def _let_go(self) -> SnapshotError:
+        """gRPC raises ValueError where the channel was closed: another thread went on to the next generation."""
+        assert self._closed.is_set(), "a call that is wrong"
+        return SnapshotError(f"guardian of {self.node} at {self.address}: nobody asks it any more")
 
     def _pause_or_raise(self, error: grpc.RpcError, num_failures: int, num_tries: int) -> None:
         code = error.code()

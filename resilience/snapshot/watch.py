@@ -32,6 +32,8 @@ __all__ = ["Watch", "go_back"]
 
 _POLL_S = (0.02, 0.2)
 """Between two looks: the shortest, while things happen, and the longest."""
+_FULL_S = 1.0
+"""The longest where nothing can be published: each look hashes anew what waits for room."""
 _MAX_THREADS = 4
 _NUM_SETTLED = 2
 """Newest snapshots that are hashed once the ranks have ended. The ranks of a job are never further apart than one."""
@@ -123,16 +125,21 @@ class Watch:
             yield
 
     def begin(self, order: Begin) -> None:
-        """From now on these ranks make a snapshot. Call it while paused."""
+        """From now on these ranks make a snapshot. Call it while paused.
+
+        Raises:
+            OSError: the arena takes no more; the order holds all the same.
+        """
         self._group = _Group(order.generation, frozenset(order.ranks))
-        body = {"generation": order.generation, "ranks": sorted(order.ranks)}
-        write_atomically(self._arena.generation, json.dumps(body).encode())
         self._published = {}
         for step, generation in self._arena.published():
             manifest = read_manifest(self._arena, step, generation)
             if manifest is not None:
                 self._published[generation, step] = manifest
         self._set_urgent(False)
+        # For a guardian that is started again; without it that one publishes nothing of this generation.
+        body = {"generation": order.generation, "ranks": sorted(order.ranks)}
+        write_atomically(self._arena.generation, json.dumps(body).encode())
 
     # ------ the thread
 
@@ -145,7 +152,8 @@ class Watch:
                 is_busy = self._look_if_there_is_room()
             if was_urgent and not is_busy:
                 self._settled.set()
-            pause_s = _POLL_S[0] if is_busy else min(1.5 * pause_s, _POLL_S[1])
+            longest_s = _FULL_S if self._has_complained else _POLL_S[1]
+            pause_s = _POLL_S[0] if is_busy else min(1.5 * pause_s, longest_s)
             self._wake.wait(pause_s)
             self._wake.clear()
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
 
 import pytest
 
 from resilience.errors import SnapshotError
-from resilience.snapshot.holds import read_holds
+from resilience.snapshot import holds as holds_module
+from resilience.snapshot.holdings import Holdings, Kind, Ref
+from resilience.snapshot.holds import Holds, read_holds
+from resilience.snapshot.kept import Kept, Key
+from resilience.snapshot.manifest import Hold
 from resilience.snapshot.prepare import SNAPSHOT, prepare
 from resilience.snapshot.volume import BLOCK_BYTES
 from tests.nodes import Cluster, Node, cluster, eventually
@@ -220,6 +225,85 @@ def test_a_full_file_system_is_said(
 
         eventually(said, "the reason")
         assert not nodes.nodes[0].protected()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Kept, "publish"),
+        (Kept, "complete"),
+        (Kept, "remove"),
+        (Holds, "add"),
+        (Holdings, "describe"),
+    ],
+)
+def test_storage_that_fails_is_said_once_and_protects_nothing_until_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], owner: type, name: str
+) -> None:
+    """A full file system ends no thread, is not hammered at, and no node says that it protects what it does not."""
+    with cluster(tmp_path, 2) as nodes:
+        nodes.take(1, SMALL)
+        nodes.protect(1)
+        for node in nodes.nodes:
+            node.facts.clear()
+        tries: list[int] = []
+
+        def full(*_: object, **__: object) -> None:
+            tries.append(1)
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            nodes.take(2, SMALL)
+            leader = nodes.nodes[0].redundancy
+            eventually(lambda: len(tries) >= 4 and leader._num_failures >= 3, "some tries")
+            if name != "remove":  # by then both are protected
+                assert not any(node.protected() for node in nodes.nodes)
+                assert all(node.inventory()[1][1] == 1 for node in nodes.nodes), "the parity before still counts"
+        nodes.protect(2)
+        lines = [line for line in capfd.readouterr().err.splitlines() if "No space left" in line]
+        assert lines
+        assert len(lines) == len({line.split(":")[2] for line in lines}), "once for each node"
+        rebuilt(nodes, [nodes.nodes[1]], 2)
+
+
+def test_a_peer_that_is_let_go_while_it_is_asked_is_no_error_of_the_thread(tmp_path: Path) -> None:
+    """A new generation closes the channels of the one before, whatever the leader is doing."""
+    with cluster(tmp_path, 2) as nodes:
+        nodes.take(1, SMALL)
+        nodes.protect(1)
+        (client,) = nodes.nodes[0].redundancy._clients.values()
+        client.close()
+        with pytest.raises(SnapshotError, match="nobody asks it any more"):
+            client.describe()
+        with pytest.raises(SnapshotError, match="nobody asks it any more"):
+            list(client.read(Ref(Key(1, 1), Kind.DATA)))
+        nodes.begin(2)
+        nodes.take(2, SMALL)
+        nodes.protect(2)
+
+
+def test_a_hold_that_could_not_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks read the file: what is only in the guardian's memory holds nobody back."""
+    with cluster(tmp_path, 1) as nodes:
+        holds = Holds(nodes.nodes[0].arena)
+        hold = Hold(3, "why", 1)
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(holds_module, "write_atomically", full)
+            with pytest.raises(OSError, match="No space"):
+                holds.add(hold)
+        assert not holds.has("why")
+        holds.add(hold)
+        assert read_holds(nodes.nodes[0].arena) == (hold,)
+        with monkeypatch.context() as patch:
+            patch.setattr(holds_module, "write_atomically", full)
+            with pytest.raises(OSError, match="No space"):
+                holds.drop("why")
+        assert holds.has("why"), "ranks go by the file, which still says so"
 
 
 def flip(path: Path, offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot import arena as arenas
+from resilience.snapshot import holds as holds_module
 from resilience.snapshot import watch as watch_module
 from resilience.snapshot.arena import Arena
 from resilience.snapshot.hashing import hash_part, verify_file
@@ -143,3 +145,56 @@ def test_what_was_prepared_goes_when_all_ranks_went_on(watched: Watched) -> None
     watched.write(3, ranks=(1,))
     eventually(lambda: not watched.arena.restore(1).exists(), "its end")
     eventually(lambda: not watched.holds.has(RESTORE), "the end of the hold")
+
+
+def test_a_full_file_system_keeps_back_what_is_published_and_nothing_else(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tries: list[Path] = []
+
+    def full(path: Path, content: bytes) -> None:
+        tries.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module, "write_atomically", full)
+        watched.write(3)
+        eventually(lambda: len(tries) >= 3, "some tries")
+        assert watched.published() == []
+        assert watched.facts == [], "nobody is told of what is not published"
+    eventually(lambda: watched.published() == [3], "the manifest, once there is room")
+    assert_matches(watched.arena, 3)
+    assert [(fact.kind, fact.step) for fact in watched.facts] == [(SnapshotKind.TAKEN, 3)]
+    assert capfd.readouterr().err.count("No space left") == 1, "said once"
+    eventually(lambda: read_holds(watched.arena) == (), "nothing held")
+
+
+def test_a_full_file_system_keeps_no_hold_from_being_let_go(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold that stays for ever would leave the ranks no slot."""
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holds_module, "write_atomically", full)
+        watched.write(3)
+        assert watched.watch.settle(10)
+        assert watched.published() == [], "not hashed without a hold"
+    eventually(lambda: watched.published() == [3], "the manifest")
+    eventually(lambda: read_holds(watched.arena) == (), "nothing held")
+
+
+def test_a_new_generation_is_watched_although_it_cannot_be_written_down(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    order = Begin(generation=2, world_size=1, ranks=(0,), peers=(), source=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module, "write_atomically", full)
+        with pytest.raises(OSError, match="No space"), watched.watch.paused():
+            watched.watch.begin(order)
+    watched.write(3)
+    assert watched.watch.settle(10)
+    assert watched.published() == [], "these are ranks of the generation before"
