@@ -20,7 +20,7 @@ import torch
 
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.deepspeed.leading import EngineLead
-from resilience.errors import SnapshotError
+from resilience.errors import CheckpointError, SnapshotError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.guard.exchange import Exchange
 from resilience.guard.input_mark import InputMark
@@ -209,7 +209,7 @@ class FastForward:
             self._steps = read_trail(
                 self._trail_content, after=start, through=target.step, source=f"trail of rank {self._settings.rank}"
             )
-        except SnapshotError as error:
+        except (SnapshotError, OSError) as error:
             return str(error)
         return ""
 
@@ -242,7 +242,7 @@ class FastForward:
         self._lead.end()
         try:
             target.load()
-        except SnapshotError as error:
+        except (CheckpointError, SnapshotError, OSError) as error:
             self._refuse_one(target, str(error))
             self._host.leave_for_restart(f"the memory snapshot of step {target.step} is not loaded: {error}")
         self._leading = False

@@ -8,6 +8,7 @@ optimizer has waited for the device already. Never here: reading a trail back (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -103,14 +104,20 @@ class TrailWriter:
         return self._num_bytes
 
     def continue_from(self, content: bytes, step: int) -> None:
-        """Begin with an earlier generation's trail, which ends with `step`.
+        """Begin with an earlier generation's trail, which ends with `step`. Where it cannot be written, the trail ends.
 
         The file is replaced, not cut: the prepared folder may hold links to it.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}")
-        temporary.write_bytes(content)
-        temporary.replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._give_up(error)
+            return
         self._has_begun, self._num_bytes = True, len(content)
         self._last_step = step if content else None
 
@@ -197,22 +204,30 @@ class TrailWriter:
     def _append(self, content: bytes) -> None:
         if not self._has_begun:
             self.continue_from(b"", 0)
+        if self._has_ended:
+            return
         try:
             with self._path.open("ab") as file:
                 file.write(content)
         except OSError as error:
-            self._has_ended = True
-            self._tell(f"the trail cannot be written ({error.strerror})")
+            self._give_up(error)
             return
         self._num_bytes += len(content)
+
+    def _give_up(self, error: OSError) -> None:
+        """The arena takes no more: training goes on, and a restart begins from what the script loads by itself."""
+        self._pending, self._num_pending_bytes = [], 0
+        self._has_ended = True
+        self._tell(f"the trail {self._path} cannot be written ({error.strerror})")
 
     def _end(self, why: str) -> None:
         if why == "budget":
             why = f"the trail has reached snapshot.trail_max_mib = {self._bytes_max / (1 << 20):g}"
         self._pending, self._num_pending_bytes = [], 0
         self._append(frame({"off": why}))
-        self._has_ended = True
-        self._tell(why)
+        if not self._has_ended:
+            self._has_ended = True
+            self._tell(why)
 
 
 def _differentiable(outputs: Any, bytes_max: int) -> list[int | None]:
