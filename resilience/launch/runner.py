@@ -81,6 +81,7 @@ def _launch(
 
 def _lead(command: NodeCommand, config: Config, options: Options, *, has_followers: bool) -> int:
     """Launch as the one who owns the run: its directory, its lease, its coordinator."""
+    _check_spares(config.launch.num_spare_nodes, len(command.world))
     run_id = config.launch.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     config = _reachable(config, command.master_addr) if command.is_remote or has_followers else config
     is_external = config.coordinator.address is not None
@@ -116,6 +117,19 @@ def _lead(command: NodeCommand, config: Config, options: Options, *, has_followe
         coordinator = EmbeddedCoordinator(directory, context, metrics_port=metrics_port)
     part = Part(has_followers=has_followers)
     return supervise(_agent_command(command, directory.context), context, part, coordinator=coordinator)
+
+
+def _check_spares(num_spare_nodes: int, num_nodes: int) -> None:
+    """Refuse a launch in which every node would wait for another one to be lost.
+
+    Raises:
+        UsageError: none would be left to train.
+    """
+    if num_spare_nodes >= num_nodes:
+        raise UsageError(
+            f"launch.num_spare_nodes = {num_spare_nodes}: of {num_nodes} in all at least one node must train; "
+            f"set it to {num_nodes - 1} at most, or launch on more nodes (--hostfile)"
+        )
 
 
 def _reachable(config: Config, master_addr: str) -> Config:

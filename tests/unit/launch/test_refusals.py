@@ -25,6 +25,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         (place / "metrics.toml").write_text(f"[coordinator]\nmetrics_port = {port}\n")
         (place / "typo.yaml").write_text("policy:\n  max_restart: 3\n")
         (place / "away.json").write_text('{"coordinator": {"address": "127.0.0.1:1"}}')
+        (place / "spares.toml").write_text("[launch]\nnum_spare_nodes = 2\n")
         (place / "faults.toml").write_text('[[fault]]\nstep = 1\nrank = 0\nsite = "linear.output"\nkind = "inf"\n')
         (place / "file").touch()
         (place / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
@@ -41,6 +42,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
             "faults": ["--resilience", "--resilience-faults", "faults.toml"],
             "unwritable": ["--resilience", "--resilience-dir", "file/run"],
             "away": ["--resilience", "--resilience-config", "away.json"],
+            "spares": ["--resilience", *two, "--node_rank", "0", "--resilience-config", "spares.toml"],
+            "spare alone": ["--resilience", "--resilience-config", "spares.toml"],
             "lost": ["--resilience", *two, "--node_rank", "1"],
         }
         answer = subprocess.run(
@@ -71,6 +74,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         ("faults", 64, ["faults.toml", "linear.output"]),
         ("unwritable", 64, ["file/run", "cannot be written"]),
         ("away", 69, ["127.0.0.1:1", "no answer"]),
+        ("spares", 64, ["launch.num_spare_nodes = 2", "of 2 in all", "to 1 at most", "--hostfile"]),
+        ("spare alone", 64, ["launch.num_spare_nodes = 2", "of 1 in all", "to 0 at most"]),
         ("lost", 64, ["--resilience-dir", "coordinator.address", "launch.run_id"]),
     ],
 )
