@@ -40,6 +40,20 @@ def test_a_flipped_byte_in_any_file_is_refused_by_all_ranks(results: dict[str, d
     assert all(line.endswith(("when the snapshot was taken", "are not what they were")) for line in said), said
 
 
+@pytest.mark.parametrize(
+    "name", [*(f"zero{zero}-bf16" for zero in (0, 1, 2, 3)), "zero3-sharded", "statistics"], ids=str
+)
+def test_what_is_copied_just_before_the_next_step_is_the_state_of_the_last_one(
+    results: dict[str, dict[str, Any]], name: str
+) -> None:
+    found = results[f"late-{name}"]
+    assert found["off"] == []
+    assert found["pending"] == [], "a snapshot is none before it is copied"
+    assert found["lost"] == 0, "something that only a step may change has changed"
+    assert found["different"] == []
+    assert found["late_bytes"] > 0.9 * found["all_bytes"], "most of it was not left for later"
+
+
 def test_nothing_grows_over_a_thousand_snapshots(results: dict[str, dict[str, Any]]) -> None:
     (memory, files, descriptors), later = results["growth"]["sizes"]
     assert later[0] - memory < 16 << 20

@@ -29,6 +29,7 @@ class _Copy:
         """Everything that was given to the stream before is copied, too."""
         if not self.is_done:
             self.streams.log.append("wait")
+            self.streams.late_bytes += sum(len(target) for target, _ in self.pairs)
             self.streams.run(until=self)
 
 
@@ -44,6 +45,8 @@ class LateStreams:
         self.locked: set[int] = set()
         self.log: list[str] = []
         """What was asked for, in its order."""
+        self.late_bytes = 0
+        """Copied when they were waited for; not those that the script's stream waited for."""
         self._waiting: list[_Copy] = []
 
     def serves(self, source: torch.Tensor) -> bool:

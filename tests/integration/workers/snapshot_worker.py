@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ending import leave
+from late_streams import LateStreams
 from matrix_cases import Case
 from matrix_worker import build_engine, is_equal, state_of, train_step
 
@@ -27,10 +28,12 @@ from resilience.deepspeed.snapshot_load import load, read_prepared, resume_rando
 from resilience.errors import SnapshotError
 from resilience.guard.settings import Settings
 from resilience.guard.snapshots import RankSnapshots
+from resilience.snapshot.archive import Image, as_bytes
 from resilience.snapshot.arena import Arena, make, write_atomically
+from resilience.snapshot.copiers import Copier, StreamCopier
 from resilience.snapshot.hashing import hash_part
 from resilience.snapshot.inventory import read_commits
-from resilience.snapshot.manifest import Manifest, serialise_manifest
+from resilience.snapshot.manifest import Commit, Manifest, serialise_manifest
 from resilience.snapshot.orders import Begin, Source
 from resilience.snapshot.prepare import prepare, tag_of
 
@@ -43,6 +46,11 @@ CASES = [
     Case(name="zero3-bf16-sharded", zero=3, sharded=True),
     Case(name="zero2-bf16-offload", zero=2, offload=True),
     Case(name="zero1-bf16-gpt2", zero=1, model="gpt2"),
+]
+LATE = [
+    *(Case(name=f"late-zero{zero}-bf16", zero=zero) for zero in (0, 1, 2, 3)),
+    Case(name="late-zero3-sharded", zero=3, sharded=True),
+    Case(name="late-statistics", zero=2, precision="fp32", model="convolution", backward="outside"),
 ]
 TAKEN_AT, LAST = 3, 5
 RUN = "snapshots"
@@ -58,7 +66,7 @@ class Memory:
         self.arena = Arena.of(directory, run_id=RUN, node="here")
         self.off: list[str] = []
 
-    def snapshots(self, engine: Any, **config: Any) -> RankSnapshots:
+    def snapshots(self, engine: Any, copier: Copier | None = None, **config: Any) -> RankSnapshots:
         settings = Settings(
             run_id=RUN,
             generation=1,
@@ -75,6 +83,7 @@ class Memory:
             num_local_ranks=2,
             keeps_parity=False,
             rng=EngineAdapter(engine),
+            copier=copier,
             on_off=self.off.append,
         )
 
@@ -172,6 +181,68 @@ def flip(path: Path, place: int) -> None:
     dist.barrier()
 
 
+def late(case: Case) -> dict[str, Any]:
+    """Copied when the next step is about to be taken, and not before: is it still the state of the step before?"""
+    engine = build_engine(case)
+    streams = LateStreams()
+    with memory() as mine:
+        snapshots = mine.snapshots(engine, StreamCopier(streams))
+        train_step(case, engine, 1)
+        undo = wait_before_steps(engine, snapshots)
+        at_end = {path: contents(image) for path, image in snapshots._taker.collect().items()}
+        take(snapshots, 1)
+        pending = snapshots.steps()
+        train_step(case, engine, 2)
+        undo()
+        ((slot, commit),) = ((mine.arena.slot(c.rank, c.slot), c) for c in own_commits(mine))
+        found = {
+            "case": case.name,
+            "pending": pending,
+            "lost": snapshots.lost_step,
+            "late_bytes": streams.late_bytes,
+            "all_bytes": sum(len(content) for contents in at_end.values() for content in contents.values()),
+            "different": [
+                f"{entry.path} {record.name}"
+                for entry in commit.files
+                for record in entry.records
+                if read(slot / entry.path, record.offset, record.size) != at_end[entry.path][record.name]
+            ],
+            "off": mine.off,
+        }
+        snapshots.close()
+    engine.destroy()
+    return found
+
+
+def wait_before_steps(engine: Any, snapshots: RankSnapshots) -> Callable[[], None]:
+    """What the guard does around an engine."""
+    adapter = EngineAdapter(engine)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        snapshots.before_forward()
+        return adapter.forward(*args, **kwargs)
+
+    def take_model_step(*args: Any, **kwargs: Any) -> Any:
+        snapshots.finish()
+        return adapter.take_model_step(*args, **kwargs)
+
+    return adapter.wrap(forward=forward, backward=adapter.backward, take_model_step=take_model_step, step=adapter.step)
+
+
+def contents(image: Image) -> dict[str, bytes]:
+    return {name: as_bytes(storage).numpy().tobytes() for name, storage in image.storages}
+
+
+def own_commits(mine: Memory) -> list[Commit]:
+    return [commit for commit in read_commits(mine.arena).values() if commit.rank == dist.get_rank()]
+
+
+def read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
 def growth() -> dict[str, Any]:
     """A thousand snapshots of a small engine: what they leave behind."""
     case = Case(name="growth", zero=1, precision="fp32")
@@ -222,6 +293,7 @@ def main() -> None:
 
     deepspeed.init_distributed("gloo")
     lines = [check(case) for case in CASES if arguments.only in case.name]
+    lines += [late(case) for case in LATE if arguments.only in case.name]
     if not arguments.only:
         lines += [growth(), no_room()]
     if dist.get_rank() == 0:
