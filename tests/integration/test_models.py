@@ -1,4 +1,4 @@
-"""Hugging Face models under every ZeRO stage, damaged and then each rank killed, end with the weights of stock DeepSpeed.
+"""Hugging Face models under every ZeRO stage, damaged and with each rank killed, end with stock DeepSpeed's weights.
 
 Sixteen pairs of launches take minutes: they run when they are asked for (`scripts/test -m long`).
 """
