@@ -66,5 +66,6 @@ def test_damage_and_two_kills_leave_no_trace(tmp_path: Path, model: str, stage: 
         run.assert_nothing_left()
     assert digest(tmp_path / "struck") == digest(tmp_path / "plain")
     actions = [decision["action"] for decision in report["decisions"] if decision["action"] != "continue"]
-    assert actions == ["rewind", "restart", "restart"]
+    # Without ZeRO the other rank has the same state, and the damage is mended from there.
+    assert actions == ["corrected" if stage == 0 else "rewind", "restart", "restart"]
     assert [each["restore"]["step"] for each in report["generations"][1:]] == [6, 9], "no step was lost"
