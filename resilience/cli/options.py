@@ -27,8 +27,8 @@ RunDir = Annotated[
 ]
 
 
-def source(address: str | None, token_file: Path | None, run_dir: Path | None) -> Source:
-    """Who answers for the run that the options name."""
+def source(address: str | None, token_file: Path | None, run_dir: Path | None, *, quiet: bool = False) -> Source:
+    """Who answers for the run that the options name; `quiet` does not say that it is a journal."""
     from resilience.cli.source import open_source
 
-    return open_source(address, token_file, run_dir)
+    return open_source(address, token_file, run_dir, quiet=quiet)

@@ -1,6 +1,7 @@
 """Where answers about a run come from: its coordinator, or, once that has ended, the journal that it left.
 
-Both give the messages of the Operator service, so nothing that prints needs to know which one it was.
+Both give the messages of the Operator service, so nothing that prints needs to know which one it was. What reads
+journals is in `recorded`, and is imported only when there is one to read.
 """
 
 from __future__ import annotations
@@ -15,19 +16,14 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from resilience.clock import SystemClock
-from resilience.coordinator import queries
-from resilience.coordinator.devices import DeviceHistory
-from resilience.coordinator.journal import open_recorded
-from resilience.coordinator.machine.effects import RememberCordon
-from resilience.coordinator.paths import devices_path, journal_path
+from resilience.coordinator.paths import journal_path
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
 from resilience.rpc.tls import Tls, open_channel
 from resilience.rpc.v1 import operator_pb2 as op
 from resilience.rpc.v1 import operator_pb2_grpc as rpc
 
-__all__ = ["LATEST_RUN", "Endpoint", "LiveSource", "RecordedSource", "Source", "open_source", "read_endpoint"]
+__all__ = ["LATEST_RUN", "Endpoint", "LiveSource", "Source", "open_source", "read_endpoint"]
 
 LATEST_RUN = Path("resilience-runs") / "latest"
 _CALL_S = 5.0
@@ -36,6 +32,11 @@ T = TypeVar("T")
 
 class Source(Protocol):
     """What can be asked of a run, and the orders that can be given to it."""
+
+    is_live: bool
+    """Whether a coordinator answers; otherwise it is a journal, and nothing new will come."""
+
+    def close(self) -> None: ...
 
     def run(self) -> op.Run: ...
 
@@ -73,9 +74,9 @@ class Endpoint:
     token_file: Path | None
     metrics_address: str | None = None
     pid: int | None = None
-
-
     tls: Tls | None = None
+
+
 def read_endpoint(run_dir: Path) -> Endpoint | None:
     """The coordinator of the run in `run_dir`; None if there is no such file.
 
@@ -92,9 +93,9 @@ def read_endpoint(run_dir: Path) -> Endpoint | None:
             token_file=None if token is None else Path(token),
             metrics_address=content.get("metrics_address"),
             pid=content.get("pid"),
+            tls=Tls.from_told(content.get("tls")),
         )
     except FileNotFoundError:
-            tls=Tls.from_told(content.get("tls")),
         return None
     except OSError as error:
         raise ResilienceError(f"{path}: cannot be read ({error.strerror})") from None
@@ -102,13 +103,14 @@ def read_endpoint(run_dir: Path) -> Endpoint | None:
         raise ResilienceError(f"{path}: is not what a launcher wrote; give --address") from None
 
 
-def open_source(address: str | None, token_file: Path | None, run_dir: Path | None) -> Source:
+def open_source(address: str | None, token_file: Path | None, run_dir: Path | None, *, quiet: bool = False) -> Source:
     """Find who can answer.
 
     Args:
         address: `host:port` of a coordinator; None takes the one of the run in `run_dir`.
         token_file: file with its token; None takes that run's.
         run_dir: the run; None takes `./resilience-runs/latest`.
+        quiet: say nothing on standard error when a journal answers.
 
     Raises:
         CoordinatorUnreachableError: nobody can.
@@ -127,17 +129,21 @@ def open_source(address: str | None, token_file: Path | None, run_dir: Path | No
     live = LiveSource(endpoint.address, token_file or endpoint.token_file, endpoint.tls)
     if address is not None or live.answers():
         return live
-    return _recorded(chosen, endpoint)
+    live.close()
+    return _recorded(chosen, endpoint, quiet)
 
 
-def _recorded(run_dir: Path, endpoint: Endpoint) -> RecordedSource:
+def _recorded(run_dir: Path, endpoint: Endpoint, quiet: bool) -> Source:
     for path in (run_dir / "journal.db", journal_path(os.environ, endpoint.run_id)):
         if path.is_file():
-            print(
-                f"resilience: the coordinator at {endpoint.address} has ended; "
-                f"answering read-only from {os.path.relpath(path)}",
-                file=sys.stderr,
-            )
+            if not quiet:
+                print(
+                    f"resilience: the coordinator at {endpoint.address} has ended; "
+                    f"answering read-only from {os.path.relpath(path)}",
+                    file=sys.stderr,
+                )
+            from resilience.cli.recorded import RecordedSource
+
             return RecordedSource(path)
     raise CoordinatorUnreachableError(
         f"coordinator {endpoint.address} of run {endpoint.run_id} does not answer and left no journal in {run_dir}; "
@@ -147,6 +153,8 @@ def _recorded(run_dir: Path, endpoint: Endpoint) -> RecordedSource:
 
 class LiveSource:
     """A running coordinator."""
+
+    is_live = True
 
     def __init__(self, address: str, token_file: Path | None, tls: Tls | None = None) -> None:
         self.address = address
@@ -224,78 +232,6 @@ class LiveSource:
             raise _explained(error, self.address) from None
         assert isinstance(answer, kind)
         return answer
-
-
-class RecordedSource:
-    """A journal. Reads only, but for the history of devices, which outlives every run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        recorded = open_recorded(path)
-        self._machine, self._last_at = recorded.machine, recorded.last_at
-
-    def run(self) -> op.Run:
-        return queries.get_run(self._machine, now=self._last_at)
-
-    def ranks(self) -> op.ListRanksResponse:
-        return queries.list_ranks(self._machine, now=self._last_at)
-
-    def detections(self, *, include_propagated: bool, limit: int) -> op.ListDetectionsResponse:
-        return queries.list_detections(self._machine.state, include_propagated=include_propagated, limit=limit)
-
-    def decisions(self, *, limit: int) -> op.ListDecisionsResponse:
-        return queries.list_decisions(self._machine.state, limit=limit)
-
-    def explain(self, decision_id: str) -> op.Explanation:
-        found = queries.explain_decision(self._machine.state, decision_id)
-        if found is None:
-            raise ResilienceError(f"{decision_id}: no such decision in {self._path}; see `resilience decisions`")
-        return found
-
-    def checkpoints(self) -> op.ListCheckpointsResponse:
-        return queries.list_checkpoints(self._machine.state)
-
-    def events(self, *, after: int, follow: bool) -> Iterator[op.Event]:
-        del follow  # nothing new will come
-        yield from queries.events_after(self._machine.state, after)
-
-    def devices(self) -> op.ListDevicesResponse:
-        history = DeviceHistory(devices_path(os.environ))
-        try:
-            return queries.list_devices(self._machine.state, history.records())
-        finally:
-            history.close()
-
-    def set_cordon(self, target: str, *, cordoned: bool, reason: str) -> op.SetCordonResponse:
-        known = [device for device in self.devices().devices if target in (device.device, device.node)]
-        if not known:
-            raise ResilienceError(f"{target}: no such device or node in this run; see `resilience devices`")
-        changed = [device for device in known if device.cordoned != cordoned]
-        history = DeviceHistory(devices_path(os.environ))
-        try:
-            for device in changed:
-                cordon = RememberCordon(
-                    device=device.device, node=device.node, cordoned=cordoned, reason=reason, at=SystemClock().wall()
-                )
-                history.remember_cordon(cordon)
-        finally:
-            history.close()
-        return op.SetCordonResponse(devices=[device.device for device in changed])
-
-    def drain(self, reason: str) -> None:
-        del reason
-        raise ResilienceError("the run has ended: there is nothing to drain")
-
-    def snapshots(self) -> op.ListSnapshotsResponse:
-        return op.ListSnapshotsResponse()  # they are gone with the run
-
-    def take_snapshot(self, reason: str) -> None:
-        del reason
-        raise ResilienceError("the run has ended: there is nothing to take a snapshot of")
-
-    def rewind(self, reason: str, step: int | None) -> None:
-        del reason, step
-        raise ResilienceError("the run has ended: there is nothing to rewind")
 
 
 def _credentials(token_file: Path | None) -> tuple[tuple[str, str], ...]:
