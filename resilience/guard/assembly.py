@@ -50,7 +50,7 @@ from resilience.guard.transaction import Guard
 from resilience.imported import ImportNote
 from resilience.last_place import LastPlace, path_of
 from resilience.snapshot.arena import Arena
-from resilience.snapshot.copiers import copier_for
+from resilience.snapshot.copiers import WaitingCopier, copier_for
 
 __all__ = ["Guarded", "guard_engine"]
 
@@ -304,6 +304,7 @@ def _snapshots(
         if settings.rank == 0:
             tell(reason)
         return None
+    copier = copier_for(engine.device)
     parity = config.snapshot.parity_losses != 0 and int(os.environ.get("CROSS_SIZE", "1")) > 1
     snapshots = RankSnapshots(
         engine,
@@ -314,13 +315,13 @@ def _snapshots(
         keeps_parity=parity,
         rng=adapter,
         trail_bytes=(lambda: trail.num_bytes) if trail is not None else (lambda: 0),
-        copier=copier_for(engine.device),
+        copier=copier,
         on_off=tell,
         on_waiting=lambda reason: tell(reason, "snapshots wait"),
         clock=settings.clock,
     )
     undo.append(snapshots.close)
-    if engine.device.type != "cpu":
+    if not isinstance(copier, WaitingCopier):
         undo.append(watch_edits(engine, before=snapshots.finish))
         # A script that fails between two steps leaves the snapshot of the first one whole.
         atexit.register(snapshots.finish)

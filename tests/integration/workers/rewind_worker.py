@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ending import leave
+from late_streams import LateStreams
 from matrix_cases import Case
 from matrix_worker import build_engine, is_equal, state_of, train_step
 
@@ -27,8 +28,10 @@ from resilience.config import Config, PolicyConfig
 from resilience.context import ARENA_VARIABLE, RunContext
 from resilience.deepspeed import hook
 from resilience.events import Decision, Detection, Evidence
+from resilience.guard import assembly
 from resilience.guard.reporter import NO_ORDERS, Orders, SilentReporter
 from resilience.snapshot.arena import Arena, make
+from resilience.snapshot.copiers import StreamCopier, copier_for
 from resilience.snapshot.holds import Holds
 from resilience.snapshot.orders import Begin
 from resilience.snapshot.watch import Watch
@@ -45,6 +48,8 @@ CASES = [
     Case(name="zero2-gpt2", zero=2, model="gpt2"),
     Case(name="zero3-llama", zero=3, model="llama"),
     Case(name="zero1-direct", zero=1, backward="direct"),
+    Case(name="zero2-bf16-late", zero=2),
+    Case(name="zero3-bf16-late", zero=3),
 ]
 THOROUGH = ("zero2-bf16",)
 WEIGHT, HEAD = "attention.0.q_proj.weight", "head.weight"
@@ -148,6 +153,9 @@ def run(
 ) -> tuple[dict[str, Any], list[int], list[float]]:
     """Train; what was decided and detected anywhere, the fingerprints of the state, the losses the script holds."""
     engine = build_engine(case)
+    streams = LateStreams()
+    if case.name.endswith("late"):
+        assembly.copier_for = lambda device: StreamCopier(streams)
     protection = guarded(engine, faults, sections) if protected else contextlib.nullcontext(Answering())
     code, losses = 0, []
     with protection as heard:
@@ -157,6 +165,7 @@ def run(
                 losses += train_step(case, engine, step)
         except SystemExit as left:
             code = int(left.code or 0)
+    assembly.copier_for = copier_for
     values = [float(loss) for loss in losses]
     state_at_end = state_of(engine)
     engine.destroy()
@@ -170,6 +179,7 @@ def run(
         "detections": [detection for rank in every for detection in rank],
         "notes": heard.notes,
         "badput": sorted(heard.badput),
+        "late_bytes": streams.late_bytes,
     }
     return report, state_at_end, values
 
