@@ -18,6 +18,7 @@ from resilience.report_page.timeline import alarm_event
 __all__ = ["draw_curves"]
 
 _NUM_BINS = 300
+_NUM_DOTS = 60
 _LOG_FROM = 20.0
 """Largest step ÷ median from which on durations are drawn over powers of ten."""
 
@@ -30,7 +31,7 @@ def draw_curves(report: Report, samples: Samples | None) -> Element | None:
     if samples is None or not samples.durations:
         return None
     newest = max(step for _, step, _ in samples.durations)
-    scale = Scale(min(1, newest), max(newest, 2))
+    scale = Scale(0.5, max(newest, 2) + 0.5)
     places = [d.step for d in report.detections if d.step]
     alarms = [alarm_event(d, d.step) for d in report.detections if d.step]
     rows = [frames.lane("Alarms", alarms, scale, lines=places)] if alarms else []
@@ -48,7 +49,7 @@ def _caption(samples: Samples, has_losses: bool) -> str:
         return (
             "The loss is not drawn: the journal holds fewer than two readings of it. Shown is how long each step took."
         )
-    again = " What was taken again is dashed." if len(_courses(samples.losses)) > 1 else ""
+    again = " What was taken again is dashed." if any(_kept_and_again(_courses(samples.losses))[1]) else ""
     return (
         f"Loss of rank 0 as its heartbeats told it, {len(samples.losses):,} readings: one a second at most, on a GPU "
         f"every ten steps.{again}"
@@ -80,6 +81,8 @@ def _losses(losses: Sequence[Sampled], scale: Scale, places: Sequence[float]) ->
         f"Loss from {number(finite[0], 4)} to {number(finite[-1], 4)}, between {number(low, 4)} and {number(high, 4)}"
     )
     lines = [Line(again, "line-again"), Line(kept, "line-loss")]
+    if len(losses) <= _NUM_DOTS:
+        lines.append(Line(kept, "dots", form="dots"))
     return frames.panel("Loss", lines, scale, up, ticks, said=said, lines=places, note=f"now {number(finite[-1], 4)}")
 
 
@@ -129,7 +132,7 @@ def _durations(durations: Sequence[Sampled], scale: Scale, places: Sequence[floa
     kind = "sticks wide" if len(longest_of) <= 80 else "sticks"
     return frames.panel(
         "Step time",
-        [Line(longest, f"{kind} longest", is_sticks=True), Line(usual, f"{kind} usual", is_sticks=True)],
+        [Line(longest, f"{kind} longest", form="sticks"), Line(usual, f"{kind} usual", form="sticks")],
         scale,
         up,
         [(value, duration(value)) for value in ticks],

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from resilience.report_page.markup import Child, Element, h
 from resilience.report_page.scales import Scale
@@ -53,6 +54,9 @@ class Band:
     label: str = ""
 
 
+Form = Literal["line", "sticks", "dots"]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
     """Points in the order in which they are joined; None ends a stroke."""
@@ -60,8 +64,8 @@ class Line:
     points: Sequence[tuple[float, float] | None]
     kind: str
     """Class of its colour."""
-    is_sticks: bool = False
-    """Whether each point stands on the ground instead of being joined with the next one."""
+    form: Form = "line"
+    """Points are joined, stand on the ground as sticks, or are dots."""
 
 
 def gather_marks(events: Iterable[Event], scale: Scale) -> list[Mark]:
@@ -137,8 +141,8 @@ def bands(label: str, found: Sequence[Band], scale: Scale) -> Element:
             h("title", band.text),
             h("rect", width="100%", height="100%", rx="2", class_=f"band {band.kind}"),
         ]
-        if band.label and high - low > 4:
-            inner.append(h("text", band.label, x="50%", y="50%", class_="band-label"))
+        if band.label and high - low > 0.9 * len(band.label) + 2:
+            inner.append(h("text", band.label, x="50%", y="50%", class_=f"band-label on-{band.kind}"))
         drawn.append(h("svg", inner, x=f"{low:.4g}%", width=f"{max(high - low, 0.15):.4g}%", y="5", height="18"))
     said = "; ".join(band.text for band in found[:12])
     return row(label, h("svg", drawn, class_="lane", role="img", aria_label=f"{label}: {said}"))
@@ -196,8 +200,10 @@ def _path(line: Line, across: Scale, up: Scale) -> str:
             is_down = False
             continue
         x, y = across.percent(point[0]) * _GRID / 100, _GRID - up.percent(point[1]) * _GRID / 100
-        if line.is_sticks:
+        if line.form == "sticks":
             words.append(f"M{x:.1f} {_GRID}V{y:.1f}")
+        elif line.form == "dots":
+            words.append(f"M{x:.1f} {y:.1f}h0")  # a stroke of no length with round ends
         else:
             words.append(f"{'L' if is_down else 'M'}{x:.1f} {y:.1f}")
             is_down = True
@@ -215,6 +221,9 @@ def axis(ticks: Sequence[tuple[float, str]], scale: Scale, *, label: str = "") -
     return row(label, h("svg", drawn, class_="axis", aria_hidden="true"), kind="axis-row")
 
 
-def legend(entries: Iterable[tuple[Element, str]]) -> Element:
-    """Signs with what they mean."""
-    return h("ul", [h("li", sign, text) for sign, text in entries], class_="legend")
+def legend(groups: Mapping[str, Iterable[tuple[Element, str]]]) -> Element:
+    """Signs with what they mean, by lane."""
+    rows = [
+        (h("dt", lane), h("dd", [h("span", sign, text) for sign, text in entries])) for lane, entries in groups.items()
+    ]
+    return h("dl", [each for pair in rows for each in pair], class_="key")

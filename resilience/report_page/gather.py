@@ -62,6 +62,8 @@ class Device:
     ranks: set[int] = dataclasses.field(default_factory=set)
     cordoned: bool = False
     reason: str = ""
+    is_lost: bool = False
+    """Whether its node's agent was given up."""
     num_faults_ever: int | None = None
     """Over all jobs; None where the history is not at hand."""
 
@@ -169,6 +171,8 @@ def _with_history(state: State, devices: dict[str, Device]) -> dict[str, Device]
     for name, cordon in state.cordons.items():
         device = devices.setdefault(name, Device(name, cordon.node))
         device.cordoned, device.reason = True, cordon.reason
+    for device in devices.values():
+        device.is_lost = device.node in state.nodes and state.nodes[device.node].lost_at is not None
     for record in _records():
         if record.device in devices:
             devices[record.device].num_faults_ever = record.num_transient + record.num_persistent

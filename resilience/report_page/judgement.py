@@ -76,6 +76,8 @@ def headline(report: Report, material: Material) -> Headline:
         f"Pull {device.device} (node {device.node}): {device.reason or 'it is out of use'}." for device in cordoned
     ]
     advice += [f"Pull {name}: it was taken out of use." for name in dict.fromkeys(quarantined)]
+    lost = sorted({device.node for device in material.devices.values() if device.is_lost})
+    advice += [f"Look at node {node}: its agent was given up." for node in lost]
     if report.exit_code == 75:
         advice.append("Requeue the job: it left with 75, resources lost.")
     elif report.exit_code == 93:
@@ -108,20 +110,18 @@ def _story(report: Report) -> Iterator[str]:
         yield f"{plural(len(alarms), 'alarm')}{f', {mended:,} mended in place' if mended else ''}."
     counts = actions_of(report)
     done = [
-        plural(counts[action], word)
-        for action, word in (
-            ("replay", "iteration replayed"),
-            ("rewind", "rewind"),
-            ("restart", "restart"),
-            ("restore", "restore"),
-        )
-        if action in counts
+        (counts.get("replay", 0), "iteration replayed", "iterations replayed"),
+        (counts.get("rewind", 0), "rewind", "rewinds"),
+        # Where spare nodes step in, one restart takes several decisions.
+        (max(0, len(report.generations) - 1), "restart", "restarts"),
     ]
+    told = [plural(*each) for each in done if each[0]]
     lost_s = sum(d.lost_s for d in report.decisions)
-    if done:
-        yield f"{_joined(done)}{f', {duration(lost_s)} of work repeated or lost' if lost_s else ''}.".replace(
-            "iteration replayeds", "iterations replayed"
-        )
+    if told:
+        yield f"{_joined(told)}{f', {duration(lost_s)} of work repeated or lost' if lost_s else ''}."
+    recovery_s = report.badput_s.get("recovery", 0.0)
+    if recovery_s and len(report.generations) > 1:
+        yield f"Getting back to training took {duration(recovery_s)}."
     if report.exit_code != 0 and report.reason:
         yield f"It ended because {report.reason}."
 
@@ -175,8 +175,8 @@ def _in_place(detections: Sequence[DetectionRow]) -> Iterator[Evidence]:
 def _repeated(report: Report) -> Iterator[Evidence]:
     done = [d for d in report.decisions if d.action in ("replay", "rewind") and d.outcome == "succeeded"]
     if done:
-        count = plural(len(done), "time")
-        text = f"Iterations were run again {count}, from recorded inputs and random states, and came out clean."
+        count = plural(len(done), "iteration was", "iterations were")
+        text = f"{count} run again from recorded inputs and random states, and came out clean."
         yield Evidence(Tone.GOOD, text)
 
 

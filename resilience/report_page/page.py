@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Iterator
 
 from resilience.cli.output import duration
 from resilience.report_page import judgement, tables
@@ -32,7 +33,7 @@ def draw_page(material: Material) -> str:
     body = h(
         "body",
         h("a", "Skip to the pictures", href="#what-happened", class_="skip"),
-        h("header", _title(report, head), _tiles(report, material)),
+        h("header", _title(report, material, head), _tiles(report, material)),
         h("main", _parts(report, material)),
         _foot(report, material, num_unread),
     )
@@ -54,11 +55,23 @@ def _head(title: str) -> Element:
     )
 
 
-def _title(report: Report, head: judgement.Headline) -> Element:
+def _circumstances(report: Report, material: Material) -> Iterator[str]:
+    yield f"run {report.run_id}"
+    if report.started_at:
+        yield f"began {moment(report.started_at)}"
+        seconds = max(0.0, (report.finished_at or material.at) - report.started_at)
+        yield f"{'ran' if report.finished_at else 'seen for'} {duration(seconds)}"
+    if report.generations and report.generations[-1].world_size:
+        yield judgement.plural(report.generations[-1].world_size, "rank")
+    if report.mode:
+        yield f"mode {report.mode}"
+
+
+def _title(report: Report, material: Material, head: judgement.Headline) -> Element:
     advice = h("ul", [h("li", line) for line in head.advice], class_="advice") if head.advice else None
     return h(
         "div",
-        h("p", f"run {report.run_id}", class_="run-name"),
+        h("p", " · ".join(_circumstances(report, material)), class_="run-name"),
         h("h1", head.state),
         h("p", " ".join(head.story), class_="story"),
         advice,
@@ -82,11 +95,15 @@ def _tiles(report: Report, material: Material) -> Element:
         (
             "Alarms",
             f"{len(report.detections):,}",
-            f"{unsettled:,} beyond mending in place" if report.detections else "",
+            f"{unsettled:,} not mended in place" if report.detections else "",
         ),
         ("Generations", f"{len(report.generations):,}", _last_origin(report)),
         ("Devices out of use", f"{pulled:,}", f"of {len(material.devices):,}" if material.devices else ""),
-        ("Bit-identical", {"good": "yes", "warn": "not known", "bad": "no"}[tone], "by the record"),
+        (
+            "Bit-identical",
+            {"good": "yes", "warn": "not known", "bad": "no"}[tone],
+            "by the record" if report.exit_code == 0 else "as far as it got",
+        ),
     ]
     return h("dl", [_tile(*each) for each in found], class_="tiles")
 
@@ -105,16 +122,17 @@ def _last_origin(report: Report) -> str:
 def _parts(report: Report, material: Material) -> list[Child]:
     tone, sentence, grounds = judgement.evidence(report, material.samples)
     decisions = [d for d in report.decisions if d.outcome != "superseded"]
+    seen = tables.draw_detections(report.detections) if report.detections else None
     return [
         _part("What happened", draw_timeline(report, material), empty="No times were recorded."),
-        _part("What was decided, and why", tables.draw_decisions(decisions) if decisions else None, empty="Nothing."),
+        _optional("What was decided, and why", tables.draw_decisions(decisions) if decisions else None),
+        _optional("What was seen, by site and kind", seen, kind="half"),
         _part(
-            "What was seen, by site and kind",
-            tables.draw_detections(report.detections) if report.detections else None,
-            empty="No alarm.",
-            kind="half",
+            "Where the time went",
+            tables.draw_badput(report),
+            empty="It was not recorded.",
+            kind="" if seen is None else "half",
         ),
-        _part("Where the time went", tables.draw_badput(report), empty="It was not recorded.", kind="half"),
         _part("Loss and step time", draw_curves(report, material.samples), empty="Single steps were not recorded."),
         _part(
             "Is the result bit-identical to a run without faults?",
@@ -132,8 +150,8 @@ def _part(name: str, content: Element | None, *, empty: str = "", kind: str = ""
     return h("section", h("h2", name), shown, class_=kind or None, id=_anchor(name))
 
 
-def _optional(name: str, content: Element | None) -> Element | None:
-    return None if content is None else _part(name, content)
+def _optional(name: str, content: Element | None, *, kind: str = "") -> Element | None:
+    return None if content is None else _part(name, content, kind=kind)
 
 
 def _anchor(name: str) -> str:

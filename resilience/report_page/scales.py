@@ -10,7 +10,8 @@ __all__ = ["Scale", "clock", "log_ticks", "moment", "number_ticks", "share", "ti
 
 _TIME_STEPS_S = (
     *(1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800),
-    *(3600 * hours for hours in (1, 2, 3, 6, 12, 24, 48, 96, 168, 336, 672)),
+    *(3600 * hours for hours in (1, 2, 3, 6, 12, 24, 48, 96)),
+    *(604800 * 2**power for power in range(12)),
 )
 
 
@@ -52,7 +53,7 @@ def time_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     """About `count` round moments within low … high (seconds since the Unix epoch) with their local time of day."""
     span = high - low
     if span < 2:
-        return [(at, f"+{at - low:g} s") for at in (low + offset for offset in number_ticks(0.0, span, count))]
+        return [(low + offset, f"+{round(offset, 6):g} s") for offset in number_ticks(0.0, span, count)]
     step = next((each for each in _TIME_STEPS_S if each * count >= span), _TIME_STEPS_S[-1])
     shift = _utc_offset_s(low)
     first = math.ceil((low + shift) / step)

@@ -198,9 +198,9 @@ def draw_devices(detections: Sequence[DetectionRow], known: Mapping[str, Device]
     for d in detections:
         seen[d.device][sign_of(d)] += 1
 
-    def urgency(device: Device) -> tuple[bool, int, int, str]:
+    def urgency(device: Device) -> tuple[bool, bool, int, int, str]:
         found = seen[device.device]
-        return (not device.cordoned, -found["persistent"], -found.total(), device.device)
+        return (not device.cordoned, not device.is_lost, -found["persistent"], -found.total(), device.device)
 
     ordered = sorted(devices.values(), key=urgency)
     most = max((counts.total() for counts in seen.values()), default=0)
@@ -233,7 +233,12 @@ def _device(device: Device, seen: collections.Counter[str], most: int) -> list[C
         at += width
     told = ", ".join(f"{count:,} {sign.replace('_', ' ')}" for sign, count in seen.most_common())
     picture = h("svg", parts, class_="device-plot", role="img", aria_label=told) if total else None
-    state = h("span", "pull it", class_="tag bad") if device.cordoned else h("span", "in use", class_="tag")
+    if device.cordoned:
+        state = h("span", "pull it", class_="tag bad")
+    elif device.is_lost:
+        state = h("span", "lost", class_="tag bad")
+    else:
+        state = h("span", "in use" if device.ranks else "spare", class_="tag")
     title = f"{device.device} ({device.name})" if device.name and device.name not in device.device else device.device
     ranks = ", ".join(map(str, sorted(device.ranks)[:8])) + (" …" if len(device.ranks) > 8 else "")
     reason = h("small", device.reason, class_="muted") if device.reason else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from resilience.cli.output import duration
 from resilience.report_page import frames
@@ -11,7 +11,7 @@ from resilience.report_page.frames import Band, Event, Line
 from resilience.report_page.gather import Material
 from resilience.report_page.markup import Element, h
 from resilience.report_page.model import DetectionRow, GenerationRow, Report
-from resilience.report_page.scales import Scale, clock, moment, number_ticks, time_ticks
+from resilience.report_page.scales import Scale, clock, number_ticks, time_ticks
 from resilience.report_page.symbols import RANKING, inline_symbol
 
 __all__ = ["alarm_event", "draw_timeline", "sign_of"]
@@ -19,15 +19,15 @@ __all__ = ["alarm_event", "draw_timeline", "sign_of"]
 _NUM_POINTS = 400
 """Places of the axis for each of which a curve is told by its first and its last point."""
 _MEANINGS = {
-    "injected": "fault injected",
-    "no effect": "injected, no effect",
-    "mended": "alarm mended in place",
-    "transient": "alarm, gone on replay",
-    "persistent": "alarm that came again",
-    "deterministic": "alarm of data or code",
+    "injected": "struck",
+    "no effect": "without effect",
+    "mended": "mended in place",
+    "transient": "gone when run again",
+    "persistent": "came again on the device",
+    "deterministic": "data or code",
     "false_positive": "false alarm",
-    "pending": "alarm without a verdict",
-    "continue": "decided to go on",
+    "pending": "no verdict",
+    "continue": "go on",
     "corrected": "mended in place",
     "replay": "iteration replayed",
     "rewind": "rewound in memory",
@@ -59,10 +59,8 @@ def draw_timeline(report: Report, material: Material) -> Element | None:
         rows.append(frames.bands("Generations", stretches, scale))
     rows += [frames.lane(name, events, scale, lines=faults) for name, events in lanes.items() if events]
     rows.append(frames.axis(time_ticks(scale.low, scale.high, 7), scale))
-    caption = (
-        f"From {moment(scale.low)}, {duration(scale.high - scale.low)}. Each sign tells more when it is pointed at."
-    )
-    return h("figure", rows, _legend(lanes.values()), h("figcaption", caption), class_="picture", id="timeline")
+    caption = "Each sign tells more when it is pointed at. Red lines are faults and alarms."
+    return h("figure", rows, _legend(lanes), h("figcaption", caption), class_="picture", id="timeline")
 
 
 def _lanes(report: Report) -> dict[str, list[Event]]:
@@ -90,7 +88,7 @@ def _lanes(report: Report) -> dict[str, list[Event]]:
             text = f"{clock(row.began_at)}  generation {row.generation} begins from {row.restore.reason}"
             kept.append(Event(row.began_at, "loaded", text))
     alarms = [alarm_event(d, d.detected_at) for d in report.detections if d.detected_at]
-    return {"Injected": struck, "Alarms": alarms, "Decisions": decided, "State kept": kept}
+    return {"Injected": struck, "Alarms": alarms, "Decisions": decided, "State": kept}
 
 
 def alarm_event(detection: DetectionRow, at: float) -> Event:
@@ -117,7 +115,8 @@ def _stretches(generations: Sequence[GenerationRow], scale: Scale) -> Iterator[B
         end = row.ended_at or scale.high
         first = row.first_step_at or end
         name, what = f"generation {row.generation}", "recovery" if index else "start"
-        yield Band(since, first, what, f"{name}: {what}, {duration(max(first - since, 0))}")
+        took = f"{what} {duration(max(first - since, 0))}"
+        yield Band(since, first, what, f"{name}: {took}", took)
         if end > first:
             text = f"{name}: {duration(end - first)} of training on {row.world_size} ranks"
             ended = f"; ended: {row.ended_by}" if row.ended_by else ""
@@ -181,10 +180,11 @@ def _thinned(points: Sequence[tuple[float, float]], scale: Scale) -> list[tuple[
     ]
 
 
-def _legend(lanes: Iterable[Sequence[Event]]) -> Element:
-    entries = []
-    for events in lanes:
+def _legend(lanes: Mapping[str, Sequence[Event]]) -> Element:
+    groups = {}
+    for name, events in lanes.items():
         counts = collections.Counter(event.sign for event in events)
         signs = sorted(counts, key=lambda each: RANKING.get(each, -1))
-        entries += [(inline_symbol(sign), f"{_MEANINGS.get(sign, sign)} {counts[sign]:,}") for sign in signs]
-    return frames.legend(entries)
+        if signs:
+            groups[name] = [(inline_symbol(sign), f"{_MEANINGS.get(sign, sign)} {counts[sign]:,}") for sign in signs]
+    return frames.legend(groups)
