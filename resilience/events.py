@@ -21,6 +21,7 @@ __all__ = [
     "DetectionKind",
     "Evidence",
     "Mode",
+    "OrderAnswer",
     "Origin",
     "Outcome",
     "Progress",
@@ -331,5 +332,19 @@ class SnapshotFact:
     """With `refused`: what is wrong with it, in words."""
     seconds: float = 0.0
     """How long training was blocked by taking it; for the other kinds how long that took."""
+    at: float = 0.0
+    """Seconds since the Unix epoch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OrderAnswer:
+    """What became of an order that is answered: a snapshot on request."""
+
+    directive_id: str
+    """The order."""
+    step: int = 0
+    """The step after which it was carried out; 0 where it was not."""
+    problem: str = ""
+    """Why it was not, in words; empty where it was."""
     at: float = 0.0
     """Seconds since the Unix epoch."""

@@ -68,7 +68,9 @@ METRICS: tuple[Metric, ...] = (
     _counter("replays_total", "Iterations that were run again", "", "outcome"),
     _counter("rewinds_total", "Times that the run went back to a memory snapshot in its live processes", "", "outcome"),
     _counter("restores_total", "Snapshots and checkpoints loaded or refused", "", "tier", "outcome"),
-    _histogram("snapshot_seconds", "Blocking copy, load and flush of memory snapshots", "seconds", _SECONDS, "phase"),
+    _histogram(
+        "snapshot_seconds", "Memory snapshots: copy (blocking), parity, load, flush", "seconds", _SECONDS, "phase"
+    ),
     _gauge("snapshot_age_steps", "Steps since the newest memory snapshot", "steps"),
     _counter("decisions_total", "Decisions, by the rung they chose", "decisions", "action"),
     _histogram(

@@ -86,7 +86,7 @@ class RecordedSource:
     def snapshots(self) -> op.ListSnapshotsResponse:
         return op.ListSnapshotsResponse()  # they are gone with the run
 
-    def take_snapshot(self, reason: str) -> None:
+    def take_snapshot(self, reason: str) -> op.TakeSnapshotNowResponse:
         del reason
         raise ResilienceError("the run has ended: there is nothing to take a snapshot of")
 

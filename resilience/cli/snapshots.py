@@ -8,6 +8,7 @@ import typer
 
 from resilience.cli import output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
+from resilience.errors import ResilienceError
 
 __all__ = ["register"]
 
@@ -60,12 +61,16 @@ def now_(
     run_dir: RunDir = None,
     as_json: Json = False,
 ) -> None:
-    """Have all ranks take a memory snapshot at the end of their step."""
-    source(address, token_file, run_dir).take_snapshot(reason)
+    """Have all ranks take a memory snapshot at the end of their step; says whether they did, within a minute."""
+    answer = source(address, token_file, run_dir).take_snapshot(reason)
     if as_json:
-        output.print_json({"asked": "snapshot", "reason": reason})
-    else:
-        output.print_text("asked for: a snapshot at the end of the step; `resilience snapshots` shows it")
+        output.print_json(answer)
+    elif answer.answer == answer.TAKEN:
+        output.print_text(f"taken: all ranks have a copy of their state after step {answer.step}")
+    if answer.answer == answer.NOT_TAKEN:
+        raise ResilienceError(f"no snapshot is taken: {answer.reason}")
+    if answer.answer == answer.OPEN:
+        raise ResilienceError(f"no answer yet: {answer.reason}; `resilience snapshots` will show it")
 
 
 def rewind(

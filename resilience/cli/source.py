@@ -27,6 +27,8 @@ __all__ = ["LATEST_RUN", "Endpoint", "LiveSource", "Source", "open_source", "rea
 
 LATEST_RUN = Path("resilience-runs") / "latest"
 _CALL_S = 5.0
+_ANSWER_S = 60.0
+"""How long the ranks may take to answer an order."""
 T = TypeVar("T")
 
 
@@ -60,7 +62,7 @@ class Source(Protocol):
 
     def snapshots(self) -> op.ListSnapshotsResponse: ...
 
-    def take_snapshot(self, reason: str) -> None: ...
+    def take_snapshot(self, reason: str) -> op.TakeSnapshotNowResponse: ...
 
     def rewind(self, reason: str, step: int | None) -> None: ...
 
@@ -218,16 +220,16 @@ class LiveSource:
     def snapshots(self) -> op.ListSnapshotsResponse:
         return self._call(self._stub.ListSnapshots, op.ListSnapshotsRequest(), op.ListSnapshotsResponse)
 
-    def take_snapshot(self, reason: str) -> None:
-        request = op.TakeSnapshotNowRequest(reason=reason)
-        self._call(self._stub.TakeSnapshotNow, request, op.TakeSnapshotNowResponse)
+    def take_snapshot(self, reason: str) -> op.TakeSnapshotNowResponse:
+        request = op.TakeSnapshotNowRequest(reason=reason, wait_s=_ANSWER_S)
+        return self._call(self._stub.TakeSnapshotNow, request, op.TakeSnapshotNowResponse, wait_s=_ANSWER_S)
 
     def rewind(self, reason: str, step: int | None) -> None:
         self._call(self._stub.RewindRun, op.RewindRunRequest(reason=reason, step=step), op.RewindRunResponse)
 
-    def _call(self, method: Callable[..., Any], request: Any, kind: type[T]) -> T:
+    def _call(self, method: Callable[..., Any], request: Any, kind: type[T], *, wait_s: float = 0.0) -> T:
         try:
-            answer = method(request, metadata=self._metadata, timeout=_CALL_S)
+            answer = method(request, metadata=self._metadata, timeout=_CALL_S + wait_s)
         except grpc.RpcError as error:
             raise _explained(error, self.address) from None
         assert isinstance(answer, kind)

@@ -4,6 +4,7 @@ init             from the launch to the first step of the first generation
 recovery         from a failure to the first step of the next generation, without loading the checkpoint
 lost_work        steps that were taken again after a restart
 replay, rewind, check   seconds of steps that ranks spent on running iterations again, on rewinding, and on checks
+snapshot         seconds that ranks waited for copies of their state, between the steps
 checkpoint_save, checkpoint_load   by what rank 0 says of its checkpoints
 other            the rest: data, evaluation, waiting
 """

@@ -13,6 +13,8 @@ from google.protobuf.message import Message
 from resilience.coordinator.accounting import account
 from resilience.coordinator.devices import DeviceRecord
 from resilience.coordinator.machine import Machine
+from resilience.coordinator.machine.facts import Wish
+from resilience.coordinator.machine.snapshots import on_the_path
 from resilience.coordinator.machine.state import State, StoryLine
 from resilience.events import Decision, Detection, SnapshotFact, SnapshotKind
 from resilience.policy import EXIT_RULES, RULES, judge, restarts_left
@@ -31,6 +33,7 @@ __all__ = [
     "list_ranks",
     "newest_step",
     "run_state",
+    "snapshot_answer",
 ]
 
 _ROOM_BYTES = MAX_MESSAGE_BYTES * 7 // 8
@@ -129,9 +132,25 @@ def list_snapshots(machine: Machine) -> op.ListSnapshotsResponse:
     record = machine.state.generations[-1] if machine.state.generations else None
     nodes = {name for name, _ in record.places} if record is not None else set()
     found = [_snapshot(step, generation, facts, nodes) for (step, generation), facts in machine.pulse.snapshots.items()]
-    told: list[op.SnapshotState] = [snapshot for snapshot in found if snapshot is not None]
+    told: list[op.SnapshotState] = [
+        snapshot
+        for snapshot in found
+        if snapshot is not None
+        and (snapshot.tier == "disk" or on_the_path(machine.state, snapshot.step, snapshot.generation))
+    ]
     told.sort(key=_age, reverse=True)
+    _only_newest_parity(told)
     return op.ListSnapshotsResponse(snapshots=told)
+
+
+def _only_newest_parity(snapshots: Iterable[op.SnapshotState]) -> None:
+    """Guardians keep the parity of one snapshot: that of older ones goes when the next one counts. Newest first."""
+    is_found = False
+    for snapshot in snapshots:
+        if is_found:
+            snapshot.redundancy = 0
+            snapshot.tier = "memory" if snapshot.tier == "peer" else snapshot.tier
+        is_found = is_found or snapshot.redundancy > 0
 
 
 def _age(snapshot: op.SnapshotState) -> tuple[int, int]:
@@ -159,6 +178,20 @@ def _snapshot(
         seconds=max(fact.seconds for fact in taken.values()),
         node=clip(",".join(sorted(taken))),
     )
+
+
+def snapshot_answer(state: State, generation: int) -> op.TakeSnapshotNowResponse | None:
+    """What became of the newest order for a snapshot, which `generation` was given; None while nobody has said."""
+    asked = state.asked[Wish.SNAPSHOT]
+    kinds = op.TakeSnapshotNowResponse
+    if asked.answer is not None and asked.answer.problem:
+        return kinds(answer=kinds.NOT_TAKEN, generation=asked.generation, reason=clip(asked.answer.problem))
+    if asked.answer is not None:
+        return kinds(answer=kinds.TAKEN, generation=asked.generation, step=asked.answer.step)
+    if state.generation != generation or state.generation_ended or state.finished is not None:
+        reason = f"generation {generation} ended before its ranks had answered; ask again when the run trains"
+        return kinds(answer=kinds.NOT_TAKEN, generation=generation, reason=reason)
+    return None
 
 
 def list_detections(state: State, *, include_propagated: bool = False, limit: int = 0) -> op.ListDetectionsResponse:

@@ -13,6 +13,7 @@ from typing import Any
 
 from resilience.coordinator.accounting import account
 from resilience.coordinator.machine.state import State
+from resilience.coordinator.memory_tier import snapshot_summary
 from resilience.errors import ResilienceError
 from resilience.events import Decision, Detection, Strike
 
@@ -46,6 +47,7 @@ def as_report(state: State, now: float) -> dict[str, Any]:
         "detections": [_detection(d) for d in state.detections.values() if d.caused_by is None],
         "propagated": [_detection(d) for d in state.detections.values() if d.caused_by is not None],
         "decisions": [_decision(d) for d in sorted(state.decisions.values(), key=lambda d: d.decided_at)],
+        "snapshots": snapshot_summary(state, books.badput_s.get("snapshot", 0.0)),
         "checkpoints": [dataclasses.asdict(point) for point in state.checkpoints],
         "notes": [dataclasses.asdict(note) for note in state.notes],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -12,11 +11,13 @@ from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine.ledger import blames_a_device
+from resilience.coordinator.machine.snapshots import CLEAN, newest_steps
 from resilience.coordinator.machine.state import Histogram, State
-from resilience.events import Action, Check, CheckpointKind, Detection, Mode, Outcome, Verdict
+from resilience.coordinator.memory_tier import num_restores
+from resilience.events import Action, Check, Detection, Mode, Outcome, Verdict
 from resilience.metrics import METRICS, PREFIX, Kind
 from resilience.metrics import Metric as Row
-from resilience.policy import restarts_left
+from resilience.policy import Tier, restarts_left
 
 __all__ = ["families", "samples"]
 
@@ -49,16 +50,13 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
         "rewinds_total": counted(
             (str(d.outcome),) for d in decisions if d.action is Action.REWIND and d.outcome is not Outcome.PENDING
         ),
-        "restores_total": _restores(machine),
+        "restores_total": num_restores(state),
         "decisions_total": counted((str(d.action),) for d in decisions),
         "abft_checks_total": {(site,): count for site, count in state.telemetry.checks.items()},
         "abft_overhead_ratio": {(str(rank),): ratio for rank, ratio in overheads.items() if ratio is not None},
         "false_positives_total": {(): sum(1 for d in roots if d.verdict is Verdict.FALSE_POSITIVE)},
         "heartbeat_age_seconds": {(str(rank),): max(0.0, age) for rank, age in ages.items()},
-        "last_verified_step": {
-            ("live",): state.last_verified_step,
-            ("checkpoint",): state.newest_checkpoint_step,
-        },
+        "last_verified_step": _last_verified(state),
         "snapshot_age_steps": _snapshot_age(machine),
         "generation": {(): state.generation},
         "device_faults_total": counted((device, verdict) for device, verdict, *_ in _device_faults(roots)),
@@ -82,25 +80,17 @@ def _device_faults(roots: Iterable[Detection]) -> set[tuple[str, str, int, int]]
 
 
 def _snapshot_age(machine: Machine) -> Samples:
-    """Steps since the newest memory snapshot; nothing where there is none."""
-    newest = max((step for step, _ in machine.pulse.snapshots), default=None)
+    """Steps since the newest memory snapshot that the run could go back to; nothing where there is none."""
+    newest = newest_steps(machine.state, machine.pulse.snapshots).get(Tier.MEMORY)
     return {} if newest is None else {(): max(0, queries.newest_step(machine) - newest)}
 
 
-def _restores(machine: Machine) -> Samples:
-    """Every rank loads its part of a checkpoint; that is one restore of the run."""
-    seen = {
-        (point.generation, point.directory, point.tag, point.kind)
-        for point in machine.state.checkpoints
-        if point.kind is not CheckpointKind.PUBLISHED
-    }
-    outcomes = {CheckpointKind.LOADED: "succeeded", CheckpointKind.REFUSED: "refused"}
-    restores: collections.Counter[tuple[str, ...]] = collections.Counter(
-        ("disk", outcomes[kind]) for _, _, _, kind in seen
-    )
-    restores.update(("memory", "succeeded") for _ in machine.state.loaded_snapshots)
-    restores.update(("memory", "refused") for _ in machine.state.refusals)
-    return restores
+def _last_verified(state: State) -> Samples:
+    """Tiers without anything that is known to be clean are left out, but for the checkpoints."""
+    steps = {"live": state.last_verified_step, "checkpoint": state.newest_checkpoint_step}
+    if CLEAN in state.snapshot_steps:
+        steps["memory"] = state.snapshot_steps[CLEAN]
+    return {(tier,): step for tier, step in steps.items()}
 
 
 def families(machine: Machine, now: float) -> Iterator[Metric]:

@@ -30,6 +30,9 @@ __all__ = ["CoordinatorService", "OperatorService"]
 MAX_JOIN_WAIT_S = 30.0
 """How long a Join may be held, whatever it asks for."""
 
+MAX_ANSWER_WAIT_S = 60.0
+"""How long a call may be held for the ranks' answer: as long as an order is told to them."""
+
 _POLL_S = 1.0
 """How often a held call looks again although nothing woke it."""
 
@@ -231,7 +234,18 @@ class OperatorService(operator_pb2_grpc.OperatorServicer):
     @_answers
     async def TakeSnapshotNow(self, request: op.TakeSnapshotNowRequest, context: Any) -> op.TakeSnapshotNowResponse:
         self.host.submit(c.AskRanks(wish=Wish.SNAPSHOT, reason=request.reason))
-        return op.TakeSnapshotNowResponse()
+        state = self.host.machine.state
+        generation, until = state.generation, self.host.monotonic() + min(max(request.wait_s, 0.0), MAX_ANSWER_WAIT_S)
+        while True:
+            answer = queries.snapshot_answer(state, generation)
+            left_s = until - self.host.monotonic()
+            if answer is not None:
+                return answer
+            if left_s <= 0:
+                return op.TakeSnapshotNowResponse(
+                    generation=generation, reason="the ranks are within a step; the order stands until its end"
+                )
+            await self.host.changed(min(left_s, _POLL_S))
 
     @_answers
     async def RewindRun(self, request: op.RewindRunRequest, context: Any) -> op.RewindRunResponse:

@@ -87,6 +87,7 @@ def report_command(request: pb.ReportRequest) -> c.Report:
         exits=tuple(from_proto(e) for e in request.exits),
         checkpoints=tuple(from_proto(fact) for fact in request.checkpoints),
         snapshots=tuple(from_proto(fact) for fact in request.snapshots),
+        answers=tuple(from_proto(answer) for answer in request.answers),
         notes=tuple(Note(kind=n.kind, message=n.message, step=n.step, at=n.at) for n in request.notes),
         deterministic=request.deterministic if request.HasField("deterministic") else None,
         badput_seconds=tuple(sorted(request.badput_seconds.items())),
@@ -107,6 +108,8 @@ def _heartbeat(beat: pb.Heartbeat) -> c.Heartbeat:
         abft_overhead_ratio=beat.abft_overhead_ratio if beat.HasField("abft_overhead_ratio") else None,
         step_seconds_since=tuple(beat.step_seconds_since),
         residual_ratios=tuple(beat.residual_ratios),
+        snapshot_seconds_since=tuple(beat.snapshot_seconds_since),
+        snapshot_interval_steps=beat.snapshot_interval_steps if beat.HasField("snapshot_interval_steps") else None,
     )
 
 

@@ -90,9 +90,11 @@ class Client:
         self.restart: pb.Restart | None = None
         """The coordinator's order to leave for a new generation, if there is one."""
         self.drain: pb.Drain | None = None
-        self.rewind: pb.Rewind | None = None
-        self.take_snapshot: pb.TakeSnapshot | None = None
         """The coordinator's order to leave after the next checkpoint, if there is one."""
+        self.rewind: pb.Rewind | None = None
+        """An operator's order to go back to a memory snapshot, until it was carried out or cannot be."""
+        self.take_snapshot: pb.Directive | None = None
+        """An operator's order to take a memory snapshot, until it was carried out or cannot be."""
         self.joined = threading.Event()
         """Set once the coordinator has accepted this rank; its answer is in `join_response`."""
         self.join_response: pb.JoinResponse | None = None
@@ -120,9 +122,9 @@ class Client:
                 if name == "checks":
                     del self._heartbeat.checks[:]
                     self._heartbeat.checks.extend(pb.CheckCount(site=site, count=n) for site, n in value.items())
-                elif name == "residual_ratios":
-                    room = MAX_SAMPLES_PER_REPORT - len(self._heartbeat.residual_ratios)
-                    self._heartbeat.residual_ratios.extend(list(value)[: max(room, 0)])
+                elif name in ("residual_ratios", "snapshot_seconds_since"):
+                    samples = getattr(self._heartbeat, name)
+                    samples.extend(list(value)[: max(MAX_SAMPLES_PER_REPORT - len(samples), 0)])
                 else:
                     setattr(self._heartbeat, name, value)
             if step_seconds is not None:
@@ -295,7 +297,7 @@ class Client:
         elif order == "rewind":
             self.rewind = directive.rewind
         elif order == "take_snapshot":
-            self.take_snapshot = directive.take_snapshot
+            self.take_snapshot = directive
 
     def _has_news(self) -> bool:
         return self._outbox.has_news or any(name not in self._concluding for name in self._unconcluded)
@@ -321,4 +323,5 @@ def _without_samples(heartbeat: pb.Heartbeat) -> pb.Heartbeat:
     fresh.CopyFrom(heartbeat)
     del fresh.step_seconds_since[:]
     del fresh.residual_ratios[:]
+    del fresh.snapshot_seconds_since[:]
     return fresh

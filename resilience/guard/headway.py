@@ -32,6 +32,7 @@ class Headway:
         self._began_at: float | None = None
         self._num_tokens = 0
         self._check_seconds = 0.0
+        self._blocked_s = 0.0
 
     def begin(self) -> None:
         """A micro-step begins, perhaps the first one of a step."""
@@ -41,6 +42,17 @@ class Headway:
     def fed(self, inputs: Any) -> None:
         """The inputs of a forward."""
         self._num_tokens += _num_tokens(inputs)
+
+    def snapshot_taken(self, blocked_s: float, interval_steps: int) -> None:
+        """Tell of a memory snapshot.
+
+        Args:
+            blocked_s: seconds that training waited for copies since the start.
+            interval_steps: between two of them, as things stand.
+        """
+        seconds, self._blocked_s = blocked_s - self._blocked_s, blocked_s
+        self._reporter.add_badput("snapshot", seconds)
+        self._reporter.heartbeat(snapshot_seconds_since=[seconds], snapshot_interval_steps=interval_steps)
 
     def step_taken(
         self,

@@ -22,7 +22,7 @@ class LineToCoordinator:
         """What the coordinator has ordered so far. Reads attributes that the client's thread sets."""
         client = self._client
         stop, restart, drain, fenced = client.stop, client.restart, client.drain, client.fenced_reason
-        order = stop or restart or drain
+        order, snapshot = stop or restart or drain, client.take_snapshot
         joined = client.join_response
         return Orders(
             stop_code=stop.exit_code if stop is not None else 0,
@@ -30,7 +30,7 @@ class LineToCoordinator:
             fenced=fenced is not None,
             drain=drain is not None,
             rewind=1 + client.rewind.step if client.rewind is not None else 0,
-            snapshot=client.take_snapshot is not None,
+            snapshot=snapshot.directive_id if snapshot is not None else "",
             reason=order.reason if order is not None else fenced or "",
             inherited_skips=joined.consecutive_skips if joined is not None else 0,
         )

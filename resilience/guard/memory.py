@@ -20,6 +20,14 @@ class Snapshots(Protocol):
 
     lost_step: int
     """Step of the last snapshot, where this rank's copy of it came to nothing; else 0."""
+    problem: str
+    """Why this rank takes none any more; empty while it does."""
+    blocked_s: float
+    """Seconds that training waited for copies, in all."""
+
+    @property
+    def interval_steps(self) -> int:
+        """Steps between two of them, as things stand."""
 
     @property
     def can_take(self) -> bool:
@@ -46,6 +54,9 @@ class NoSnapshots:
     """Where none are taken."""
 
     lost_step = 0
+    problem = "memory snapshots are off"
+    blocked_s = 0.0
+    interval_steps = 0
     can_take = False
 
     def wants(self, step: int) -> bool:

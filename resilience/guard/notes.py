@@ -84,6 +84,8 @@ class Flags:
     snapshot: int
     no_snapshot: int
     snapshot_not_due: int
+    snapshots_off: int
+    """Whether some rank takes none any more."""
     lost_snapshot: int
     """Step of a snapshot that is not whole on some rank; 0 where there is none."""
 

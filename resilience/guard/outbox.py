@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from resilience.events import CheckpointFact, Decision, Detection, SnapshotFact, Strike
+from resilience.events import CheckpointFact, Decision, Detection, OrderAnswer, SnapshotFact, Strike
 from resilience.rpc.codec import to_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
 __all__ = ["Fact", "Outbox"]
 
-Fact = Detection | Decision | Strike | CheckpointFact | SnapshotFact | pb.Note
+Fact = Detection | Decision | Strike | CheckpointFact | SnapshotFact | OrderAnswer | pb.Note
 """What can be reported one by one."""
 
 _FIELD_OF = {
@@ -25,6 +25,7 @@ _FIELD_OF = {
     Strike: "strikes",
     CheckpointFact: "checkpoints",
     SnapshotFact: "snapshots",
+    OrderAnswer: "answers",
     pb.Note: "notes",
 }
 

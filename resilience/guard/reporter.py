@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, SnapshotFact, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, OrderAnswer, SnapshotFact, Strike
 
 __all__ = ["NO_ORDERS", "Fact", "Orders", "Reporter", "SilentReporter"]
 
@@ -25,8 +25,8 @@ class Orders:
     """Leave with 75 after the next checkpoint."""
     rewind: int = 0
     """1 + the step of the snapshot that an operator wants to go back to; 1 for the newest clean one, 0 for no order."""
-    snapshot: bool = False
-    """Take a memory snapshot at the end of the step."""
+    snapshot: str = ""
+    """Id of an operator's order to take a memory snapshot at the end of the step; empty for none."""
     reason: str = ""
     inherited_skips: int = 0
     """Steps skipped in a row that an earlier generation ended with."""
@@ -34,7 +34,7 @@ class Orders:
 
 NO_ORDERS = Orders()
 
-Fact = Detection | Strike | Decision | CheckpointFact | SnapshotFact
+Fact = Detection | Strike | Decision | CheckpointFact | SnapshotFact | OrderAnswer
 """What a rank tells the coordinator of."""
 
 

@@ -246,6 +246,7 @@ class Guard:
             if self.boundary.snapshot_is_due:
                 self.rewinder.begin(step)
                 self.snapshots.take(step, clean_through=self.boundary.clean_through)
+                self._headway.snapshot_taken(self.snapshots.blocked_s, self.snapshots.interval_steps)
                 if self._state is not None:
                     # Under ZeRO-3 DeepSpeed gathers anew, for a checkpoint, what stays gathered.
                     self._state.moved()

@@ -19,6 +19,7 @@ from resilience.guard.determinism import measure
 from resilience.guard.evidence import is_root, is_unmended, scaler_will_skip
 from resilience.guard.exchange import Exchange
 from resilience.guard.notes import NON_FINITE, Flags, Inspection, Share, clean_step_of, wish
+from resilience.guard.on_order import SnapshotOrder
 from resilience.guard.replay import replay
 from resilience.guard.rewind import Offer, Rewinder, choose
 from resilience.guard.support import INSTEAD
@@ -66,6 +67,7 @@ class Boundary:
         self._is_measured = not config.guard.measure_determinism or config.detection.strength == "off"
         self._draining = self._is_saved = False
         self._snapshot_is_due = False
+        self._order = SnapshotOrder(self._reporter, self._settings.clock)
         self._rewound_to: int | None = None
 
     @property
@@ -107,8 +109,7 @@ class Boundary:
         elif flags.mended:
             self._record_mended(inspection)
         self._inspection = inspection
-        if flags.snapshot and not flags.no_snapshot:
-            self._reporter.order_done("take_snapshot")
+        self._order.at_boundary(flags, step=self._guard.step, problem=self._guard.snapshots.problem)
         self._snapshot_is_due = not flags.no_snapshot and bool(flags.snapshot or not flags.snapshot_not_due)
 
     @property
@@ -229,6 +230,7 @@ class Boundary:
             snapshot=bool(orders.snapshot),
             no_snapshot=self._rewinder.is_busy or not snapshots.can_take,
             snapshot_not_due=self._rewinder.is_busy or not snapshots.wants(self._guard.step),
+            snapshots_off=bool(snapshots.problem),
             lost_snapshot=snapshots.lost_step,
         )
         return Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))

@@ -49,11 +49,26 @@ class Served:
     def token_file(self) -> Path:
         return self.directory / "token"
 
-    def report(self, **content: object) -> None:
+    def report(self, **content: object) -> list[pb.ReportResponse]:
         self.sequence += 1
         request = pb.ReportRequest(run_id="r1", generation=1, member="rank:0", sequence=self.sequence, **content)
         with grpc.insecure_channel(self.address) as channel:
-            list(rpc.CoordinatorStub(channel).Report(iter([request]), metadata=self.metadata))
+            return list(rpc.CoordinatorStub(channel).Report(iter([request]), metadata=self.metadata))
+
+    def obey(self, **answer: object) -> threading.Thread:
+        """Rank 0 answers the order for a snapshot that it will hear."""
+
+        def look() -> str | None:
+            found = (order for response in self.report() for order in response.directives)
+            return next((order.directive_id for order in found if order.HasField("take_snapshot")), None)
+
+        def run() -> None:
+            order = wait_for(look, what="the order")
+            self.report(answers=[pb.OrderAnswer(directive_id=order, **answer)])  # type: ignore[arg-type]
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
 
     def join(self) -> None:
         devices = [pb.Device(slot=slot, device=f"device-{slot}") for slot in range(2)]
@@ -128,7 +143,13 @@ def test_every_verb_is_answered_live_and_from_the_journal(served: Served, capsys
     (snapshot,) = json.loads(asked(capsys, "snapshots", "--json")[1])
     assert (snapshot["step"], snapshot["tier"], snapshot["clean_through"]) == (4, "memory", 2)
     assert "5.0" in asked(capsys, "snapshots")[1]
-    assert asked(capsys, "snapshot", "now")[0] == 0
+    served.obey(step=5)
+    code, out, _ = asked(capsys, "snapshot", "now")
+    assert (code, out) == (0, "taken: all ranks have a copy of their state after step 5\n")
+    served.obey(problem="no slot was free")
+    code, out, err = asked(capsys, "snapshot", "now", "--json")
+    assert (code, json.loads(out)["answer"]) == (1, "not_taken")
+    assert "no snapshot is taken: no slot was free" in err
     assert asked(capsys, "rewind", "--step", "4", "--reason", "suspicious loss")[0] == 0
     assert "rewind to the snapshot of step 4 asked for: suspicious loss" in asked(capsys, "events")[1]
     assert asked(capsys, "drain", "--reason", "maintenance")[0] == 0

@@ -153,7 +153,7 @@ def directives_for(state: State, member: str, generation: int, now: float) -> tu
                 step=asked.step,
             )
             for wish, asked in state.asked.items()
-            if asked.generation == state.generation and now < asked.at + _ASKED_FOR_S
+            if asked.generation == state.generation and asked.answer is None and now < asked.at + _ASKED_FOR_S
         ]
     return tuple(orders)
 

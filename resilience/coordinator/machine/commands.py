@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from resilience.coordinator.machine.facts import Agent, Note, Wish
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, RankExit, SnapshotFact, Strike
+from resilience.events import CheckpointFact, Decision, Detection, Evidence, OrderAnswer, RankExit, SnapshotFact, Strike
 from resilience.policy import Copy
 
 __all__ = [
@@ -73,6 +73,8 @@ class Heartbeat:
     abft_overhead_ratio: float | None = None
     step_seconds_since: tuple[float, ...] = ()
     residual_ratios: tuple[float, ...] = ()
+    snapshot_seconds_since: tuple[float, ...] = ()
+    snapshot_interval_steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,7 @@ class Report:
     exits: tuple[RankExit, ...] = ()
     checkpoints: tuple[CheckpointFact, ...] = ()
     snapshots: tuple[SnapshotFact, ...] = ()
+    answers: tuple[OrderAnswer, ...] = ()
     notes: tuple[Note, ...] = ()
     deterministic: bool | None = None
     badput_seconds: tuple[tuple[str, float], ...] = ()

@@ -9,7 +9,17 @@ import dataclasses
 import enum
 
 from resilience.config import PolicyConfig
-from resilience.events import CheckpointFact, Decision, Detection, Evidence, Mode, Outcome, SnapshotFact, Strike
+from resilience.events import (
+    CheckpointFact,
+    Decision,
+    Detection,
+    Evidence,
+    Mode,
+    OrderAnswer,
+    Outcome,
+    SnapshotFact,
+    Strike,
+)
 from resilience.policy import Choice, Copy, Failure
 
 __all__ = [
@@ -210,6 +220,7 @@ class Reported:
     strikes: tuple[Strike, ...] = ()
     checkpoints: tuple[CheckpointFact, ...] = ()
     snapshots: tuple[SnapshotFact, ...] = ()
+    answers: tuple[OrderAnswer, ...] = ()
     notes: tuple[Note, ...] = ()
     deterministic: bool | None = None
     num_skipped_steps: int = 0
@@ -275,6 +286,12 @@ class Sampled:
     observations: tuple[Observations, ...] = ()
     badput: tuple[tuple[str, float], ...] = ()
     """(cause, seconds of the run)."""
+    num_snapshots: int = 0
+    """Taken by rank 0 since the last sample."""
+    snapshot_interval_steps: int | None = None
+    """Steps between two snapshots, as rank 0 said last."""
+    snapshot_steps: tuple[tuple[str, int], ...] = ()
+    """(tier, step of the newest snapshot that is whole there), and for `clean` the newest one known to be clean."""
     loss: float | None = None
     tokens_per_s: float | None = None
 

@@ -95,6 +95,7 @@ def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[
     record.places = places_of(fact.seats)
     state.generations.append(record)
     state.telemetry.rank_checks.clear()
+    snapshots.go_back(state, fact.restore)
     _say_origin(state, fact)
     for name, _ in record.places:  # spare ones go on waiting
         state.nodes[name].waiting = state.nodes[name].is_done = False
@@ -127,6 +128,10 @@ def _reported(state: State, fact: f.Reported, at: float) -> list[Effect]:
     if fact.member == "rank:0":
         _account_checkpoints(state, fact.checkpoints)
     snapshots.note(state, fact)
+    for answer in fact.answers:
+        for wish, asked in state.asked.items():
+            if answer.directive_id == f"{wish}-{asked.number}":
+                asked.answer = answer
     state.notes.extend(fact.notes)
     if fact.deterministic is not None:
         state.deterministic = fact.deterministic
@@ -141,6 +146,8 @@ def _account_checkpoints(state: State, points: tuple[CheckpointFact, ...]) -> No
     """All ranks save and load together, so rank 0 stands for the run."""
     for point in points:
         saved = point.kind is CheckpointKind.PUBLISHED
+        if point.kind is CheckpointKind.LOADED:
+            state.loaded_checkpoints.append(point)
         _add(state.telemetry.badput_s, "checkpoint_save" if saved else "checkpoint_load", point.seconds)
         if not saved and state.generations[-1].first_step_at is None:
             state.generations[-1].loading_s += point.seconds
@@ -269,6 +276,7 @@ def _sampled(state: State, fact: f.Sampled, at: float) -> list[Effect]:
         telemetry.num_steps_taken += 1
         repeated = telemetry.durations.pop(step, None)
         if repeated is not None:
+            telemetry.num_repeated_steps += 1
             _add(telemetry.badput_s, "lost_work", repeated)
         telemetry.durations[step] = seconds
         if len(telemetry.durations) > MAX_DURATIONS:
@@ -279,6 +287,10 @@ def _sampled(state: State, fact: f.Sampled, at: float) -> list[Effect]:
         telemetry.rank_checks[rank, site] = count
     for seen in fact.observations:
         telemetry.histogram(seen.metric, seen.label).add(seen.counts, seen.total)
+    telemetry.num_snapshots += fact.num_snapshots
+    state.snapshot_steps.update(fact.snapshot_steps)
+    if fact.snapshot_interval_steps is not None:
+        state.snapshot_interval_steps = fact.snapshot_interval_steps
     state.last_verified_step = max(state.last_verified_step, fact.last_verified_step)
     state.loss = fact.loss if fact.loss is not None else state.loss
     state.tokens_per_s = fact.tokens_per_s if fact.tokens_per_s is not None else state.tokens_per_s

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from resilience.coordinator.machine.commands import Heartbeat
 from resilience.coordinator.machine.facts import Observations, Sampled
+from resilience.coordinator.machine.snapshots import newest_steps
 from resilience.coordinator.machine.state import State
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.metrics import BY_NAME, bucket_of
@@ -22,13 +23,14 @@ __all__ = ["Pulse", "sample", "sample_interval_s"]
 _RANKS_PER_SECOND = 64
 """Ranks whose steps one second's worth of journal may carry."""
 
-_MEASURED_BY_RANKS = frozenset({"replay", "rewind", "check"})
+_MEASURED_BY_RANKS = frozenset({"replay", "rewind", "check", "snapshot"})
 """Causes of badput that ranks report. The coordinator knows the others by itself, from first steps and checkpoints, and
 causes are labels of a metric, so no rank may invent one."""
 
 
 _MAX_SNAPSHOTS = 64
-_PHASES = {SnapshotKind.TAKEN: "copy", SnapshotKind.LOADED: "load", SnapshotKind.FLUSHED: "flush"}
+_PHASES = {SnapshotKind.PROTECTED: "protect", SnapshotKind.LOADED: "load", SnapshotKind.FLUSHED: "flush"}
+"""Of what members told. The copy is timed by the ranks: guardians pass over what is overwritten soon."""
 
 
 @dataclasses.dataclass
@@ -60,6 +62,8 @@ class Pulse:
         dataclasses.field(default_factory=collections.OrderedDict)
     )
     """(step, generation) -> what was told last of each node's part; the newest ones."""
+    num_snapshots: int = 0
+    """Taken by rank 0 since the last sample."""
 
     def take_snapshots(self, facts: Iterable[SnapshotFact]) -> None:
         """What members told of memory snapshots: too much to be journaled, and gone with the snapshots."""
@@ -105,6 +109,9 @@ class Pulse:
             self.observe("step_seconds", seconds)
         for ratio in beat.residual_ratios:
             self.observe("abft_residual_ratio", ratio)
+        for seconds in beat.snapshot_seconds_since:
+            self.observe("snapshot_seconds", seconds, "copy")
+        self.num_snapshots += len(beat.snapshot_seconds_since) if rank == 0 else 0
         if rank == 0 and beat.step_seconds_since:
             self._take_steps(state, beat, now)
 
@@ -141,8 +148,10 @@ def sample(state: State, pulse: Pulse, now: float) -> Sampled | None:
     )
     rates = [beat.tokens_per_s for beat in pulse.beats.values() if beat.tokens_per_s is not None]
     lead = pulse.beats.get(0)
+    tiers = newest_steps(state, pulse.snapshots)
+    snapshot_steps = tuple(sorted(pair for pair in tiers.items() if state.snapshot_steps.get(pair[0]) != pair[1]))
     pulse.sampled_at = now
-    if not (steps or states or checks or pulse.durations or pulse.sums or pulse.badput):
+    if not (steps or states or checks or pulse.durations or pulse.sums or pulse.badput or snapshot_steps):
         return None
     fact = Sampled(
         generation=state.generation,
@@ -157,8 +166,11 @@ def sample(state: State, pulse: Pulse, now: float) -> Sampled | None:
             for (metric, label), found in pulse.sums.items()
         ),
         badput=tuple(sorted(pulse.badput.items())),
+        num_snapshots=pulse.num_snapshots,
+        snapshot_interval_steps=None if lead is None else lead.snapshot_interval_steps,
+        snapshot_steps=snapshot_steps,
         loss=None if lead is None else lead.loss,
         tokens_per_s=sum(rates) if rates else None,
     )
-    pulse.durations, pulse.first_step_at, pulse.sums, pulse.badput = [], None, {}, {}
+    pulse.durations, pulse.first_step_at, pulse.sums, pulse.badput, pulse.num_snapshots = [], None, {}, {}, 0
     return fact

@@ -8,7 +8,7 @@ from resilience.coordinator.machine import facts as f
 from resilience.coordinator.machine.commands import Report
 from resilience.coordinator.machine.members import check_member, check_run
 from resilience.coordinator.machine.pulse import Pulse, sample, sample_interval_s
-from resilience.coordinator.machine.snapshots import is_news
+from resilience.coordinator.machine.snapshots import is_expected, is_news
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.supervision import fail_of_exits, settle_restart
 from resilience.coordinator.machine.vetoes import check_detections, conclude_decision
@@ -51,10 +51,11 @@ def _news(state: State, command: Report, *, is_new: bool) -> f.Reported | None:
     strikes = tuple(s for s in command.strikes if s.strike_id not in state.strikes)
     checkpoints = tuple(c for c in command.checkpoints if c not in state.checkpoints)
     told = tuple(s for s in command.snapshots if is_news(state, command.generation, s))
+    answers = tuple(a for a in command.answers if is_expected(state, a))
     notes = tuple(n for n in command.notes if n not in state.notes)
     measured = command.deterministic if command.deterministic != state.deterministic else None
     skipped = command.num_skipped_steps if is_new else 0
-    if not (detections or strikes or checkpoints or told or notes or skipped) and measured is None:
+    if not (detections or strikes or checkpoints or told or answers or notes or skipped) and measured is None:
         return None
     return f.Reported(
         generation=command.generation,
@@ -64,6 +65,7 @@ def _news(state: State, command: Report, *, is_new: bool) -> f.Reported | None:
         strikes=strikes,
         checkpoints=checkpoints,
         snapshots=told,
+        answers=answers,
         notes=notes,
         deterministic=measured,
         num_skipped_steps=skipped,

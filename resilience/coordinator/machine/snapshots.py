@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from resilience.coordinator.machine.facts import Reported, Seat
 from resilience.coordinator.machine.state import State, places_of
-from resilience.events import Mode, SnapshotFact, SnapshotKind
+from resilience.events import Mode, OrderAnswer, SnapshotFact, SnapshotKind
 from resilience.policy import Choice, Tier, choose_restore
 
-__all__ = ["choose", "is_news", "note"]
+__all__ = ["CLEAN", "choose", "go_back", "is_expected", "is_news", "newest_steps", "note", "on_the_path"]
+
+CLEAN = "clean"
+"""Beside the tiers: the newest snapshot that is known to be clean."""
+
+Told = Mapping[tuple[int, int], Mapping[tuple[str, SnapshotKind], SnapshotFact]]
+"""(step, generation) -> (node, kind) -> what was told last."""
 
 
 def is_news(state: State, generation: int, fact: SnapshotFact) -> bool:
     """Whether `fact`, told by a member of `generation`, is not known yet."""
     if fact.kind is SnapshotKind.LOADED:
-        return fact not in state.loaded_snapshots
+        return _loaded(state, generation, fact) not in state.loaded_snapshots
     if fact.kind is SnapshotKind.REFUSED:
         return fact.tier != Tier.DISK and _refusal(generation, fact) not in state.refusals
     return False
@@ -23,10 +30,36 @@ def is_news(state: State, generation: int, fact: SnapshotFact) -> bool:
 
 def note(state: State, fact: Reported) -> None:
     """What members told of memory snapshots."""
-    state.loaded_snapshots += [each for each in fact.snapshots if each.kind is SnapshotKind.LOADED]
+    state.loaded_snapshots += [
+        _loaded(state, fact.generation, each) for each in fact.snapshots if each.kind is SnapshotKind.LOADED
+    ]
     for each in fact.snapshots:
         if each.kind is SnapshotKind.REFUSED and each.tier != Tier.DISK:
             state.refusals.add(_refusal(fact.generation, each))
+
+
+def _loaded(state: State, generation: int, fact: SnapshotFact) -> SnapshotFact:
+    """With the tier that was chosen: the rank that loads finds files prepared, wherever they came from."""
+    choice = state.generations[generation - 1].restore
+    return fact if choice is None else dataclasses.replace(fact, tier=str(choice.tier))
+
+
+def is_expected(state: State, answer: OrderAnswer) -> bool:
+    """Whether this is the first answer to an order of this run."""
+    return any(
+        answer.directive_id == f"{wish}-{asked.number}" and asked.answer is None for wish, asked in state.asked.items()
+    )
+
+
+def go_back(state: State, choice: Choice | None) -> None:
+    """A generation begins: guardians drop what was taken after the snapshot that it begins from, or all."""
+    if choice is None or not choice.is_snapshot:
+        for tier in (Tier.MEMORY, Tier.PEER, CLEAN):
+            state.snapshot_steps.pop(tier, None)
+        return
+    for tier in (Tier.MEMORY, Tier.PEER, CLEAN):
+        if tier in state.snapshot_steps:
+            state.snapshot_steps[tier] = min(state.snapshot_steps[tier], choice.step)
 
 
 def _refusal(generation: int, fact: SnapshotFact) -> tuple[int, int, str, int]:
@@ -55,3 +88,29 @@ def _refused(state: State) -> set[tuple[int, int, str]]:
     for step, generation, node, _ in sorted(state.refusals):
         found.add((step, generation, "" if (step, generation, node) in found else node))
     return found
+
+
+def on_the_path(state: State, step: int, generation: int) -> bool:
+    """Whether guardians have kept a snapshot: every later generation began from it or a later one of the same past."""
+    return all(
+        record.restore is not None and record.restore.is_snapshot and record.restore.step >= step
+        for record in state.generations
+        if record.generation > generation
+    )
+
+
+def newest_steps(state: State, told: Told) -> dict[str, int]:
+    """Step of the newest snapshot by tier, as far as all nodes told of their parts; `CLEAN` among them."""
+    nodes = {name for name, _ in state.generations[-1].places} if state.generations else set()
+    found: dict[str, int] = {}
+    clean_through = max((fact.clean_through for facts in told.values() for fact in facts.values()), default=0)
+    for (step, generation), facts in told.items():
+        kinds = {kind: {node for node, of in facts if of is kind} for kind in SnapshotKind}
+        if kinds[SnapshotKind.FLUSHED]:
+            found[Tier.DISK] = max(step, found.get(Tier.DISK, 0))
+        if not on_the_path(state, step, generation) or not nodes <= kinds[SnapshotKind.TAKEN]:
+            continue
+        tiers = [Tier.MEMORY, *([Tier.PEER] if nodes <= kinds[SnapshotKind.PROTECTED] else [])]
+        for tier in (*tiers, *([CLEAN] if step <= clean_through else [])):
+            found[tier] = max(step, found.get(tier, 0))
+    return {str(tier): step for tier, step in found.items()}

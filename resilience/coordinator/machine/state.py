@@ -16,6 +16,7 @@ from resilience.events import (
     Detection,
     Evidence,
     Mode,
+    OrderAnswer,
     SnapshotFact,
     Strike,
     Verdict,
@@ -160,6 +161,8 @@ class Asked:
     reason: str
     step: int | None
     at: float
+    answer: OrderAnswer | None = None
+    """What became of it, where that is told: of a snapshot."""
 
 
 @dataclasses.dataclass
@@ -202,6 +205,9 @@ class Telemetry:
     """(rank, site) -> count that the rank reported last, in this generation."""
     histograms: dict[tuple[str, str], Histogram] = dataclasses.field(default_factory=dict)
     num_skipped_steps: int = 0
+    num_repeated_steps: int = 0
+    """Steps that were taken again after a restart."""
+    num_snapshots: int = 0
     timed: set[str] = dataclasses.field(default_factory=set)
     """Decisions whose duration was counted."""
 
@@ -261,6 +267,12 @@ class State:
     asked: dict[Wish, Asked] = dataclasses.field(default_factory=dict)
     loaded_snapshots: list[SnapshotFact] = dataclasses.field(default_factory=list)
     """Those that a generation went on from."""
+    loaded_checkpoints: list[CheckpointFact] = dataclasses.field(default_factory=list)
+    """As rank 0 told of them."""
+    snapshot_interval_steps: int | None = None
+    snapshot_steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Tier -> step of the newest snapshot that was whole there and belongs to the path that training is on; `clean` ->
+    step of the newest one that is known to be clean."""
     finished: Ending | None = None
     finished_at: float | None = None
     outcome: str = ""

@@ -79,6 +79,9 @@ def _reported(state: State, fact: f.Reported, at: float) -> None:
             f": {point.reason}" if point.reason else ""
         )
         state.tell(at, "checkpoint", text, step=point.step)
+    for answer in fact.answers:
+        text = f"not carried out: {answer.problem}" if answer.problem else f"carried out after step {answer.step}"
+        state.tell(at, "note", f"order {answer.directive_id} {text}", step=answer.step)
     for note in fact.notes:
         state.tell(at, "note", f"{note.kind}: {note.message}", step=note.step)
 

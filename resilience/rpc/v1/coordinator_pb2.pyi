@@ -465,7 +465,7 @@ class CheckCount(_message.Message):
     def __init__(self, site: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("step", "micro_step", "loss", "tokens_per_s", "step_seconds", "last_verified_step", "checks", "abft_overhead_ratio", "state", "step_seconds_since", "residual_ratios")
+    __slots__ = ("step", "micro_step", "loss", "tokens_per_s", "step_seconds", "last_verified_step", "checks", "abft_overhead_ratio", "state", "step_seconds_since", "residual_ratios", "snapshot_seconds_since", "snapshot_interval_steps")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +477,8 @@ class Heartbeat(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_SINCE_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_RATIOS_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_SECONDS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro_step: int
     loss: float
@@ -488,7 +490,9 @@ class Heartbeat(_message.Message):
     state: str
     step_seconds_since: _containers.RepeatedScalarFieldContainer[float]
     residual_ratios: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step: _Optional[int] = ..., micro_step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., step_seconds: _Optional[float] = ..., last_verified_step: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[CheckCount, _Mapping]]] = ..., abft_overhead_ratio: _Optional[float] = ..., state: _Optional[str] = ..., step_seconds_since: _Optional[_Iterable[float]] = ..., residual_ratios: _Optional[_Iterable[float]] = ...) -> None: ...
+    snapshot_seconds_since: _containers.RepeatedScalarFieldContainer[float]
+    snapshot_interval_steps: int
+    def __init__(self, step: _Optional[int] = ..., micro_step: _Optional[int] = ..., loss: _Optional[float] = ..., tokens_per_s: _Optional[float] = ..., step_seconds: _Optional[float] = ..., last_verified_step: _Optional[int] = ..., checks: _Optional[_Iterable[_Union[CheckCount, _Mapping]]] = ..., abft_overhead_ratio: _Optional[float] = ..., state: _Optional[str] = ..., step_seconds_since: _Optional[_Iterable[float]] = ..., residual_ratios: _Optional[_Iterable[float]] = ..., snapshot_seconds_since: _Optional[_Iterable[float]] = ..., snapshot_interval_steps: _Optional[int] = ...) -> None: ...
 
 class CheckpointFact(_message.Message):
     __slots__ = ("kind", "directory", "tag", "step", "generation", "last_verified_step", "reason", "seconds", "at")
@@ -576,8 +580,20 @@ class Note(_message.Message):
     at: float
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., at: _Optional[float] = ...) -> None: ...
 
+class OrderAnswer(_message.Message):
+    __slots__ = ("directive_id", "step", "problem", "at")
+    DIRECTIVE_ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    directive_id: str
+    step: int
+    problem: str
+    at: float
+    def __init__(self, directive_id: _Optional[str] = ..., step: _Optional[int] = ..., problem: _Optional[str] = ..., at: _Optional[float] = ...) -> None: ...
+
 class ReportRequest(_message.Message):
-    __slots__ = ("run_id", "generation", "member", "sequence", "heartbeat", "detections", "decisions", "strikes", "exits", "checkpoints", "notes", "deterministic", "badput_seconds", "snapshots", "num_skipped_steps")
+    __slots__ = ("run_id", "generation", "member", "sequence", "heartbeat", "detections", "decisions", "strikes", "exits", "checkpoints", "notes", "deterministic", "badput_seconds", "snapshots", "answers", "num_skipped_steps")
     class BadputSecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -599,6 +615,7 @@ class ReportRequest(_message.Message):
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     BADPUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
     NUM_SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     generation: int
@@ -614,8 +631,9 @@ class ReportRequest(_message.Message):
     deterministic: bool
     badput_seconds: _containers.ScalarMap[str, float]
     snapshots: _containers.RepeatedCompositeFieldContainer[SnapshotFact]
+    answers: _containers.RepeatedCompositeFieldContainer[OrderAnswer]
     num_skipped_steps: int
-    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., member: _Optional[str] = ..., sequence: _Optional[int] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., strikes: _Optional[_Iterable[_Union[Strike, _Mapping]]] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointFact, _Mapping]]] = ..., notes: _Optional[_Iterable[_Union[Note, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., badput_seconds: _Optional[_Mapping[str, float]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., num_skipped_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., generation: _Optional[int] = ..., member: _Optional[str] = ..., sequence: _Optional[int] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., detections: _Optional[_Iterable[_Union[Detection, _Mapping]]] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., strikes: _Optional[_Iterable[_Union[Strike, _Mapping]]] = ..., exits: _Optional[_Iterable[_Union[RankExit, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointFact, _Mapping]]] = ..., notes: _Optional[_Iterable[_Union[Note, _Mapping]]] = ..., deterministic: _Optional[bool] = ..., badput_seconds: _Optional[_Mapping[str, float]] = ..., snapshots: _Optional[_Iterable[_Union[SnapshotFact, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[OrderAnswer, _Mapping]]] = ..., num_skipped_steps: _Optional[int] = ...) -> None: ...
 
 class Directive(_message.Message):
     __slots__ = ("directive_id", "expires_at", "restart", "stop", "drain", "rewind", "take_snapshot")

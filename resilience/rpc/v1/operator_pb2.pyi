@@ -1,5 +1,6 @@
 from resilience.rpc.v1 import coordinator_pb2 as _coordinator_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -254,14 +255,32 @@ class ListSnapshotsResponse(_message.Message):
     def __init__(self, snapshots: _Optional[_Iterable[_Union[SnapshotState, _Mapping]]] = ...) -> None: ...
 
 class TakeSnapshotNowRequest(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "wait_s")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, reason: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class TakeSnapshotNowResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("answer", "step", "generation", "reason")
+    class Answer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OPEN: _ClassVar[TakeSnapshotNowResponse.Answer]
+        TAKEN: _ClassVar[TakeSnapshotNowResponse.Answer]
+        NOT_TAKEN: _ClassVar[TakeSnapshotNowResponse.Answer]
+    OPEN: TakeSnapshotNowResponse.Answer
+    TAKEN: TakeSnapshotNowResponse.Answer
+    NOT_TAKEN: TakeSnapshotNowResponse.Answer
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    answer: TakeSnapshotNowResponse.Answer
+    step: int
+    generation: int
+    reason: str
+    def __init__(self, answer: _Optional[_Union[TakeSnapshotNowResponse.Answer, str]] = ..., step: _Optional[int] = ..., generation: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RewindRunRequest(_message.Message):
     __slots__ = ("reason", "step")

@@ -175,7 +175,7 @@ class OperatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def TakeSnapshotNow(self, request, context):
-        """Asks all ranks to take a memory snapshot at the end of their step.
+        """Asks all ranks to take a memory snapshot at the end of their step; held until they answer, at most `wait_s`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,12 +59,17 @@ def busy() -> FakeRun:
     run.report(
         "rank:0",
         heartbeat=c.Heartbeat(
-            step=4, checks=(("linear.out", 9),), residual_ratios=(0.02, float("nan")), abft_overhead_ratio=0.1
+            step=4,
+            checks=(("linear.out", 9),),
+            residual_ratios=(0.02, float("nan")),
+            abft_overhead_ratio=0.1,
+            snapshot_seconds_since=(0.1,),
         ),
+        badput_seconds=(("snapshot", 0.1),),
     )
     told = [
-        SnapshotFact(kind=kind, step=3, generation=1, node="a", num_bytes=100, seconds=0.1, at=5.0)
-        for kind in (SnapshotKind.TAKEN, SnapshotKind.LOADED)
+        SnapshotFact(kind=kind, step=3, generation=1, node="a", num_bytes=100, clean_through=3, seconds=0.1, at=5.0)
+        for kind in (SnapshotKind.TAKEN, SnapshotKind.PROTECTED, SnapshotKind.FLUSHED, SnapshotKind.LOADED)
     ]
     run.report("rank:0", snapshots=tuple(told))
     back = Decision(
@@ -106,7 +111,10 @@ def test_values(busy: FakeRun) -> None:
     assert value(found, "restores_total", tier="memory", outcome="succeeded") == 1
     assert value(found, "rewinds_total", outcome="succeeded") == 1
     assert value(found, "snapshot_age_steps") == 1
-    assert value(found, "snapshot_seconds_count", phase="copy") == 1
+    for phase in ("copy", "protect", "load", "flush"):
+        assert value(found, "snapshot_seconds_count", phase=phase) == 1, phase
+    assert value(found, "badput_seconds_total", cause="snapshot") == 0.05, "the share of one of two ranks"
+    assert value(found, "last_verified_step", tier="memory") == 3
     assert value(found, "abft_checks_total", site="linear.out") == 9
     assert value(found, "abft_residual_ratio_count") == 1, "what is not finite is left out"
     assert value(found, "last_verified_step", tier="checkpoint") == 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from resilience.events import Decision, Detection, Evidence, RankExit, Strike
+from resilience.events import Decision, Detection, Evidence, OrderAnswer, RankExit, Strike
 from resilience.rpc import codec
 from resilience.rpc.v1 import coordinator_pb2 as pb
 
@@ -37,7 +37,7 @@ def values(cls: type) -> st.SearchStrategy[Any]:
     return st.builds(cls, **fields)
 
 
-@pytest.mark.parametrize("cls", [Detection, Evidence, Decision, Strike, RankExit])
+@pytest.mark.parametrize("cls", [Detection, Evidence, Decision, Strike, RankExit, OrderAnswer])
 def test_what_is_sent_is_what_arrives(cls: type) -> None:
     @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(values(cls))
