@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 @_group.command("list")
 def list_(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A save_dir or a tag's directory [default: ask the run]")
+        Path | None, typer.Argument(metavar="DIR", help="A save_dir or a tag's directory", show_default="ask the run")
     ] = None,
     address: Address = None,
     token_file: TokenFile = None,
@@ -71,7 +71,8 @@ def list_(
 @_group.command()
 def verify(
     directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A save_dir or a tag's directory [default: those of the run]")
+        Path | None,
+        typer.Argument(metavar="DIR", help="A save_dir or a tag's directory", show_default="those of the run"),
     ] = None,
     address: Address = None,
     token_file: TokenFile = None,

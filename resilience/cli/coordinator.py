@@ -27,12 +27,13 @@ def _only_group() -> None:
 def serve_(
     run_id: Annotated[str, typer.Option("--run-id", metavar="NAME", help="The run; its launch sets launch.run_id.")],
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", metavar="DIR", help="Its directory [default: ./resilience-runs/NAME]")
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Its directory", show_default="./resilience-runs/NAME"),
     ] = None,
-    bind: Annotated[str | None, typer.Option(help="Address to listen on [default: coordinator.bind]")] = None,
-    port: Annotated[int | None, typer.Option(help="gRPC port [default: coordinator.port, or a free one]")] = None,
+    bind: Annotated[str | None, typer.Option(help="Address to listen on", show_default="coordinator.bind")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port", show_default="coordinator.port, or a free one")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Prometheus port [default: coordinator.metrics_port]")
+        int | None, typer.Option(help="Prometheus port", show_default="coordinator.metrics_port")
     ] = None,
     token_file: Annotated[
         Path | None, typer.Option("--token-file", metavar="FILE", help="The shared token, mode 0600.")

@@ -17,7 +17,9 @@ from resilience.cli import (
     coordinator,
     devices,
     diagnosis,
+    examples,
     faults,
+    live,
     policy,
     report,
     run,
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 for module in (
     run,
+    live,
     report,
     faults,
     snapshots,
@@ -49,6 +52,7 @@ for module in (
     calibrate,
 ):
     module.register(app)
+examples.teach(app)
 
 
 def _version(asked: bool) -> None:

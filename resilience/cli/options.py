@@ -15,15 +15,17 @@ __all__ = ["Address", "Json", "RunDir", "TokenFile", "source"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, with the names of report.json.")]
 Address = Annotated[
     str | None,
-    typer.Option("--address", metavar="HOST:PORT", help="The coordinator [default: that of the run in --run-dir]"),
+    typer.Option("--address", metavar="HOST:PORT", help="The coordinator", show_default="that of the run in --run-dir"),
 ]
 TokenFile = Annotated[
     Path | None,
-    typer.Option("--token-file", metavar="FILE", help="File with the coordinator's token [default: that of the run]"),
+    typer.Option(
+        "--token-file", metavar="FILE", help="File with the coordinator's token", show_default="that of the run"
+    ),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", metavar="DIR", help="The run [default: ./resilience-runs/latest]"),
+    typer.Option("--run-dir", metavar="DIR", help="The run", show_default="./resilience-runs/latest"),
 ]
 
 

@@ -25,7 +25,7 @@ __all__ = ["register"]
 _group = typer.Typer(help="The table that decides: show it, check a configuration, try it out.", no_args_is_help=True)
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Limits and mode [default: the built-in ones]")
+    Path | None, typer.Option("--config", metavar="FILE", help="Limits and mode", show_default="the built-in ones")
 ]
 
 
@@ -111,7 +111,7 @@ def _settings(config: Config) -> Iterator[tuple[str, Any, Any, str]]:
 @_group.command()
 def simulate(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[EVIDENCE]", help="JSON with the fields of Evidence; or use the options.")
+        Path | None, typer.Argument(metavar="EVIDENCE", help="JSON with the fields of Evidence; or use the options.")
     ] = None,
     site: Annotated[str, typer.Option(help="Where the alarm was.")] = "linear.out",
     check: Annotated[Check, typer.Option(help="Which check raised it.")] = Check.CHECKSUM,
@@ -122,7 +122,9 @@ def simulate(
     deterministic: Annotated[bool, typer.Option(help="The run was measured to be reproducible.")] = False,
     replay: Annotated[bool, typer.Option(help="The iteration can be replayed.")] = True,
     skips: Annotated[int, typer.Option(help="Steps skipped in a row before this one.", min=0)] = 0,
-    restarts_left: Annotated[int | None, typer.Option(help="What is left of the budget [default: all]", min=0)] = None,
+    restarts_left: Annotated[
+        int | None, typer.Option(help="What is left of the budget", show_default="all", min=0)
+    ] = None,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:

@@ -28,7 +28,7 @@ def report(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="Directory of the run, or its name in ./resilience-runs", show_default=False
+            metavar="RUN", help="Directory of the run, or its name in ./resilience-runs", show_default=False
         ),
     ] = None,
     html: Annotated[

@@ -74,7 +74,7 @@ def now_(
 
 
 def rewind(
-    step: Annotated[int | None, typer.Option(min=0, help="To this snapshot [default: newest clean]")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="To this snapshot", show_default="newest clean")] = None,
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = _ASKED,
     address: Address = None,
     token_file: TokenFile = None,
