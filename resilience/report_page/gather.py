@@ -97,12 +97,11 @@ def from_directory(run_dir: Path) -> Material:
         CoordinatorUnreachableError: it left nothing here, and nobody answers.
         ResilienceError: what it left cannot be read.
     """
-    from resilience.cli.source import LiveSource, read_endpoint
+    from resilience.cli.source import LiveSource, read_endpoint  # gRPC, which a run that has ended does not need
 
     if not run_dir.is_dir():
         raise UsageError(f"{run_dir}: no run there; give its directory, or the name of one in ./resilience-runs")
     endpoint = read_endpoint(run_dir)
-    live = None if endpoint is None else LiveSource(endpoint.address, endpoint.token_file)
     candidates = [run_dir / "journal.db"]
     if endpoint is not None:
         candidates.append(journal_path(os.environ, endpoint.run_id))
@@ -111,25 +110,25 @@ def from_directory(run_dir: Path) -> Material:
     for path in candidates:
         if path.is_file():
             try:
-                return _from_journal(path, live)
+                return _from_journal(path, None if endpoint is None else endpoint.address)
             except JournalError as error:
                 problem = str(error)
     if report.is_file():
         return _from_report(report, problem)
     if problem:
         raise ResilienceError(problem)
-    if live is None:
+    if endpoint is None:
         raise UsageError(f"{run_dir}: no run there (neither coordinator.json nor journal.db nor report.json)")
     try:
-        return from_coordinator(live)
+        return from_coordinator(LiveSource(endpoint.address, endpoint.token_file))
     except CoordinatorUnreachableError:
         raise CoordinatorUnreachableError(
-            f"coordinator {live.address} of the run in {run_dir} does not answer and left neither journal.db nor "
+            f"coordinator {endpoint.address} of the run in {run_dir} does not answer and left neither journal.db nor "
             "report.json there; is it running on this network?"
         ) from None
 
 
-def _from_journal(path: Path, live: Any) -> Material:
+def _from_journal(path: Path, address: str | None) -> Material:
     samples, devices, last_at, machine = Samples(), dict[str, Device](), 0.0, Machine(now=0.0)
     with Journal.open_read_only(path) as journal:
         for fact, at in journal.read():
@@ -146,7 +145,7 @@ def _from_journal(path: Path, live: Any) -> Material:
     if not last_at:
         raise JournalError(f"journal {path} is empty: its run never began")
     state = machine.state
-    is_live = state.finished is None and live is not None and live.answers()
+    is_live = state.finished is None and address is not None and _answers(address)
     at = SystemClock().wall() if is_live else last_at
     return Material(
         report=as_report(state, at),
@@ -157,6 +156,19 @@ def _from_journal(path: Path, live: Any) -> Material:
         snapshot_seconds=_snapshot_seconds(state),
         source=f"journal {path.name}",
     )
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody is there, if only to refuse whoever brings no token."""
+    from resilience.cli.source import LiveSource
+
+    source = LiveSource(address, None)
+    try:
+        return source.answers()
+    except UsageError:
+        return True
+    finally:
+        source.close()
 
 
 def _snapshot_seconds(state: State) -> dict[str, tuple[int, float]]:
@@ -261,8 +273,8 @@ def from_coordinator(source: Source) -> Material:
 
 def _generations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     began = [event for event in events if event["kind"] == "generation"]
-    ends = [event["at"] for event in began[1:]]
+    ends = [*(event["at"] for event in began[1:]), None]
     return [
         {"generation": event["generation"], "began_at": event["at"], "ended_at": end, "reason": event["text"]}
-        for event, end in zip(began, [*ends, None], strict=True)
+        for event, end in zip(began, ends, strict=False)
     ]

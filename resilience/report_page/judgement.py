@@ -79,7 +79,7 @@ def headline(report: Report, material: Material) -> Headline:
     lost = sorted({device.node for device in material.devices.values() if device.is_lost})
     advice += [f"Look at node {node}: its agent was given up." for node in lost]
     if report.exit_code == 75:
-        advice.append("Requeue the job: it left with 75, resources lost.")
+        advice.append("Requeue the job: it left with 75.")
     elif report.exit_code == 93:
         advice.append("Do not requeue the job: it left with 93, the same failure would come again.")
     if tone is Tone.GOOD and advice:

@@ -4,6 +4,7 @@ the dark. A folder named by SCREENSHOTS gets what was seen, for people to look a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.integration.browser import Browser, chromium, opened
-from tests.integration.harness import launched, resilience
+from tests.integration.harness import launched, resilience, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -70,6 +71,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     chromium()  # who cannot look at the page need not train for it
     directory = tmp_path_factory.mktemp("struck")
     with launched(directory, faults=FAULTS) as struck:
+        wait_for(lambda: any((struck.run_dir / "strikes").glob("*")), what="the first strike")
+        endpoint = json.loads((struck.run_dir / "coordinator.json").read_text())
+        address, token = endpoint["address"], endpoint["token_file"]
+        words = ("--address", address, "--token-file", token, "--html", "asked.html")
+        answers = [
+            resilience("report", str(struck.run_dir), "--html", "live.html", cwd=directory, state=directory / "state"),
+            resilience("report", *words, cwd=directory),
+        ]
+        assert [answer.returncode for answer in answers] == [0, 0], answers
         assert struck.wait() == 0, struck.output()[-4000:]
         report = struck.report()
         struck.assert_nothing_left()
@@ -147,6 +157,15 @@ def test_is_readable_everywhere(browser: Browser, page: Path, tmp_path: Path, wi
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     channels = [int(each) for each in background.removeprefix("rgb(").removesuffix(")").split(",")]
     assert (max(channels) < 40) if is_dark else (min(channels) > 220)
+
+
+@pytest.mark.parametrize("name", ["live", "asked"])
+def test_while_it_goes_on(browser: Browser, run: tuple[Path, dict[str, Any]], name: str) -> None:
+    """From the journal that was being written, and from the coordinator itself."""
+    browser.show(run[0].parent / f"{name}.html", width=1280)
+    assert browser.complaints() == []
+    assert browser.evaluate("document.querySelector('h1').textContent") == "Running"
+    assert browser.evaluate("document.querySelector('.run-name').textContent").startswith(f"run {run[1]['run_id']}")
 
 
 def test_from_the_report_alone(browser: Browser, page: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
