@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from resilience.config import CoordinatorConfig, load_config
 from resilience.errors import UsageError
 
 if TYPE_CHECKING:
     import grpc.aio
+
+    from resilience.config import CoordinatorConfig
 
 __all__ = ["Tls", "add_port", "open_channel", "refuse_readable"]
 
@@ -52,7 +53,11 @@ class Tls:
             ConfigError: one of them is missing.
         """
         found = {name: path for name, path in environ.items() if name.startswith(_VARIABLES)}
-        return cls.of(load_config(environ=found).coordinator) if found else None
+        if not found:
+            return None
+        from resilience.config import load_config  # pydantic takes as long to import as gRPC
+
+        return cls.of(load_config(environ=found).coordinator)
 
     @classmethod
     def from_told(cls, told: Any) -> Tls | None:
