@@ -1,7 +1,8 @@
 """`scripts/bench snapshot`: what a memory snapshot costs, beside a copy of as many bytes and beside other ways to save.
 
 Everything is measured in one process, round by round in turn, so that a busy machine is busy for all of them. The cases
-of saving and of restoring are tables; each case is a function that returns seconds.
+of saving and of restoring are tables; each case is a function that returns seconds. On a GPU a snapshot is copied
+beside the step that follows, and blocks for as long as that has to wait; memcpy is a copy into page-locked memory.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def build(mib: int, batch: int) -> tuple[Any, Callable[[], None]]:
         "steps_per_print": 1_000_000_000,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    samples = torch.randn(batch, WIDTH).to(torch.bfloat16)
+    samples = torch.randn(batch, WIDTH).to(engine.device, torch.bfloat16)
 
     def step() -> None:
         engine.backward(engine(samples).float().pow(2).mean())
@@ -82,8 +83,10 @@ class Ours:
         from resilience.guard.settings import Settings
         from resilience.guard.snapshots import RankSnapshots, num_slots
         from resilience.snapshot.arena import Arena
+        from resilience.snapshot.copiers import copier_for
 
         self.engine = engine
+        adapter = EngineAdapter(engine)
         self.arena = Arena(directory)
         settings = Settings(
             run_id="bench", generation=1, rank=0, node="here", device="here/0", config=Config(), clock=_clock()
@@ -96,14 +99,34 @@ class Ours:
             world_size=1,
             num_local_ranks=1,
             keeps_parity=False,
-            rng=EngineAdapter(engine),
+            rng=adapter,
+            copier=copier_for(engine.device),
             on_off=_fail,
+            on_waiting=_fail,
         )
+        adapter.wrap(
+            forward=_after(self.snapshots.before_forward, adapter.forward),
+            backward=adapter.backward,
+            take_model_step=_after(self._finish, adapter.take_model_step),
+            step=adapter.step,
+        )
+        self._whole_at = 0.0
 
     def take(self) -> None:
         assert self.snapshots.can_take, "no slot is free"
         step = int(self.engine.global_steps)
         self.snapshots.take(step, clean_through=max(0, step - 2))
+
+    def take_beside(self, step: Callable[[], None]) -> tuple[float, float]:
+        """Take one with the step that follows it: what of that is waiting, and the time until it is whole."""
+        before, began_at = self.snapshots.blocked_s, time.perf_counter()
+        self.take()
+        step()
+        return self.snapshots.blocked_s - before, self._whole_at - began_at
+
+    def _finish(self) -> None:
+        self.snapshots.finish()
+        self._whole_at = time.perf_counter()
 
     def prepare(self) -> None:
         """Bring the newest snapshot together as a guardian does, hashed."""
@@ -112,6 +135,7 @@ class Ours:
         from resilience.snapshot.manifest import STATE, Manifest
         from resilience.snapshot.prepare import tag_of
 
+        self.snapshots.finish()
         commit = max(read_commits(self.arena).values(), key=lambda each: each.step)
         slot = self.arena.slot(0, commit.slot)
         part = hash_part(commit, slot, self.arena.trail(0))
@@ -150,12 +174,26 @@ def state_of(engine: Any) -> dict[str, Any]:
     return found
 
 
-def memory_copy(num_bytes: int, directory: Path) -> Callable[[], tuple[float, float]]:
-    """One copy of so many bytes into a file on tmpfs that has its memory already: what nobody can beat."""
+def _after(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return then(*args, **kwargs)
+
+    return both
+
+
+def memory_copy(num_bytes: int, directory: Path, device: Any) -> Callable[[], tuple[float, float]]:
+    """One copy of so many bytes into a file on tmpfs that has its memory already, or from a GPU into page-locked
+    memory: what nobody can beat."""
     import mmap
 
     import numpy as np
+    import torch
 
+    if device.type == "cuda":
+        pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        on_device = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+        return timed(lambda: pinned.copy_(on_device))
     path = directory / "memcpy"
     with path.open("w+b") as file:
         os.posix_fallocate(file.fileno(), 0, num_bytes)
@@ -169,8 +207,10 @@ def timed(work: Callable[[], object]) -> Callable[[], tuple[float, float]]:
     """`work`, with its time twice: it blocks until all is done."""
 
     def run() -> tuple[float, float]:
+        _settle()
         began_at = time.perf_counter()
         work()
+        _settle()
         seconds = time.perf_counter() - began_at
         return seconds, seconds
 
@@ -181,6 +221,7 @@ def in_background(begin: Callable[[], Callable[[], object]]) -> Callable[[], tup
     """`begin` returns once training may go on, and returns what waits for the rest."""
 
     def run() -> tuple[float, float]:
+        _settle()
         began_at = time.perf_counter()
         wait = begin()
         blocked_s = time.perf_counter() - began_at
@@ -190,7 +231,15 @@ def in_background(begin: Callable[[], Callable[[], object]]) -> Callable[[], tup
     return run
 
 
-def savers(ours: Ours, disk: Path) -> dict[str, Callable[[], tuple[float, float]]]:
+def _settle() -> None:
+    """Return when the device has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def savers(ours: Ours, disk: Path, step: Callable[[], None]) -> dict[str, Callable[[], tuple[float, float]]]:
     """What saves, by name."""
     from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -206,7 +255,7 @@ def savers(ours: Ours, disk: Path) -> dict[str, Callable[[], tuple[float, float]
         return saving.result
 
     found = {
-        "memory snapshot": timed(ours.take),
+        "memory snapshot": timed(ours.take) if engine.device.type == "cpu" else lambda: ours.take_beside(step),
         "DeepSpeed save_checkpoint": timed(deepspeed_save),
         "DCP async_save": in_background(dcp_async_save),
     }
@@ -273,10 +322,12 @@ def every_step(step: Callable[[], None], ours: Ours, rounds: int) -> list[float]
     """Step time with a snapshot after every step ÷ without, pair by pair."""
 
     def seconds(with_snapshot: bool) -> float:
+        _settle()
         began_at = time.perf_counter()
-        step()
         if with_snapshot:
             ours.take()
+        step()
+        _settle()
         return time.perf_counter() - began_at
 
     ratios = []
@@ -302,14 +353,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             step()
             ours.take()
         ours.prepare()
-        copy = memory_copy(ours.num_bytes, arena)
+        copy = memory_copy(ours.num_bytes, arena, engine.device)
         # `between` trains on, for a slot is overwritten by a later step only.
-        saved = in_turn({"memcpy": copy, **savers(ours, disk)}, arguments.rounds, step)
+        saved = in_turn({"memcpy": copy, **savers(ours, disk, step)}, arguments.rounds, step)
         shutil.rmtree(ours.folder)
         ours.prepare()
         restored = in_turn({"memcpy": copy, **restorers(ours, disk)}, arguments.rounds, lambda: None)
         ratios = every_step(step, ours, arguments.rounds)
-        processor = platform.processor() or platform.machine()
+        processor = _device_name(engine.device) or platform.processor() or platform.machine()
         return {
             "machine": f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
             "num_bytes": ours.num_bytes,
@@ -318,6 +369,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "restore": [dataclasses.asdict(each) for each in restored],
             "step_with_snapshot_ratios": ratios,
         }
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else ""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,31 @@ def overhead(only: str, directory: Path) -> Part:
     return _with_rows(_run("overhead", [str(ROOT / "scripts" / "bench"), *words]), result)
 
 
+def snapshot(directory: Path) -> Part:
+    """`scripts/bench snapshot` on the device: what training waits for, beside a copy into page-locked memory."""
+    result = directory / "snapshot.json"
+    words = ["snapshot", "--mib", "1024", "--json", str(result)]
+    part = _run("snapshot", [str(ROOT / "scripts" / "bench"), *words])
+    if not result.exists():
+        return part
+    return dataclasses.replace(part, rows=_rows_of_snapshots(json.loads(result.read_text(encoding="utf-8"))))
+
+
+def _rows_of_snapshots(found: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [
+        {"what": what, "name": row["name"], "blocked_s": _median(row["blocked_s"]), "all_blocked_s": row["blocked_s"]}
+        for what in ("save", "restore")
+        for row in found[what]
+    ]
+    ratios = found["step_with_snapshot_ratios"]
+    rows.append({"what": "step with a snapshot ÷ without", "ratio": _median(ratios), "ratios": ratios})
+    return rows
+
+
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
 def _with_rows(part: Part, result: Path) -> Part:
     if not result.exists():
         return part
@@ -125,6 +151,8 @@ def parts(arguments: argparse.Namespace, directory: Path) -> Iterator[Part]:
             yield benchmark(name, directory)
     if "overhead" in arguments.parts:
         yield overhead(arguments.overhead_cases, directory)
+    if "snapshot" in arguments.parts:
+        yield snapshot(directory)
 
 
 def show(machine: dict[str, Any], results: list[Part]) -> None:
@@ -159,7 +187,7 @@ def _lines(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    every = ("tests", *BENCHMARKS, "overhead")
+    every = ("tests", *BENCHMARKS, "overhead", "snapshot")
     parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__)
     parser.add_argument("--parts", default=",".join(every), help="some of these (default: %(default)s)")
     parser.add_argument("--overhead-cases", default="gpt2", help="cases of `scripts/bench overhead` (default: gpt2)")

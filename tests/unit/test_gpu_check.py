@@ -66,3 +66,12 @@ def test_results_of_a_command_are_read_from_its_file(gpu_check: dict[str, Any], 
         gpu_check["_run"]("name", [sys.executable, "-c", "raise SystemExit(3)"]), tmp_path / "none"
     )
     assert (failed.exit_code, failed.rows) == (3, [])
+
+
+def test_what_snapshots_cost_becomes_rows(gpu_check: dict[str, Any]) -> None:
+    timed = {"name": "memory snapshot", "blocked_s": [0.3, 0.1, 0.2], "durable_s": [1.0, 1.0, 1.0]}
+    rows = gpu_check["_rows_of_snapshots"](
+        {"save": [timed], "restore": [timed], "step_with_snapshot_ratios": [1.0, 1.1, 1.3]}
+    )
+    assert [(row["what"], row.get("blocked_s")) for row in rows[:2]] == [("save", 0.2), ("restore", 0.2)]
+    assert rows[2]["ratio"] == 1.1
