@@ -33,7 +33,7 @@ def draw_curves(report: Report, samples: Samples | None) -> Element | None:
     newest = max(step for _, step, _ in samples.durations)
     scale = Scale(0.5, max(newest, 2) + 0.5)
     places = [d.step for d in report.detections if d.step]
-    alarms = [alarm_event(d, d.step) for d in report.detections if d.step]
+    alarms = [alarm_event(d, d.step, report.started_at) for d in report.detections if d.step]
     rows = [frames.lane("Alarms", alarms, scale, lines=places)] if alarms else []
     losses = _losses(samples.losses, scale, places)
     if losses is not None:

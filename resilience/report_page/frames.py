@@ -11,12 +11,16 @@ from typing import Literal
 
 from resilience.report_page.markup import Child, Element, h
 from resilience.report_page.scales import Scale
-from resilience.report_page.symbols import RANKING, symbol
+from resilience.report_page.symbols import RANKING, fill_of, symbol
 
 __all__ = ["Band", "Event", "Line", "axis", "bands", "gather_marks", "lane", "legend", "panel", "row"]
 
 _NUM_BINS = 50
-"""Signs that a lane has room for; what meets in one is drawn once, with its number."""
+"""Places of a lane; what meets in one is drawn once, with its number."""
+_MAX_SIGNS = 24
+"""Signs that can be told apart on a phone: where there are more, a lane shows how many events lie where."""
+_MAX_LINES = 24
+"""Faults that are marked through all rows; more would hide what is drawn there."""
 _MAX_TOLD = 6
 """Events of one sign that its tooltip tells one by one."""
 _GRID = 1000
@@ -40,6 +44,8 @@ class Mark:
     sign: str
     count: int
     text: str
+    signs: Mapping[str, int]
+    """How many events of each sign."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +85,8 @@ def gather_marks(events: Iterable[Event], scale: Scale) -> list[Mark]:
         texts = [event.text for event in found[:_MAX_TOLD]]
         if len(found) > _MAX_TOLD:
             texts.append(f"… and {len(found) - _MAX_TOLD:,} more")
-        marks.append(Mark(scale.percent(gravest.at), gravest.sign, len(found), "\n".join(texts)))
+        signs = collections.Counter(event.sign for event in found)
+        marks.append(Mark(scale.percent(gravest.at), gravest.sign, len(found), "\n".join(texts), signs))
     return marks
 
 
@@ -99,9 +106,19 @@ def lane(label: str, events: Sequence[Event], scale: Scale, *, lines: Iterable[f
         lines: places where a fault is marked through all rows.
     """
     marks = gather_marks(events, scale)
-    drawn = [_mark(mark, is_counted=len(marks) <= 20) for mark in marks]
+    most = max((mark.count for mark in marks), default=1)
+    is_crowded = len(marks) > _MAX_SIGNS
+    drawn = [_pile(mark, most) if is_crowded else _mark(mark) for mark in marks]
     said = f"{label}: {len(events):,}"
-    picture = h("svg", _ground(), _fault_lines(lines, scale), drawn, class_="lane", role="img", aria_label=said)
+    picture = h(
+        "svg",
+        None if is_crowded else _ground(),
+        _fault_lines(lines, scale),
+        drawn,
+        class_="lane crowded" if is_crowded else "lane",
+        role="img",
+        aria_label=said,
+    )
     return row(label, picture, note=f"{len(events):,}")
 
 
@@ -111,14 +128,38 @@ def _ground() -> Element:
 
 def _fault_lines(places: Iterable[float], scale: Scale) -> list[Element]:
     seen = sorted({round(scale.percent(place) * 2) / 2 for place in places})
+    if len(seen) > _MAX_LINES:
+        return []
     return [h("line", x1=f"{x:g}%", x2=f"{x:g}%", y1="0", y2="100%", class_="fault-line") for x in seen]
 
 
-def _mark(mark: Mark, *, is_counted: bool) -> Element:
+def _pile(mark: Mark, most: int) -> Element:
+    """Many events in one place as a pile, the gravest at the bottom; a single one can still be seen."""
+    parts, ground = [], 100.0
+    for sign in sorted(mark.signs, key=lambda each: -RANKING.get(each, -1)):
+        height = max(100 * mark.signs[sign] / most, 5.0)
+        ground -= height
+        fill = h("rect", y=f"{max(ground, 0):.4g}%", width="100%", height=f"{height:.4g}%", class_=fill_of(sign))
+        parts.append(fill)
+    place = round(mark.percent / 100 * _NUM_BINS) / _NUM_BINS * 100
+    width = 100 / _NUM_BINS
+    told = ", ".join(f"{count:,} {sign}" for sign, count in mark.signs.items())
+    return h(
+        "svg",
+        h("title", f"{told}\n{mark.text}"),
+        parts,
+        x=f"{min(max(place - width / 2, 0), 100 - width):.4g}%",
+        width=f"{0.84 * width:.4g}%",
+        height="100%",
+        class_="mark pile",
+        data_count=str(mark.count),
+        data_sign=mark.sign,
+    )
+
+
+def _mark(mark: Mark) -> Element:
     size = 1.0 if mark.count == 1 else 1.15 if mark.count < 10 else 1.3 if mark.count < 100 else 1.5
-    number = None
-    if mark.count > 1 and is_counted:
-        number = h("text", f"{mark.count:,}", x="9", y="-5", class_="mark-count")
+    number = h("text", f"{mark.count:,}", x="9", y="-5", class_="mark-count") if mark.count > 1 else None
     return h(
         "svg",
         h("title", mark.text),

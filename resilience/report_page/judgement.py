@@ -185,11 +185,14 @@ def _generations(report: Report) -> Iterator[Evidence]:
         if before.world_size and after.world_size and before.world_size != after.world_size:
             text = f"Generation {after.generation} had {after.world_size} ranks instead of {before.world_size}: "
             yield Evidence(Tone.BAD, text + "sums are taken in another order.")
-        origin = after.restore
-        if origin is not None and origin.step:
-            what = "the script's own checkpoint" if origin.tier == "disk" else f"a snapshot ({origin.tier})"
-            text = f"Generation {after.generation} began from {what} of step {origin.step:,}, verified before use."
-            yield Evidence(Tone.GOOD, text)
+    origins = [(row.generation, row.restore) for row in report.generations if row.restore is not None]
+    for tiers, what in ((("memory", "peer"), "a memory snapshot"), (("disk",), "a checkpoint")):
+        found = [(number, origin) for number, origin in origins if origin.tier in tiers and origin.step]
+        if found:
+            who = f"Generation {found[0][0]}" if len(found) == 1 else plural(len(found), "generation")
+            steps = _joined([f"{origin.step:,}" for _, origin in found[:8]])
+            where = f"step {steps}" if len(found) == 1 else f"steps {steps}{' …' if len(found) > 8 else ''}"
+            yield Evidence(Tone.GOOD, f"{who} began from {what} of {where}, verified before it was used.")
 
 
 def _left_alone(report: Report) -> Iterator[Evidence]:

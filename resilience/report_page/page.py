@@ -125,7 +125,9 @@ def _parts(report: Report, material: Material) -> list[Child]:
     seen = tables.draw_detections(report.detections) if report.detections else None
     return [
         _part("What happened", draw_timeline(report, material), empty="No times were recorded."),
-        _optional("What was decided, and why", tables.draw_decisions(decisions) if decisions else None),
+        _optional(
+            "What was decided, and why", tables.draw_decisions(decisions, report.started_at) if decisions else None
+        ),
         _optional("What was seen, by site and kind", seen, kind="half"),
         _part(
             "Where the time went",

@@ -59,7 +59,8 @@ def time_ticks(low: float, high: float, count: int) -> list[tuple[float, str]]:
     first = math.ceil((low + shift) / step)
     moments = [index * step - shift for index in range(first, math.floor((high + shift) / step) + 1)]
     form = "%H:%M:%S" if step < 60 else "%H:%M" if step < 86400 else "%d %b"
-    return [(at, _local(at).strftime(form)) for at in moments]
+    labels = [(at, _local(at).strftime(form)) for at in moments]
+    return [(at, _local(at).strftime("%d %b") if text == "00:00" else text) for at, text in labels]
 
 
 def moment(at: float) -> str:
@@ -67,9 +68,10 @@ def moment(at: float) -> str:
     return _local(at).strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def clock(at: float) -> str:
-    """A time of day."""
-    return _local(at).strftime("%H:%M:%S")
+def clock(at: float, since: float) -> str:
+    """A time of day; with the date where it is not that of `since`."""
+    then, now = _local(since), _local(at)
+    return now.strftime("%H:%M:%S" if then.date() == now.date() else "%d %b %H:%M:%S")
 
 
 def share(part: float, whole: float) -> str:

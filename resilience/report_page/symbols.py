@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resilience.report_page.markup import Element, h
 
-__all__ = ["RANKING", "inline_symbol", "symbol"]
+__all__ = ["RANKING", "fill_of", "inline_symbol", "symbol"]
 
 _PATHS = {
     "circle": "M-5 0A5 5 0 1 1 5 0A5 5 0 1 1-5 0Z",
@@ -53,11 +53,16 @@ RANKING = {name: place for place, name in enumerate(_SIGNS)}
 _UNKNOWN = ("circle", "muted")
 
 
+def fill_of(name: str) -> str:
+    """The class of the colour of the sign for `name`."""
+    return f"fill-{_SIGNS.get(name, _UNKNOWN)[1]}"
+
+
 def symbol(name: str, size: float = 1.0) -> Element:
     """The sign for `name`, around the origin."""
-    form, colour = _SIGNS.get(name, _UNKNOWN)
+    form, _ = _SIGNS.get(name, _UNKNOWN)
     transform = f"scale({size:g})" if size != 1.0 else None
-    return h("path", d=_PATHS[form], class_=f"sign fill-{colour}", transform=transform)
+    return h("path", d=_PATHS[form], class_=f"sign {fill_of(name)}", transform=transform)
 
 
 def inline_symbol(name: str) -> Element:

@@ -30,8 +30,10 @@ __all__ = [
     "table",
 ]
 
-_MAX_DECISIONS = 60
-_MAX_DEVICES = 48
+_NUM_SHOWN = 20
+"""Decisions and devices that are shown at once …"""
+_NUM_FOLDED = 100
+"""… and how many more can be unfolded."""
 _MAX_SITES = 14
 _MAX_KINDS = 8
 _MAX_ROWS = 40
@@ -144,20 +146,30 @@ def _fates(detections: Sequence[DetectionRow]) -> Element:
     return h("ul", items, class_="legend")
 
 
-def draw_decisions(decisions: Sequence[DecisionRow]) -> Element:
+def draw_decisions(decisions: Sequence[DecisionRow], since: float) -> Element:
     """What was decided and why, in the order of time; of very many the gravest and the newest."""
     ordered = sorted(decisions, key=lambda d: d.decided_at)
-    shown = ordered
-    if len(ordered) > _MAX_DECISIONS:
-        chosen = sorted(range(len(ordered)), key=lambda i: (RANKING.get(ordered[i].action, -1), i))[-_MAX_DECISIONS:]
-        shown = [ordered[i] for i in sorted(chosen)]
-    items = [_decision(decision) for decision in shown]
-    rest = len(ordered) - len(shown)
-    more = f"{rest:,} more, of the lighter rungs: resilience decisions" if rest else None
-    return h("div", h("ol", items, class_="decisions"), h("p", more, class_="muted") if more else None)
+    places = sorted(range(len(ordered)), key=lambda i: (RANKING.get(ordered[i].action, -1), i), reverse=True)
+    shown, folded = (
+        [_decision(ordered[i], since) for i in sorted(chosen)]
+        for chosen in (places[:_NUM_SHOWN], places[_NUM_SHOWN : _NUM_SHOWN + _NUM_FOLDED])
+    )
+    more = h("ol", folded, class_="decisions") if folded else None
+    rest = len(ordered) - len(shown) - len(folded)
+    told = "lighter or older ones"
+    last = f"{rest:,} more are told by `resilience decisions`." if rest else None
+    return h("div", h("ol", shown, class_="decisions"), _folded(more, len(folded), told), _muted(last))
 
 
-def _decision(d: DecisionRow) -> Element:
+def _folded(content: Element | None, count: int, what: str) -> Element | None:
+    return None if content is None else h("details", h("summary", f"{count:,} {what}"), content)
+
+
+def _muted(text: str | None) -> Element | None:
+    return h("p", text, class_="muted") if text else None
+
+
+def _decision(d: DecisionRow, since: float) -> Element:
     facts = [f"step {d.step:,}"]
     if d.attempt:
         facts.append(f"attempt {d.attempt + 1}")
@@ -167,7 +179,7 @@ def _decision(d: DecisionRow) -> Element:
         facts.append(f"{duration(d.lost_s)} of work repeated")
     if d.origin == "rank":
         facts.append("on the rank's own word")
-    when = clock(d.decided_at) if d.decided_at else ""
+    when = clock(d.decided_at, since) if d.decided_at else ""
     head = h(
         "div",
         inline_symbol(d.action),
@@ -204,15 +216,22 @@ def draw_devices(detections: Sequence[DetectionRow], known: Mapping[str, Device]
 
     ordered = sorted(devices.values(), key=urgency)
     most = max((counts.total() for counts in seen.values()), default=0)
-    rows = [_device(device, seen[device.device], most) for device in ordered[:_MAX_DEVICES]]
+    rows = [_device(device, seen[device.device], most) for device in ordered[: _NUM_SHOWN + _NUM_FOLDED]]
     columns = ["device", "node", ">ranks", "alarms", "state"]
     if any(device.num_faults_ever is not None for device in ordered):
         columns.insert(4, ">faults, all jobs")
         for row, device in zip(rows, ordered, strict=False):
             row.insert(4, "–" if device.num_faults_ever is None else f"{device.num_faults_ever:,}")
     rest = len(ordered) - len(rows)
-    more = h("p", f"{rest:,} more devices, with fewer alarms or none.", class_="muted") if rest else None
-    return h("div", table(columns, rows, label="Devices", kind="devices"), more)
+    folded = rows[_NUM_SHOWN:]
+    more = table(columns, folded, label="More devices", kind="devices") if folded else None
+    last = f"{rest:,} more devices, with fewer alarms or none." if rest else None
+    return h(
+        "div",
+        table(columns, rows[:_NUM_SHOWN], label="Devices", kind="devices"),
+        _folded(more, len(folded), "devices with fewer alarms or none"),
+        _muted(last),
+    )
 
 
 def _device(device: Device, seen: collections.Counter[str], most: int) -> list[Child]:
@@ -239,11 +258,11 @@ def _device(device: Device, seen: collections.Counter[str], most: int) -> list[C
         state = h("span", "lost", class_="tag bad")
     else:
         state = h("span", "in use" if device.ranks else "spare", class_="tag")
-    title = f"{device.device} ({device.name})" if device.name and device.name not in device.device else device.device
+    name = h("small", device.name, class_="muted") if device.name and device.name not in device.device else None
     ranks = ", ".join(map(str, sorted(device.ranks)[:8])) + (" …" if len(device.ranks) > 8 else "")
     reason = h("small", device.reason, class_="muted") if device.reason else None
     return [
-        h("code", title),
+        h("div", h("code", device.device), name),
         device.node,
         ranks,
         h("div", h("span", told or "none", class_=None if total else "muted"), picture, class_="device-alarms"),
@@ -285,7 +304,7 @@ def draw_state(report: Report, material: Material) -> Element | None:
         if count:
             what = {"copy": "copied", "load": "loaded", "flush": "flushed to disk"}.get(phase, phase)
             mean = duration(seconds / count)
-            text = f"Memory snapshots: {plural(count, 'part')} of a rank or node {what}, {mean} each."
+            text = f"Memory snapshots: {what} {plural(count, 'time')}, each rank's part counted, {mean} each."
             items.append(h("li", inline_symbol("published"), text))
     kinds = collections.Counter(point.kind for point in report.checkpoints)
     for kind in sorted(kinds, key=lambda each: RANKING.get(each, -1)):

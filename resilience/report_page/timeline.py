@@ -64,37 +64,38 @@ def draw_timeline(report: Report, material: Material) -> Element | None:
 
 
 def _lanes(report: Report) -> dict[str, list[Event]]:
+    since = report.started_at
     struck = [
         Event(
             s.struck_at,
             "no effect" if s.no_effect else "injected",
-            f"{clock(s.struck_at)}  step {s.step:,}: {s.kind} injected in {_place(s.site, s.layer)} on rank {s.rank}",
+            f"{clock(s.struck_at, since)}  step {s.step:,}: {s.kind} struck {_place(s.site, s.layer)} on rank {s.rank}",
         )
         for s in report.faults_injected
         if s.struck_at
     ]
     decided = [
-        Event(d.decided_at, d.action, f"{clock(d.decided_at)}  step {d.step:,}: {d.action}: {d.reason}")
+        Event(d.decided_at, d.action, f"{clock(d.decided_at, since)}  step {d.step:,}: {d.action}: {d.reason}")
         for d in report.decisions
         if d.decided_at and d.outcome != "superseded"
     ]
     kept = [
-        Event(c.at, c.kind, f"{clock(c.at)}  checkpoint {c.tag} {c.kind}{f': {c.reason}' if c.reason else ''}")
+        Event(c.at, c.kind, f"{clock(c.at, since)}  checkpoint {c.tag} {c.kind}{f': {c.reason}' if c.reason else ''}")
         for c in report.checkpoints
         if c.at
     ]
     for row in report.generations:
         if row.restore is not None and row.restore.tier != "disk" and row.began_at:
-            text = f"{clock(row.began_at)}  generation {row.generation} begins from {row.restore.reason}"
+            text = f"{clock(row.began_at, since)}  generation {row.generation} begins from {row.restore.reason}"
             kept.append(Event(row.began_at, "loaded", text))
-    alarms = [alarm_event(d, d.detected_at) for d in report.detections if d.detected_at]
+    alarms = [alarm_event(d, d.detected_at, since) for d in report.detections if d.detected_at]
     return {"Injected": struck, "Alarms": alarms, "Decisions": decided, "State": kept}
 
 
-def alarm_event(detection: DetectionRow, at: float) -> Event:
+def alarm_event(detection: DetectionRow, at: float, since: float) -> Event:
     """A detection as an event at the place `at` of whatever axis."""
     d = detection
-    when = f"{clock(d.detected_at)}  " if d.detected_at else ""
+    when = f"{clock(d.detected_at, since)}  " if d.detected_at else ""
     text = f"{when}step {d.step:,}: {d.kind} in {_place(d.site, d.layer)} on rank {d.rank}"
     return Event(at, sign_of(d), f"{text}: {'mended in place' if d.mended else d.verdict.replace('_', ' ')}")
 
