@@ -318,6 +318,7 @@ def _snapshots(
         copier=copier,
         on_off=tell,
         on_waiting=lambda reason: tell(reason, "snapshots wait"),
+        on_lost=lambda reason: reporter.note("snapshot_lost", f"rank {settings.rank}: no snapshot: {reason}"),
         clock=settings.clock,
     )
     undo.append(snapshots.close)

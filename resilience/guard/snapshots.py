@@ -67,6 +67,7 @@ class RankSnapshots:
         copier: of what lies on the engine's device; None to copy all at once.
         on_off: told once why no snapshots are taken any more.
         on_waiting: told once why each copy is waited for, where it need not be.
+        on_lost: told of each snapshot that came to nothing, and why.
         clock: for blocking times.
     """
 
@@ -84,6 +85,7 @@ class RankSnapshots:
         copier: Copier | None = None,
         on_off: Callable[[str], None] = lambda reason: None,
         on_waiting: Callable[[str], None] = lambda reason: None,
+        on_lost: Callable[[str], None] = lambda reason: None,
         clock: Clock | None = None,
     ) -> None:
         config = settings.config.snapshot
@@ -94,7 +96,7 @@ class RankSnapshots:
         self._num_local_ranks = num_local_ranks
         self._rng = rng
         self._trail_bytes = trail_bytes
-        self._on_off, self._on_waiting = on_off, on_waiting
+        self._on_off, self._on_waiting, self._on_lost = on_off, on_waiting, on_lost
         self._clock = clock or SystemClock()
         self._taker = Taker(engine, copier)
         self._copier = self._taker.copier
@@ -245,6 +247,7 @@ class RankSnapshots:
         """Something wrote to the state while it was copied: what the slot holds is of no step."""
         self._begun = None
         self.lost_step = begun.commit.step
+        self._on_lost(f"the state of step {self.lost_step} was written to while it was copied")
         self._num_lost += 1
         if self._num_lost >= _MAX_LOST:
             self._copier.wait_from_now_on("something writes weights or optimizer state between the optimizer steps")

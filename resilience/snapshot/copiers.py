@@ -169,8 +169,6 @@ class StreamCopier:
         return bool(self._late)
 
     def admit(self, memory: Bytes) -> None:
-        if self._is_waiting:
-            return
         problem = self._streams.lock(memory)
         if problem:
             self.problem = self.problem or f"memory of snapshots cannot be page-locked ({problem})"

@@ -47,7 +47,7 @@ class Rank:
     """One rank, its arena, and what it said."""
 
     def __init__(self, directory: Path, streams: LateStreams | None = None, **config: Any) -> None:
-        self.streams, self.waiting = streams, list[str]()
+        self.streams, self.waiting, self.lost = streams, list[str](), list[str]()
         self.arena, _ = make(directory, run_id="run", node="here", run_dir=directory)
         self.config = config
         self.said: list[str] = []
@@ -74,6 +74,7 @@ class Rank:
             rng=self.engine,
             copier=StreamCopier(self.streams) if self.streams is not None else None,
             on_waiting=self.waiting.append,
+            on_lost=self.lost.append,
             on_off=self.said.append,
         )
 
@@ -258,6 +259,7 @@ def test_a_state_that_was_written_beneath_the_copy_is_no_snapshot(late: Rank) ->
     late.snapshots.finish()
     assert late.held() == {1: 1.0}
     assert late.snapshots.lost_step == 2
+    assert late.lost == ["the state of step 2 was written to while it was copied"]
     assert late.snapshots.steps() == [1]
     late.take(3)
     late.snapshots.finish()
