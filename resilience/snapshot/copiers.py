@@ -266,7 +266,7 @@ class CudaStreams:
             return ""
         # The runtime keeps the error for whoever asks next, who would raise it as his own: ask now.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._device)
+            torch.ones(1, device=self._device)
         return f"cudaHostRegister: {torch.cuda.CudaError(code)}"
 
     def unlock(self, memory: Bytes) -> None:
