@@ -69,13 +69,7 @@ def actions_of(report: Report) -> dict[str, int]:
 def headline(report: Report, material: Material) -> Headline:
     """How the run stands."""
     tone, state = _state(report, material)
-    cordoned = [device for device in material.devices.values() if device.cordoned]
-    named = {device.device for device in cordoned}
-    quarantined = [name for d in report.decisions if d.action == "quarantine" for name in d.cordon if name not in named]
-    advice = [
-        f"Pull {device.device} (node {device.node}): {device.reason or 'it is out of use'}." for device in cordoned
-    ]
-    advice += [f"Pull {name}: it was taken out of use." for name in dict.fromkeys(quarantined)]
+    advice = list(_pull(report, material))
     lost = sorted({device.node for device in material.devices.values() if device.is_lost})
     advice += [f"Look at node {node}: its agent was given up." for node in lost]
     if report.exit_code == 75:
@@ -85,6 +79,17 @@ def headline(report: Report, material: Material) -> Headline:
     if tone is Tone.GOOD and advice:
         tone = Tone.WARN
     return Headline(tone, state, tuple(_story(report)), tuple(advice))
+
+
+def _pull(report: Report, material: Material) -> Iterator[str]:
+    """Devices that this run took out of use; what earlier jobs or a person did is no news."""
+    blamed = {name: d.reason for d in report.decisions if d.outcome != "shadowed" for name in d.cordon}
+    for name, reason in blamed.items():
+        device = material.devices.get(name)
+        if device is None or device.cordoned:
+            where = f" (node {device.node})" if device is not None and device.node else ""
+            why = device.reason if device is not None else reason
+            yield f"Pull {name}{where}: {why or 'it was taken out of use'}."
 
 
 def _state(report: Report, material: Material) -> tuple[Tone, str]:

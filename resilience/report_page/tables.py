@@ -253,7 +253,7 @@ def _device(device: Device, seen: collections.Counter[str], most: int) -> list[C
     told = ", ".join(f"{count:,} {sign.replace('_', ' ')}" for sign, count in seen.most_common())
     picture = h("svg", parts, class_="device-plot", role="img", aria_label=told) if total else None
     if device.cordoned:
-        state = h("span", "pull it", class_="tag bad")
+        state = h("span", "out of use", class_="tag bad")
     elif device.is_lost:
         state = h("span", "lost", class_="tag bad")
     else:

@@ -81,13 +81,27 @@ def test_how_it_ended_and_what_to_do(draw: Draw, code: int, state: str, advice: 
 
 def test_the_device_to_pull_stands_in_the_headline(draw: Draw) -> None:
     devices = {
-        "gpu-7": Device("gpu-7", "b", cordoned=True, reason="the same check failed twice", num_faults_ever=9),
-        "gpu-8": Device("gpu-8", "b", ranks={1}, num_faults_ever=0),
+        "gpu-7": Device("gpu-7", "b", ranks={7}, cordoned=True, reason="the same check failed twice", num_faults_ever=9),
+        "gpu-8": Device("gpu-8", "b", ranks={8}, num_faults_ever=0),
+        "gpu-9": Device("gpu-9", "c", cordoned=True, reason="out of use since last week"),
     }
-    page = draw(report(), devices=devices)
+    decisions = [
+        decision(3, "quarantine", cordon=["gpu-7"]),
+        decision(4, "quarantine", cordon=["gpu-8"]),  # and put back since
+    ]
+    page = draw(report(decisions=decisions), devices=devices)
     assert "Pull gpu-7 (node b): the same check failed twice." in page.text
+    assert "Pull gpu-8" not in page.text
+    assert "Pull gpu-9" not in page.text
     assert page.with_class("headline")[0]["class"] == "headline warn"
-    assert page.text.index("pull it") < page.text.index("in use"), "those to look at first"
+    assert page.text.index("out of use", page.text.index("all jobs")) < page.text.index("in use"), "those first"
+    alone = draw(report(decisions=decisions[:1]))
+    assert "Pull gpu-7: because of step 3." in alone.text, "also where only report.json is left"
+
+
+def test_a_lost_node_stands_in_the_headline(draw: Draw) -> None:
+    devices = {"d0": Device("d0", "a", ranks={0}), "d1": Device("d1", "b", ranks={1}, is_lost=True)}
+    assert "Look at node b: its agent was given up." in draw(report(), devices=devices).text
 
 
 @pytest.mark.parametrize(
