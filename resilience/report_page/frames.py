@@ -109,7 +109,8 @@ def lane(label: str, events: Sequence[Event], scale: Scale, *, lines: Iterable[f
     most = max((mark.count for mark in marks), default=1)
     is_crowded = len(marks) > _MAX_SIGNS
     drawn = [_pile(mark, most) if is_crowded else _mark(mark) for mark in marks]
-    said = f"{label}: {len(events):,}"
+    signs = collections.Counter(event.sign for event in events)
+    said = f"{label}: {', '.join(f'{count:,} {sign}' for sign, count in signs.most_common())}"
     picture = h(
         "svg",
         None if is_crowded else _ground(),

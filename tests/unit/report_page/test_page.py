@@ -81,7 +81,7 @@ def test_how_it_ended_and_what_to_do(draw: Draw, code: int, state: str, advice: 
 
 def test_the_device_to_pull_stands_in_the_headline(draw: Draw) -> None:
     devices = {
-        "gpu-7": Device("gpu-7", "b", ranks={7}, cordoned=True, reason="the same check failed twice", num_faults_ever=9),
+        "gpu-7": Device("gpu-7", "b", ranks={7}, cordoned=True, reason="it failed twice", num_faults_ever=9),
         "gpu-8": Device("gpu-8", "b", ranks={8}, num_faults_ever=0),
         "gpu-9": Device("gpu-9", "c", cordoned=True, reason="out of use since last week"),
     }
@@ -90,7 +90,7 @@ def test_the_device_to_pull_stands_in_the_headline(draw: Draw) -> None:
         decision(4, "quarantine", cordon=["gpu-8"]),  # and put back since
     ]
     page = draw(report(decisions=decisions), devices=devices)
-    assert "Pull gpu-7 (node b): the same check failed twice." in page.text
+    assert "Pull gpu-7 (node b): it failed twice." in page.text
     assert "Pull gpu-8" not in page.text
     assert "Pull gpu-9" not in page.text
     assert page.with_class("headline")[0]["class"] == "headline warn"
