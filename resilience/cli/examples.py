@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import typer
 
-__all__ = ["HELP", "Help", "teach"]
+__all__ = ["HELP", "Help", "teach", "verbs"]
 
 SEE, STEER, CARE, SETUP = "Look at a run", "Steer a run", "Checkpoints", "This machine, and before a run"
 _CODES = "0; 1 not found or not good; 64 wrong command line or token; 69 the coordinator does not answer"
@@ -199,7 +199,7 @@ HELP: dict[str, Help] = {
 
 def teach(app: typer.Typer) -> None:
     """Give every verb that is registered with `app` the end of its help, and its panel."""
-    for words, verb in _verbs(app):
+    for words, verb in verbs(app):
         assert verb.callback is not None
         paragraphs = inspect.cleandoc(verb.callback.__doc__ or "").split("\n\n")
         verb.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
@@ -210,11 +210,12 @@ def teach(app: typer.Typer) -> None:
         group.rich_help_panel = next(each.panel for words, each in HELP.items() if words.startswith(f"{group.name} "))
 
 
-def _verbs(app: typer.Typer, before: str = "") -> Iterator[tuple[str, typer.models.CommandInfo]]:
+def verbs(app: typer.Typer, before: str = "") -> Iterator[tuple[str, typer.models.CommandInfo]]:
+    """Every verb of `app` and its groups, by the words with which it is called."""
     for verb in app.registered_commands:
         name = verb.name or verb.callback.__name__.replace("_", "-")  # type: ignore[union-attr]  # commands have one
         yield f"{before}{name}", verb
     groups: Iterable[typer.models.TyperInfo] = app.registered_groups
     for group in groups:
         assert group.typer_instance is not None
-        yield from _verbs(group.typer_instance, f"{before}{group.name} ")
+        yield from verbs(group.typer_instance, f"{before}{group.name} ")

@@ -199,7 +199,7 @@ def _ranks(glance: Glance, width: int, lines: int) -> RenderableType:
     ]
     if width < 80:
         columns = [column for column in columns if column[0] not in ("loss", "step took")]
-    if width < 50:
+    if width < 60:
         columns = [column for column in columns if column[0] not in ("device", "age")]
     for name, side, _ in columns:
         table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")

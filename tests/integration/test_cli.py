@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from resilience.cli.main import main
@@ -23,92 +20,19 @@ from resilience.events import CheckpointFact, CheckpointKind, SnapshotFact, Snap
 from resilience.launch import progress
 from resilience.rpc.codec import to_proto
 from resilience.rpc.v1 import coordinator_pb2 as pb
-from resilience.rpc.v1 import coordinator_pb2_grpc as rpc
 from resilience.testing import detection
-from tests.integration.harness import free_port, wait_for
+from tests.integration.harness import wait_for
+from tests.integration.served import COMMAND, Served, serve
 
 pytestmark = pytest.mark.integration
-
-TOKEN = "a token of enough characters"
-
-
-@dataclasses.dataclass
-class Served:
-    """A coordinator in a process of its own, and a member of its run."""
-
-    directory: Path
-    port: int
-    process: subprocess.Popen[bytes]
-    sequence: int = 0
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def token_file(self) -> Path:
-        return self.directory / "token"
-
-    def report(self, **content: object) -> list[pb.ReportResponse]:
-        self.sequence += 1
-        request = pb.ReportRequest(run_id="r1", generation=1, member="rank:0", sequence=self.sequence, **content)
-        with grpc.insecure_channel(self.address) as channel:
-            return list(rpc.CoordinatorStub(channel).Report(iter([request]), metadata=self.metadata))
-
-    def obey(self, **answer: object) -> threading.Thread:
-        """Rank 0 answers the order for a snapshot that it will hear."""
-
-        def look() -> str | None:
-            found = (order for response in self.report() for order in response.directives)
-            return next((order.directive_id for order in found if order.HasField("take_snapshot")), None)
-
-        def run() -> None:
-            order = wait_for(look, what="the order")
-            self.report(answers=[pb.OrderAnswer(directive_id=order, **answer)])  # type: ignore[arg-type]
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-    def join(self) -> None:
-        devices = [pb.Device(slot=slot, device=f"device-{slot}") for slot in range(2)]
-        agent = pb.AgentInfo(node="a", num_nodes=1, address="127.0.0.1", devices=devices, pid=7)
-        with grpc.insecure_channel(self.address) as channel:
-            stub = rpc.CoordinatorStub(channel)
-            stub.Join(pb.JoinRequest(run_id="r1", agent=agent, wait_s=5.0), metadata=self.metadata)
-            for rank in range(2):
-                info = pb.RankInfo(generation=1, rank=rank, local_rank=rank, world_size=2, node="a", pid=100 + rank)
-                stub.Join(pb.JoinRequest(run_id="r1", rank=info), metadata=self.metadata)
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {TOKEN}"),)
 
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    token = tmp_path / "token"
-    token.touch(mode=0o600)
-    token.write_text(TOKEN)
-    port = free_port()
-    program = "import sys; from resilience.cli.main import main; sys.exit(main())"
-    options = ["--run-id", "r1", "--port", str(port), "--metrics-port", "0", "--token-file", "token"]
-    command = [sys.executable, "-c", program, "coordinator", "serve", *options]
-    with (tmp_path / "coordinator.log").open("wb") as log:
-        process = subprocess.Popen(command, env=dict(os.environ), stderr=log)
-    try:
-        run_dir = tmp_path / "resilience-runs" / "r1"
-        wait_for(lambda: (run_dir / "coordinator.json").exists() or process.poll() is not None, what="the coordinator")
-        assert process.poll() is None, (tmp_path / "coordinator.log").read_text()
-        (run_dir.parent / "latest").symlink_to("r1")
-        found = Served(tmp_path, port, process)
-        found.join()
+    with serve(tmp_path) as found:
         yield found
-    finally:
-        process.kill()
-        process.wait()
 
 
 def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -183,8 +107,7 @@ def test_a_busy_port_is_one_line(served: Served, capsys: pytest.CaptureFixture[s
 
 
 def test_events_follow_a_run_as_it_goes(served: Served) -> None:
-    program = "import sys; from resilience.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "events", "--follow", "--json"]
+    command = [*COMMAND, "events", "--follow", "--json"]
     follower = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert follower.stdout is not None
