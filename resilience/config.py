@@ -183,6 +183,10 @@ class CoordinatorConfig(_Section):
     """Its key (PEM, mode 0600)."""
     tls_name: str | None = None
     """Name that the certificate of whoever is called must carry; unset is the host of its address."""
+    log: Literal["text", "json"] = "text"
+    """How the coordinator writes each event of the run to its log: a line for people, or one of JSON."""
+    traces: Literal["off", "otlp"] = "off"
+    """Whether a span for the run and for each recovery goes to an OpenTelemetry collector, over OTLP."""
     heartbeat_interval_s: Positive = 0.5
     """Seconds between two heartbeats of a rank or an agent."""
     lease_s: Positive = 15.0

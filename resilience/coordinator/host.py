@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from typing import Protocol
 
 from resilience.clock import Clock
 from resilience.coordinator.devices import DeviceHistory
@@ -17,9 +18,17 @@ from resilience.coordinator.journal import Journal, JournalError, replay
 from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.effects import Effect, Finish, Record, RememberCordon, RememberFault
-from resilience.coordinator.machine.facts import CordonSet, Opened, Sampled
+from resilience.coordinator.machine.facts import CordonSet, Fact, Opened, Sampled
+from resilience.coordinator.machine.state import State
 
-__all__ = ["Host"]
+__all__ = ["Host", "Observer"]
+
+
+class Observer(Protocol):
+    """Who wants to know what happened, after it is durable. Nothing that it does may change anything, or fail."""
+
+    def note(self, fact: Fact, at: float, state: State) -> None:
+        """`fact` happened `at`; `state` is what followed."""
 
 
 class Host:
@@ -35,6 +44,10 @@ class Host:
         self._offset_s = offset_s
         self._changed = asyncio.Event()
         self.finished = asyncio.Event()
+        self.observers: list[Observer] = []
+        """Told of every fact from now on, but not of those that were read back from the journal."""
+        self.num_lines_recorded = 0
+        """Lines of the run's story that an earlier process has told already."""
         self.broken: JournalError | None = None
         """Why this process must end: the journal cannot be written."""
 
@@ -60,6 +73,7 @@ class Host:
                 f"journal {journal.path} holds run {recorded.machine.state.run_id!r}, not {opened.run_id!r}"
             )
         host = cls(recorded.machine, journal, history, clock, offset_s)
+        host.num_lines_recorded = recorded.machine.state.num_lines
         host._execute(recorded.effects)
         host.submit(c.Recover(pid=pid))
         return host
@@ -100,6 +114,9 @@ class Host:
             raise
         for effect in effects:
             self._execute_outside(effect)
+        for record in records:
+            for observer in self.observers:
+                observer.note(record.fact, record.at, self.machine.state)
         if any(not isinstance(record.fact, Sampled) for record in records):
             self._changed.set()
             self._changed = asyncio.Event()

@@ -26,11 +26,13 @@ from resilience.coordinator.access import TokenInterceptor, check_bind, read_tok
 from resilience.coordinator.devices import DeviceHistory
 from resilience.coordinator.host import Host
 from resilience.coordinator.journal import Journal
+from resilience.coordinator.log import Log
 from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.facts import Opened
 from resilience.coordinator.paths import devices_path, journal_path
 from resilience.coordinator.report import write_report
 from resilience.coordinator.service import CoordinatorService, OperatorService
+from resilience.coordinator.tracing import open_tracing
 from resilience.coordinator.web import MetricsServer
 from resilience.errors import ExitCode, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
@@ -121,6 +123,7 @@ async def _serve(settings: Settings, clock: Clock) -> int:
         raise UsageError(
             f"run directory {settings.run_dir} cannot be made ({error.strerror}); choose another"
         ) from None
+    tracing = open_tracing(settings.config.coordinator.traces)
     stop = _stop_event()
     with contextlib.ExitStack() as stack:
         server, port = _listen(settings, token)
@@ -131,7 +134,10 @@ async def _serve(settings: Settings, clock: Clock) -> int:
             host = Host.start(_opened(settings, clock), journal, history, clock, pid=os.getpid())
             await _announce(server, host)
             metrics = _metrics(settings, host)
-            _write_addresses(settings, port, metrics.address)
+            log = Log(sys.stderr, form=settings.config.coordinator.log, run_id=settings.run_id)
+            _write_addresses(settings, port, metrics.address, log, host.now())
+            log.go_on(host.machine.state, after=host.num_lines_recorded)
+            host.observers = [log, tracing]
             await _run(host, stop)
             await asyncio.to_thread(metrics.close)
         finally:
@@ -143,6 +149,7 @@ async def _serve(settings: Settings, clock: Clock) -> int:
             write_report(host.machine.state, settings.run_dir / "report.json", host.now())
         finally:
             journal.copy_to(settings.run_dir / "journal.db")
+    tracing.close()  # at last: who collects spans may be slow, or gone
     return int(ExitCode.DONE)
 
 
@@ -224,7 +231,7 @@ def _metrics(settings: Settings, host: Host) -> MetricsServer:
         raise UsageError(f"metrics address {address} cannot be used ({error.strerror}); choose another port") from None
 
 
-def _write_addresses(settings: Settings, port: int, metrics_address: str) -> None:
+def _write_addresses(settings: Settings, port: int, metrics_address: str, log: Log, now: float) -> None:
     """`coordinator.json`: how commands find the coordinator of a run directory."""
     path = settings.run_dir / "coordinator.json"
     content = {
@@ -242,14 +249,9 @@ def _write_addresses(settings: Settings, port: int, metrics_address: str) -> Non
     except OSError as error:
         # One that was started again on a full disk is still found: its address is the one that stands there.
         temporary.unlink(missing_ok=True)
-        print(
-            f"resilience: {path} cannot be written ({error.strerror}); is the disk full?", file=sys.stderr, flush=True
-        )
-    print(
-        f"coordinator of run {settings.run_id}: {content['address']}, metrics http://{metrics_address}/metrics",
-        file=sys.stderr,
-        flush=True,
-    )
+        log.say(now, "note", f"{path} cannot be written ({error.strerror}); is the disk full?", {}, level="error")
+    where = f"{content['address']}, metrics http://{metrics_address}/metrics"
+    log.say(now, "note", f"coordinator of run {settings.run_id}: {where}", {"pid": os.getpid()})
 
 
 async def _run(host: Host, stop: _Stop) -> None:

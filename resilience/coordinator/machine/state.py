@@ -25,6 +25,7 @@ from resilience.metrics import BY_NAME
 from resilience.policy import Ancestor, Choice, Copy, Failure
 
 __all__ = [
+    "About",
     "Asked",
     "Cordon",
     "Ending",
@@ -165,6 +166,10 @@ class Asked:
     """What became of it, where that is told: of a snapshot."""
 
 
+About = dict[str, str | int]
+"""What a line of the story speaks of, by the names of report.json."""
+
+
 @dataclasses.dataclass
 class StoryLine:
     """One line of the run's story."""
@@ -175,6 +180,8 @@ class StoryLine:
     text: str
     generation: int
     step: int
+    about: About = dataclasses.field(default_factory=dict)
+    """decision_id, detection_id, action, rank, node, device, …: as far as it speaks of one."""
 
 
 @dataclasses.dataclass
@@ -322,9 +329,9 @@ class State:
         ]
         return [name for _, name in sorted(found)]
 
-    def tell(self, at: float, kind: str, text: str, *, step: int = 0) -> None:
+    def tell(self, at: float, kind: str, text: str, *, step: int = 0, about: About | None = None) -> None:
         """Add a line to the story; the oldest make room."""
         self.num_lines += 1
-        self.story.append(StoryLine(self.num_lines, at, kind, text, self.generation, step))
+        self.story.append(StoryLine(self.num_lines, at, kind, text, self.generation, step, about or {}))
         if len(self.story) > MAX_STORY:
             del self.story[: MAX_STORY // 10]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from resilience.coordinator.machine import facts as f
-from resilience.coordinator.machine.state import State
-from resilience.events import Decision, Detection
+from resilience.coordinator.machine.state import About, State
+from resilience.events import Action, Decision, Detection, Outcome
 
 __all__ = ["detection_line", "tell"]
 
@@ -29,12 +29,28 @@ def detection_line(d: Detection) -> str:
     return f"{d.detection_id}: {d.kind} in {where} ({d.check}){mended}{cause}"
 
 
+def _whereabouts(d: Detection) -> About:
+    return {"detection_id": d.detection_id, "rank": d.rank, "node": d.node, "device": d.device, "site": d.site}
+
+
 def _decision_line(decision: Decision) -> str:
     return f"{decision.decision_id}: {decision.action}: {decision.reason}"
 
 
+def _about(decision: Decision) -> About:
+    return {"decision_id": decision.decision_id, "action": decision.action, "outcome": decision.outcome}
+
+
+def _led_here(state: State, *actions: Action) -> About:
+    """The decision, if there is one, of which this is the outcome."""
+    for decision in reversed(state.decisions.values()):
+        if decision.action in actions and decision.outcome is Outcome.PENDING:
+            return {"decision_id": decision.decision_id}
+    return {}
+
+
 def _opened(state: State, fact: f.Opened, at: float) -> None:
-    state.tell(at, "note", f"run {fact.run_id} opened in mode {fact.mode}")
+    state.tell(at, "note", f"run {fact.run_id} opened in mode {fact.mode}", about={"mode": fact.mode})
 
 
 def _recovered(state: State, fact: f.Recovered, at: float) -> None:
@@ -43,13 +59,21 @@ def _recovered(state: State, fact: f.Recovered, at: float) -> None:
 
 def _cordon_set(state: State, fact: f.CordonSet, at: float) -> None:
     what = "out of use" if fact.cordoned else "back in use"
-    for device, _ in fact.devices:
-        state.tell(at, "note", f"{device} is {what} ({fact.by}): {fact.reason or 'no reason given'}")
+    for device, node in fact.devices:
+        text = f"{device} is {what} ({fact.by}): {fact.reason or 'no reason given'}"
+        decided = next((d for d in reversed(state.decisions.values()) if device in d.cordon), None)
+        because: About = {} if decided is None or fact.by != "policy" else {"decision_id": decided.decision_id}
+        state.tell(at, "note", text, about={"device": device, "node": node, **because})
 
 
 def _agent_joined(state: State, fact: f.AgentJoined, at: float) -> None:
     agent = fact.agent
-    state.tell(at, "member", f"agent of {agent.node} joined with {len(agent.devices)} devices (pid {agent.pid})")
+    state.tell(
+        at,
+        "member",
+        f"agent of {agent.node} joined with {len(agent.devices)} devices (pid {agent.pid})",
+        about={"node": agent.node},
+    )
 
 
 def _node_lost(state: State, fact: f.NodeLost, at: float) -> None:
@@ -57,23 +81,29 @@ def _node_lost(state: State, fact: f.NodeLost, at: float) -> None:
         what = ", a spare one"
     else:
         what = f"; it is waited for {state.node_wait_s:g} s" if state.node_wait_s else ""
-    state.tell(at, "member", fact.reason + what)
+    state.tell(at, "member", fact.reason + what, about={"node": fact.node})
 
 
 def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> None:
     origin = "" if fact.restore is None else f" from {fact.restore.reason}"
     text = f"generation {fact.generation} begins on {len(fact.seats)} ranks{origin}: {fact.reason}"
-    state.tell(at, "generation", text)
+    state.tell(at, "generation", text, about=_led_here(state, Action.RESTART))
     for line in () if fact.restore is None else fact.restore.passed_over:
-        state.tell(at, "snapshot", f"not taken: {line}")
+        state.tell(at, "snapshot", f"not taken: {line}", about=_led_here(state, Action.RESTART))
 
 
 def _reported(state: State, fact: f.Reported, at: float) -> None:
     for strike in fact.strikes:
         text = f"{strike.strike_id}: injected {strike.kind} in {strike.site}[{strike.layer}] on rank {strike.rank}"
-        state.tell(at, "strike", text + (" (no effect)" if strike.no_effect else ""), step=strike.step)
+        state.tell(
+            at,
+            "strike",
+            text + (" (no effect)" if strike.no_effect else ""),
+            step=strike.step,
+            about={"rank": strike.rank},
+        )
     for detection in fact.detections:
-        state.tell(at, "detection", detection_line(detection), step=detection.step)
+        state.tell(at, "detection", detection_line(detection), step=detection.step, about=_whereabouts(detection))
     for point in fact.checkpoints:
         text = f"checkpoint {point.tag} in {point.directory} {point.kind}" + (
             f": {point.reason}" if point.reason else ""
@@ -87,20 +117,21 @@ def _reported(state: State, fact: f.Reported, at: float) -> None:
 
 
 def _decision_made(state: State, fact: f.DecisionMade, at: float) -> None:
-    state.tell(at, "decision", _decision_line(fact.decision), step=fact.decision.step)
+    state.tell(at, "decision", _decision_line(fact.decision), step=fact.decision.step, about=_about(fact.decision))
 
 
 def _concluded(state: State, fact: f.Concluded, at: float) -> None:
     d = fact.decision
     text = f"{d.decision_id}: {d.action} executed on the word of the {d.origin}: {d.outcome}"
-    state.tell(at, "decision", text, step=d.step)
+    state.tell(at, "decision", text, step=d.step, about=_about(d))
 
 
 def _failure_seen(state: State, fact: f.FailureSeen, at: float) -> None:
     failure = fact.failure
     for end in failure.exits:
         text = f"rank {end.rank} on {end.node} ended with {end.exit_code}" + (f": {end.message}" if end.message else "")
-        state.tell(at, "exit", text, step=failure.step)
+        where: About = {"rank": end.rank, "node": end.node, "device": end.device, "exit_code": end.exit_code}
+        state.tell(at, "exit", text, step=failure.step, about=where)
     if not failure.exits:
         state.tell(at, "exit", f"{failure.kind}: {failure.detail}", step=failure.step)
 
@@ -108,7 +139,8 @@ def _failure_seen(state: State, fact: f.FailureSeen, at: float) -> None:
 def _restart_settled(state: State, fact: f.RestartSettled, at: float) -> None:
     took = f"{fact.latency_ms / 1000:.1f} s"
     text = f"{fact.decision_id}: restart {fact.outcome}, {took}, resumed after step {fact.resumed_step}"
-    state.tell(at, "decision", text, step=fact.resumed_step)
+    about: About = {"decision_id": fact.decision_id, "action": Action.RESTART, "outcome": fact.outcome}
+    state.tell(at, "decision", text, step=fact.resumed_step, about=about)
 
 
 def _member_left(state: State, fact: f.MemberLeft, at: float) -> None:
@@ -130,7 +162,13 @@ def _ranks_asked(state: State, fact: f.RanksAsked, at: float) -> None:
 
 
 def _finished(state: State, fact: f.Finished, at: float) -> None:
-    state.tell(at, "finished", f"run ended with {fact.exit_code} ({fact.outcome}): {fact.reason}")
+    text = f"run ended with {fact.exit_code} ({fact.outcome}): {fact.reason}"
+    state.tell(
+        at,
+        "finished",
+        text,
+        about={"exit_code": fact.exit_code, "outcome": fact.outcome, **_led_here(state, Action.STOP)},
+    )
 
 
 _TELLERS: dict[type, Callable[[State, Any, float], None]] = {
