@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import zipfile
@@ -54,7 +55,33 @@ def test_a_killed_rank_and_a_killed_guardian_cost_no_step(tmp_path: Path) -> Non
     assert report["num_generations"] == 2
     last = report["generations"][-1]
     assert (last["restore"]["step"], last["resumed_after"]) == (9, 9), "no optimizer step is lost"
+    told = report["snapshots"]
+    assert told["num_taken"] >= 12, "the heartbeat of the step at which the rank was killed may be gone with it"
+    assert (told["interval_steps"], told["num_steps_lost"], told["rewinds"]) == (1, 0, [])
+    assert told["blocked_s"] > 0.0
+    assert report["badput_s"]["snapshot"] == told["blocked_s"]
+    (restore,) = told["restores"]
+    assert (restore["tier"], restore["step"]) == ("memory", 9)
+    assert 0.0 < restore["seconds"] < report["decisions"][-1]["latency_ms"] / 1e3
+    assert told["newest_step"]["memory"] >= 9
     assert digest(tmp_path / "killed") == digest(tmp_path / "plain")
+
+
+def test_a_snapshot_on_order_is_answered_when_all_ranks_have_it(tmp_path: Path) -> None:
+    config = CONFIG.replace("= 1", "= 100000")
+    with launched(tmp_path / "run", script_args=["--steps", "100000"], resilience=config) as run:
+        run.wait_for_line("step 4 ")
+        answer = resilience("snapshot", "now", "--run-dir", str(run.run_dir), "--json", cwd=tmp_path)
+        assert answer.returncode == 0, answer.stderr
+        taken = json.loads(answer.stdout)
+        assert taken["answer"] == "taken"
+        wait_for(lambda: (taken["step"], 1) in arena_of(run).published(), what="its manifest")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 75
+        report = run.report()
+        run.assert_nothing_left()
+    assert report["snapshots"]["num_taken"] == 2, "the first one of a run tells what they cost"
+    assert report["snapshots"]["newest_step"]["memory"] == taken["step"] > 1
 
 
 def end(run: Run, how: str) -> None:
