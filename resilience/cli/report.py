@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resilience.cli import output
-from resilience.cli.options import Address, Json, RunDir, TokenFile
+from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,12 +56,10 @@ def report(
 
 
 def _material(run: str | None, run_dir: Path | None, address: str | None, token_file: Path | None) -> Material:
-    from resilience.cli.source import LiveSource
     from resilience.report_page import from_coordinator, from_directory
 
-    if address is not None:
-        return from_coordinator(LiveSource(address, token_file))
-    return from_directory(run_dir or _directory(run))
+    directory = run_dir or _directory(run)
+    return from_directory(directory) if address is None else from_coordinator(source(address, token_file, directory))
 
 
 def _directory(run: str | None) -> Path:

@@ -18,11 +18,11 @@ from resilience.coordinator.machine import Machine
 from resilience.coordinator.machine.facts import AgentJoined, GenerationBegan, Sampled
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.paths import devices_path, journal_path
-from resilience.coordinator.report import as_report
+from resilience.coordinator.report import SCHEMA_VERSION, as_report
 from resilience.errors import CoordinatorUnreachableError, ResilienceError, UsageError
 
 if TYPE_CHECKING:
-    from resilience.cli.source import Source
+    from resilience.cli.source import Endpoint, Source
 
 __all__ = ["Device", "Material", "Samples", "from_coordinator", "from_directory"]
 
@@ -110,7 +110,7 @@ def from_directory(run_dir: Path) -> Material:
     for path in candidates:
         if path.is_file():
             try:
-                return _from_journal(path, None if endpoint is None else endpoint.address)
+                return _from_journal(path, endpoint)
             except JournalError as error:
                 problem = str(error)
     if report.is_file():
@@ -120,7 +120,7 @@ def from_directory(run_dir: Path) -> Material:
     if endpoint is None:
         raise UsageError(f"{run_dir}: no run there (neither coordinator.json nor journal.db nor report.json)")
     try:
-        return from_coordinator(LiveSource(endpoint.address, endpoint.token_file))
+        return from_coordinator(LiveSource(endpoint.address, endpoint.token_file, endpoint.tls))
     except CoordinatorUnreachableError:
         raise CoordinatorUnreachableError(
             f"coordinator {endpoint.address} of the run in {run_dir} does not answer and left neither journal.db nor "
@@ -128,7 +128,7 @@ def from_directory(run_dir: Path) -> Material:
         ) from None
 
 
-def _from_journal(path: Path, address: str | None) -> Material:
+def _from_journal(path: Path, endpoint: Endpoint | None) -> Material:
     samples, devices, last_at, machine = Samples(), dict[str, Device](), 0.0, Machine(now=0.0)
     with Journal.open_read_only(path) as journal:
         for fact, at in journal.read():
@@ -145,7 +145,7 @@ def _from_journal(path: Path, address: str | None) -> Material:
     if not last_at:
         raise JournalError(f"journal {path} is empty: its run never began")
     state = machine.state
-    is_live = state.finished is None and address is not None and _answers(address)
+    is_live = state.finished is None and endpoint is not None and _answers(endpoint)
     at = SystemClock().wall() if is_live else last_at
     return Material(
         report=as_report(state, at),
@@ -158,11 +158,11 @@ def _from_journal(path: Path, address: str | None) -> Material:
     )
 
 
-def _answers(address: str) -> bool:
+def _answers(endpoint: Endpoint) -> bool:
     """Whether somebody is there, if only to refuse whoever brings no token."""
     from resilience.cli.source import LiveSource
 
-    source = LiveSource(address, None)
+    source = LiveSource(endpoint.address, None, endpoint.tls)
     try:
         return source.answers()
     except UsageError:
@@ -236,16 +236,27 @@ def from_coordinator(source: Source) -> Material:
     run = plain(source.run())
     events = [plain(event) for event in source.events(after=0, follow=False)]
     found = [plain(each) for each in source.detections(include_propagated=True, limit=0).detections]
+    generations = _generations(events)
+    known = ("run_id", "mode", "started_at", "deterministic", "exit_code", "last_verified_step", "goodput_ratio")
     report = {
-        **run,
-        "num_steps": run["step"],
+        "schema_version": SCHEMA_VERSION,
+        **{key: run[key] for key in known},
+        "versions": {},
+        "config_digest": None,
+        "finished_at": None,
         "outcome": run["state"],
-        "generations": _generations(events),
+        "reason": run["last_event"] if run["exit_code"] else "",
+        "num_generations": run["generation"],
+        "generations": generations,
+        "num_steps": run["step"],
+        "badput_s": {},
         "faults_injected": [],
         "detections": [each for each in found if each["caused_by"] is None],
         "propagated": [each for each in found if each["caused_by"] is not None],
         "decisions": [plain(each) for each in source.decisions(limit=0).decisions],
         "checkpoints": [plain(each) for each in source.checkpoints().checkpoints],
+        "snapshots": None,
+        "notes": [],
     }
     devices = dict[str, Device]()
     for each in source.devices().devices:
@@ -272,9 +283,19 @@ def from_coordinator(source: Source) -> Material:
 
 
 def _generations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Generations by the lines of the story; the first line about a step stands for the first step."""
     began = [event for event in events if event["kind"] == "generation"]
+    first = {
+        event["generation"]: event["at"] for event in reversed(events) if event["step"] and event["kind"] != "exit"
+    }
     ends = [*(event["at"] for event in began[1:]), None]
     return [
-        {"generation": event["generation"], "began_at": event["at"], "ended_at": end, "reason": event["text"]}
+        {
+            "generation": event["generation"],
+            "began_at": event["at"],
+            "first_step_at": first.get(event["generation"]),
+            "ended_at": end,
+            "reason": event["text"],
+        }
         for event, end in zip(began, ends, strict=False)
     ]

@@ -127,6 +127,8 @@ def _story(report: Report) -> Iterator[str]:
     recovery_s = report.badput_s.get("recovery", 0.0)
     if recovery_s and len(report.generations) > 1:
         yield f"Getting back to training took {duration(recovery_s)}."
+    if len(report.generations) > 1 and report.snapshots is not None and report.snapshots.num_steps_lost is not None:
+        yield f"{plural(report.snapshots.num_steps_lost, 'step was', 'steps were')} taken again."
     if report.exit_code != 0 and report.reason:
         yield f"It ended because {report.reason}."
 

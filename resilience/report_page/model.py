@@ -19,6 +19,7 @@ __all__ = [
     "NoteRow",
     "Report",
     "RestoreRow",
+    "SnapshotsRow",
     "StrikeRow",
     "read_report",
 ]
@@ -136,6 +137,17 @@ class CheckpointRow(_Row):
     at: Time = 0.0
 
 
+class SnapshotsRow(_Row):
+    """What the memory tier took, cost and gave back."""
+
+    num_taken: Count = 0
+    interval_steps: float | None = None
+    blocked_s: Seconds = 0.0
+    newest_step: dict[str, Count] = {}
+    newest_clean_step: Count | None = None
+    num_steps_lost: Count | None = None
+
+
 class NoteRow(_Row):
     """Something that a person should read."""
 
@@ -168,6 +180,7 @@ class Report(_Row):
     propagated: list[DetectionRow] = []
     decisions: list[DecisionRow] = []
     checkpoints: list[CheckpointRow] = []
+    snapshots: SnapshotsRow | None = None
     notes: list[NoteRow] = []
 
 

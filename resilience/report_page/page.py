@@ -6,6 +6,7 @@ import importlib.resources
 from collections.abc import Iterator
 
 from resilience.cli.output import duration
+from resilience.coordinator.report import SCHEMA_VERSION
 from resilience.report_page import judgement, tables
 from resilience.report_page.curves import draw_curves
 from resilience.report_page.gather import Material
@@ -16,7 +17,6 @@ from resilience.report_page.timeline import draw_timeline
 
 __all__ = ["draw_page"]
 
-_KNOWN_SCHEMA = 1
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 """Whatever might ever slip into the page: a browser fetches nothing for it and runs nothing of it."""
 _ICON = (
@@ -59,12 +59,16 @@ def _circumstances(report: Report, material: Material) -> Iterator[str]:
     yield f"run {report.run_id}"
     if report.started_at:
         yield f"began {moment(report.started_at)}"
-        seconds = max(0.0, (report.finished_at or material.at) - report.started_at)
-        yield f"{'ran' if report.finished_at else 'seen for'} {duration(seconds)}"
+        yield f"{'ran' if report.finished_at else 'seen for'} {duration(_lifetime_s(report, material))}"
     if report.generations and report.generations[-1].world_size:
         yield judgement.plural(report.generations[-1].world_size, "rank")
     if report.mode:
         yield f"mode {report.mode}"
+
+
+def _lifetime_s(report: Report, material: Material) -> float:
+    """From the launch to the end, or as far as is known; 0 where it is not."""
+    return max(0.0, (report.finished_at or material.at) - report.started_at) if report.started_at else 0.0
 
 
 def _title(report: Report, material: Material, head: judgement.Headline) -> Element:
@@ -80,17 +84,20 @@ def _title(report: Report, material: Material, head: judgement.Headline) -> Elem
 
 
 def _tiles(report: Report, material: Material) -> Element:
-    end = report.finished_at or material.at
-    lifetime_s = end - report.started_at if report.started_at and end > report.started_at else None
+    lifetime_s = _lifetime_s(report, material)
     tone, *_ = judgement.evidence(report, material.samples)
     unsettled = sum(not d.mended for d in report.detections)
     pulled = sum(device.cordoned for device in material.devices.values())
     found: list[tuple[str, str, str]] = [
-        ("Steps", f"{report.num_steps:,}", f"verified through {report.last_verified_step:,}"),
+        (
+            "Steps",
+            f"{max(report.num_steps, report.last_verified_step):,}",
+            f"verified through {report.last_verified_step:,}",
+        ),
         (
             "Goodput",
             "–" if report.goodput_ratio is None else share(report.goodput_ratio, 1.0),
-            "" if lifetime_s is None else f"of {duration(lifetime_s)}",
+            f"of {duration(lifetime_s)}" if lifetime_s else "",
         ),
         (
             "Alarms",
@@ -131,7 +138,7 @@ def _parts(report: Report, material: Material) -> list[Child]:
         _optional("What was seen, by site and kind", seen, kind="half"),
         _part(
             "Where the time went",
-            tables.draw_badput(report),
+            tables.draw_badput(report, _lifetime_s(report, material)),
             empty="It was not recorded.",
             kind="" if seen is None else "half",
         ),
@@ -162,10 +169,10 @@ def _anchor(name: str) -> str:
 
 def _foot(report: Report, material: Material, num_unread: int) -> Element:
     remarks = list(material.remarks)
-    if report.schema_version != _KNOWN_SCHEMA:
+    if report.schema_version != SCHEMA_VERSION:
         version = report.schema_version or "none"
         remarks.append(
-            f"The report has schema version {version}, this page knows {_KNOWN_SCHEMA}: parts may be missing."
+            f"The report has schema version {version}, this page knows {SCHEMA_VERSION}: parts may be missing."
         )
     if num_unread:
         remarks.append(f"{judgement.plural(num_unread, 'entry', 'entries')} of the report could not be read.")

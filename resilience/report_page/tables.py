@@ -64,15 +64,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Child]], *, kind: str 
     return h("table", h("caption", label, class_="unseen"), head, h("tbody", body), class_=f"cards {kind}".rstrip())
 
 
-def draw_badput(report: Report) -> Element | None:
+def draw_badput(report: Report, lifetime_s: float) -> Element | None:
     """Goodput as one bar, and below it each cause of badput with its share."""
-    causes = sorted(((s, cause) for cause, s in report.badput_s.items() if s > 0), reverse=True)
-    if report.goodput_ratio is None:
+    if report.goodput_ratio is None or lifetime_s <= 0:
         return None
-    lost_s = sum(seconds for seconds, _ in causes)
-    end = report.finished_at or report.started_at
-    whole_s = lost_s / (1 - report.goodput_ratio) if report.goodput_ratio < 1 else max(end - report.started_at, 0.0)
-    kept_s = max(0.0, whole_s - lost_s)
+    causes = sorted(((s, cause) for cause, s in report.badput_s.items() if s > 0), reverse=True)
+    whole_s = lifetime_s
+    kept_s = min(max(report.goodput_ratio, 0.0), 1.0) * whole_s
+    if not causes and kept_s < whole_s:
+        causes = [(whole_s - kept_s, "all else, by causes that are not told here")]
     rows = [_bar("steps that were kept", kept_s, whole_s, "good")]
     rows += [_bar(_CAUSES.get(cause, cause), seconds, whole_s, "lost") for seconds, cause in causes]
     return h("ul", rows, class_="bars", id="badput")
@@ -300,6 +300,14 @@ def draw_state(report: Report, material: Material) -> Element | None:
             text = f"Generation {row.generation} began from {row.restore.reason or row.restore.tier}."
             items.append(h("li", inline_symbol("loaded"), text))
             items += [h("li", inline_symbol("refused"), f"Not taken: {line}") for line in row.restore.passed_over]
+    kept = report.snapshots
+    if kept is not None and kept.num_taken:
+        steps = ", ".join(f"{tier} {step:,}" for tier, step in kept.newest_step.items())
+        text = (
+            f"{plural(kept.num_taken, 'memory snapshot')}, for which training waited {duration(kept.blocked_s)} in all"
+        )
+        clean = "" if kept.newest_clean_step is None else f"; step {kept.newest_clean_step:,} is the newest known clean"
+        items.append(h("li", inline_symbol("published"), f"{text}. Newest steps: {steps or 'none'}{clean}."))
     for phase, (count, seconds) in sorted(material.snapshot_seconds.items()):
         if count:
             what = {"copy": "copied", "load": "loaded", "flush": "flushed to disk"}.get(phase, phase)

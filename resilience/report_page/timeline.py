@@ -9,6 +9,7 @@ from resilience.cli.output import duration
 from resilience.report_page import frames
 from resilience.report_page.frames import Band, Event, Line
 from resilience.report_page.gather import Material
+from resilience.report_page.judgement import plural
 from resilience.report_page.markup import Element, h
 from resilience.report_page.model import DetectionRow, GenerationRow, Report
 from resilience.report_page.scales import Scale, clock, number_ticks, time_ticks
@@ -135,7 +136,8 @@ def _progress(
         points += [*_thinned(course, scale), None]
     ticks = [(value, f"{value:,.0f}") for value in number_ticks(0, top, 4) if value == int(value)]
     behind = [band for band in stretches if band.kind != "training"]
-    said = f"Steps taken over time: {report.num_steps:,} at the end, in {len(courses)} courses"
+    newest = courses[-1][-1][1] if courses else 0
+    said = f"Steps taken over time: {newest:,.0f} at the end, in {plural(len(courses), 'course')}"
     return frames.panel(
         "Step",
         [Line(points, "line-progress")],

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from resilience.cli.recorded import RecordedSource
 from resilience.coordinator.report import write_report
+from resilience.report_page import draw_page, from_coordinator, from_directory
 from resilience.testing import FakeRun
 
 from .conftest import Command
@@ -31,6 +33,18 @@ def test_the_page_of_a_run_that_has_ended(command: Command, here: Path, words: l
     assert "device-1" in page
     assert 'class="stroke sticks' in page
     assert "report.json alone" not in page
+
+
+@pytest.mark.usefixtures("ended")
+def test_what_a_coordinator_tells_is_enough_for_a_page(here: Path) -> None:
+    material = from_coordinator(RecordedSource(here / LATEST / "journal.db"))
+    assert material.report.keys() == from_directory(here / LATEST).report.keys()
+    page = draw_page(material)
+    assert "3 alarms, 1 mended in place." in page
+    assert page.count('class="decision ') == 4
+    assert page.count('class="band training"') == 2
+    assert "all else, by causes that are not told here" in page
+    assert "Drawn from what the coordinator tells" in page
 
 
 def test_the_json_is_what_report_json_would_hold_now(command: Command, ended: FakeRun) -> None:

@@ -156,6 +156,22 @@ def test_what_was_taken_again_is_drawn_apart(draw: Draw) -> None:
     assert (kept.count("M"), kept.count("L")) == (2, 6), "steps 1 to 3, and 4 to 8"
 
 
+def test_what_the_memory_tier_did(draw: Draw) -> None:
+    kept = {
+        "num_taken": 50,
+        "interval_steps": None,
+        "blocked_s": 1.5,
+        "newest_step": {"memory": 98, "peer": 96},
+        "newest_clean_step": 90,
+        "num_steps_lost": 0,
+    }
+    generations = [{"generation": 1, "world_size": 2}, {"generation": 2, "world_size": 2}]
+    page = draw(report(snapshots=kept, generations=generations))
+    assert "0 steps were taken again." in page.text
+    assert "50 memory snapshots, for which training waited 1.5 s in all." in page.text
+    assert "memory 98, peer 96; step 90 is the newest known clean." in page.text
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_stroke(draw: Draw, bad: float) -> None:
     losses = [(1, step, 1.0 if step != 3 else bad) for step in range(1, 6)]
