@@ -141,6 +141,7 @@ def _follow(opened: Source, reopen: Callable[[], Source], lines: int, as_json: b
     clock, pause = SystemClock(), threading.Event()
     shown, patience_s = 0, _PATIENCE_S if opened.is_live else 0.0
     heard_at = clock.monotonic()
+    opened.run()  # patience is for who has answered once
     while True:
         with contextlib.suppress(CoordinatorUnreachableError):
             run = opened.run()  # first: nothing follows the event with which a run ends

@@ -100,12 +100,11 @@ class Served:
                 info = pb.RankInfo(generation=1, rank=rank, local_rank=rank, world_size=2, node="a", pid=100 + rank)
                 stub.Join(pb.JoinRequest(run_id="r1", rank=info), metadata=self.metadata)
 
-    def leave(self, exit_code: int) -> None:
-        """The agent leaves, and with it the run ends."""
+    def finish(self, exit_code: int) -> None:
+        """The launcher says how the run ended."""
         with grpc.insecure_channel(self.address) as channel:
-            stub = rpc.CoordinatorStub(channel)
-            request = pb.LeaveRequest(run_id="r1", member="agent:a", exit_code=exit_code, generation=self.generation)
-            stub.Leave(request, metadata=self.metadata)
+            request = pb.LeaveRequest(run_id="r1", member="launcher", exit_code=exit_code)
+            rpc.CoordinatorStub(channel).Leave(request, metadata=self.metadata)
 
     def end(self) -> None:
         """Stop the coordinator as its operator would."""
