@@ -240,19 +240,22 @@ class FastForward:
     def _arrive(self, target: Target, led: LedStep) -> None:
         assert self._host is not None
         self._lead.end()
+        clock = self._settings.clock
+        load_began_at = clock.monotonic()
         try:
             target.load()
         except (CheckpointError, SnapshotError, OSError) as error:
             self._refuse_one(target, str(error))
             self._host.leave_for_restart(f"the memory snapshot of step {target.step} is not loaded: {error}")
+        load_s = clock.monotonic() - load_began_at
         self._leading = False
         if self._trail is not None:
             self._trail.continue_from(self._trail_content, target.step)
         self._trail_content = b""
-        seconds = self._settings.clock.monotonic() - self._began_at
+        seconds = clock.monotonic() - self._began_at
         self._host.caught_up(target.step, deterministic=led.deterministic)
         if self._settings.rank == 0:
-            self._reporter.report(self._fact(SnapshotKind.LOADED, target.step, target.generation, seconds=seconds))
+            self._reporter.report(self._fact(SnapshotKind.LOADED, target.step, target.generation, seconds=load_s))
         self._note(f"fast-forwarded to step {target.step} in {seconds:.2f} s; its state is loaded and verified")
         self._reporter.heartbeat(state="training", step=target.step, micro_step=0)
 

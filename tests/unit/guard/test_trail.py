@@ -22,6 +22,9 @@ from resilience.guard.trail_reader import read_trail
 from resilience.testing import FakeClock
 
 
+CLOCK = FakeClock()
+
+
 class NoStates:
     """An engine without generators of its own."""
 
@@ -110,6 +113,7 @@ class StandIn(NoStates):
         return True
 
     def optimizer_step(self, lr_kwargs: Any, *, applied: bool, grad_norm: Any) -> None:
+        CLOCK.advance(10.0)
         self.global_steps += 1
 
 
@@ -141,7 +145,7 @@ def led(tmp_path: Path, load: Callable[[], None], trail: TrailWriter | None = No
     assert list(read_trail(path.read_bytes(), after=0, through=2, source="it")) == [1, 2]
     facts: list[Fact] = []
     engine, host = StandIn(), Alone()
-    settings = Settings(config=Config(), run_id="run", generation=2, rank=0, node="a", device="cpu", clock=FakeClock())
+    settings = Settings(config=Config(), run_id="run", generation=2, rank=0, node="a", device="cpu", clock=CLOCK)
     target = Target(step=2, generation=1, read_trail=path.read_bytes, load=load, all_snapshots=lambda: [(1, 1), (2, 1)])
     forward = FastForward(
         engine,  # type: ignore[arg-type]  # what it uses of an adapter
@@ -189,10 +193,13 @@ def test_a_full_disk_on_arrival_costs_the_trail_and_not_the_rank(
     trail = writer(tmp_path / "now" / "trail.bin", told)
 
     def load() -> None:
+        CLOCK.advance(0.5)
         monkeypatch.setattr(Path, "write_bytes", full)
 
     host, facts = led(tmp_path, load, trail)
     assert host.at == 2
-    assert [fact.kind for fact in facts if isinstance(fact, SnapshotFact)] == [SnapshotKind.LOADED]
+    (fact,) = facts
+    assert isinstance(fact, SnapshotFact)
+    assert (fact.kind, fact.seconds) == (SnapshotKind.LOADED, 0.5), "what loading took, not the way there"
     assert len(told) == 1
     assert "No space left" in told[0]
