@@ -21,7 +21,6 @@ from resilience.guard.trail import StepOutcome, TrailWriter
 from resilience.guard.trail_reader import read_trail
 from resilience.testing import FakeClock
 
-
 CLOCK = FakeClock()
 
 
