@@ -13,7 +13,18 @@ from resilience.cli.output import duration
 from resilience.report_page.gather import Material, Samples
 from resilience.report_page.model import DecisionRow, DetectionRow, Report, StrikeRow
 
-__all__ = ["Evidence", "Headline", "Tone", "actions_of", "evidence", "finding_of", "headline", "is_repair", "plural"]
+__all__ = [
+    "Evidence",
+    "Headline",
+    "Tone",
+    "actions_of",
+    "evidence",
+    "finding_of",
+    "headline",
+    "is_checked",
+    "is_repair",
+    "plural",
+]
 
 _REPAIRS = ("corrected", "replay", "rewind", "restart", "restore")
 _ALL = ("continue", *_REPAIRS, "quarantine", "stop")
@@ -222,7 +233,7 @@ def _left_alone(report: Report) -> Iterator[Evidence]:
 
 
 def _unseen(report: Report) -> Iterator[Evidence]:
-    unseen = [s for s in report.faults_injected if not s.no_effect and finding_of(s, report) is None]
+    unseen = [s for s in report.faults_injected if is_checked(s) and finding_of(s, report) is None]
     if unseen:
         text = f"{plural(len(unseen), 'injected fault', 'injected faults')} struck and no check told of it."
         yield Evidence(Tone.WARN, text)
@@ -245,7 +256,21 @@ def _seen_twice(samples: Samples | None) -> Iterator[Evidence]:
         yield Evidence(Tone.WARN, text)
 
 
+def is_checked(strike: StrikeRow) -> bool:
+    """Whether an alarm is expected: lost nodes, dead coordinators and damaged files are met without one."""
+    return not strike.no_effect and strike.site not in ("node", "coordinator", "storage")
+
+
 def finding_of(strike: StrikeRow, report: Report) -> DetectionRow | None:
-    """The alarm that an injected fault raised: the first one at its step, on its rank where there is one."""
-    at_step = [d for d in report.detections if d.step == strike.step and d.detected_at >= strike.struck_at - 1.0]
-    return min(at_step, key=lambda d: (d.rank != strike.rank, d.detected_at), default=None)
+    """The alarm that an injected fault raised: the first one at its step, on its rank where there is one.
+
+    What is wrong in the state between two steps is seen when it is looked at next.
+    """
+    is_of_state = strike.site in ("weight", "optimizer")
+    found = [
+        d
+        for d in report.detections
+        if d.detected_at >= strike.struck_at - 1.0
+        and (d.step == strike.step or (is_of_state and d.site == strike.site and d.step > strike.step))
+    ]
+    return min(found, key=lambda d: (d.step, d.rank != strike.rank, d.detected_at), default=None)

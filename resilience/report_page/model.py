@@ -39,7 +39,7 @@ def _time(value: float) -> float:
 Time = Annotated[float, pydantic.AfterValidator(_time)]
 """Seconds since the Unix epoch; 0 where it is not known."""
 Seconds = Annotated[float, pydantic.AfterValidator(_finite)]
-Count = Annotated[int, pydantic.Field(ge=-1, le=10**15)]
+Count = Annotated[int, pydantic.Field(ge=-(10**15), le=10**15)]
 
 
 class _Row(pydantic.BaseModel):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from resilience.cli.output import duration
 from resilience.report_page.gather import Device, Material
-from resilience.report_page.judgement import Evidence, finding_of, plural
+from resilience.report_page.judgement import Evidence, finding_of, is_checked, plural
 from resilience.report_page.markup import Child, Element, h
 from resilience.report_page.model import DecisionRow, DetectionRow, Report
 from resilience.report_page.scales import clock, share
@@ -284,6 +284,8 @@ def draw_drill(report: Report) -> Element | None:
             told = h("span", h("b", "seen", class_="good"), f" by {found.check or 'a check'} after {duration(late)}")
         elif strike.no_effect:
             told = h("span", "no effect, nothing to see", class_="muted")
+        elif not is_checked(strike):
+            told = h("span", "met without an alarm", class_="muted")
         else:
             told = h("b", "not seen", class_="bad")
         rows.append([f"{strike.step:,}", f"{strike.rank}", place, strike.kind.replace("_", " "), told])

@@ -119,6 +119,7 @@ def test_on_a_desk(browser: Browser, page: Path, run: tuple[Path, dict[str, Any]
     assert browser.complaints() == []
     assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
     assert page.stat().st_size < 200_000
+    assert browser.evaluate("document.querySelectorAll('.remark').length") == 0, "everything could be read"
 
     assert sum(browser.evaluate(COUNTS % ("timeline", "Injected"))) == len(report["faults_injected"]) == 3
     assert sum(browser.evaluate(COUNTS % ("timeline", "Alarms"))) == len(report["detections"]) == 3

@@ -132,6 +132,17 @@ def test_whether_it_is_bit_identical(draw: Draw, fields: dict[str, Any], answer:
     assert ground in page.text
 
 
+def test_damage_to_the_state_is_found_at_a_later_step(draw: Draw) -> None:
+    struck = {"step": 5, "rank": 1, "site": "optimizer", "layer": -2, "kind": "scale", "struck_at": BEGAN + 45}
+    lost = {"step": 7, "rank": 1, "site": "node", "kind": "loss", "struck_at": BEGAN + 47}
+    found = alarm(6, rank=1, site="optimizer", check="at_rest", mended=False, detected_at=BEGAN + 47.5)
+    page = draw(report(faults_injected=[struck, lost], detections=[found], decisions=[decision(6, "rewind")]))
+    assert "seen by at_rest after 2.5 s" in page.text
+    assert "met without an alarm" in page.text
+    assert "Yes, by the record" in page.text
+    assert page.with_class("remark") == []
+
+
 def test_losses_sampled_before_and_after_a_restart_speak(draw: Draw) -> None:
     samples = Samples(
         progress=[(BEGAN + 50, 1, 4), (BEGAN + 90, 2, 4)],
