@@ -26,6 +26,7 @@ from resilience.config import Config
 from resilience.context import ARENA_VARIABLE, RunContext
 from resilience.deepspeed import checkpoint, snapshot_take
 from resilience.deepspeed.adapter import EngineAdapter
+from resilience.deepspeed.monitor import monitor_of
 from resilience.deepspeed.profile import profile_of
 from resilience.deepspeed.shards import Holdings, watch_edits
 from resilience.errors import FaultPlanError
@@ -112,6 +113,7 @@ def guard_engine(
         trail=succession.trail,
         fast_forwarding=succession.fast_forward,
     )
+    guard.boundary.monitor = monitor_of(engine, settings.rank)
     undo.append(guard.uninstall)
     succession.watch(guard)
     if context is not None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from resilience import policy
 from resilience.abft.finding import Finding
 from resilience.deepspeed.adapter import EngineAdapter
+from resilience.deepspeed.monitor import EngineMonitor
 from resilience.errors import ExitCode, FencedError
 from resilience.events import Action, Decision, Detection, Evidence, Mode, Origin, Outcome
 from resilience.guard.determinism import measure
@@ -69,6 +70,7 @@ class Boundary:
         self._snapshot_is_due = False
         self._order = SnapshotOrder(self._reporter, self._settings.clock)
         self._rewound_to: int | None = None
+        self.monitor: EngineMonitor | None = None
 
     @property
     def consecutive_skips(self) -> int:
@@ -274,6 +276,8 @@ class Boundary:
             state_clean_step=inspection.state_clean_step,
         )
         shares = [decode(Share, content) for content in self._exchange.all_gather(encode(share))]
+        if self.monitor is not None:
+            self.monitor.gathered(detection for each in shares for detection in each.detections)
         wrong = [each.state_clean_step for each in shares if each.state_clean_step is not None]
         if wrong and self._settings.config.mode is Mode.ENFORCE:
             self._rewinder.distrust(min(wrong))
@@ -432,6 +436,8 @@ class Boundary:
     def _conclude(self, decision: Decision, outcome: Outcome) -> None:
         if self._settings.rank == 0:
             self._reporter.conclude(dataclasses.replace(decision, outcome=outcome))
+            if self.monitor is not None:
+                self.monitor.concluded(decision)
 
     def _record_mended(self, inspection: Inspection) -> None:
         """What was mended in place on any rank becomes one decision `corrected`, on the ranks' own word."""
