@@ -40,7 +40,7 @@ class Snapshots(Protocol):
         """Copy the state as it is at the end of `engine.step()`, or begin to. Collective."""
 
     def before_forward(self) -> None:
-        """A forward begins: until `finish` nothing changes weights, masters and moments."""
+        """A forward begins: until `finish` nothing changes weights, masters and moments. Waits for nothing."""
 
     def finish(self) -> None:
         """Return when the snapshot that was begun, if any, is whole. Called before anything that changes the state, or

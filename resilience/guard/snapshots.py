@@ -177,7 +177,11 @@ class RankSnapshots:
             self._conclude(self._begun)
 
     def before_forward(self) -> None:
-        if self._begun is not None:
+        if self._begun is None:
+            return
+        if self._copier.is_done:
+            self.finish()
+        else:
             began_at = self._clock.monotonic()
             self._copier.go_on()
             blocked_s = self._clock.monotonic() - began_at
@@ -188,11 +192,8 @@ class RankSnapshots:
         begun = self._begun
         if begun is None:
             return
-        # What the device still does for the script is no wait for the copy.
-        self._copier.join()
-        began_at = self._clock.monotonic()
         is_same = self._copier.finish()
-        waited_s = self._clock.monotonic() - began_at
+        waited_s = self._copier.waited_s
         self._blocked(waited_s)
         if is_same:
             self._conclude(dataclasses.replace(begun, blocked_s=begun.blocked_s + waited_s))

@@ -3,12 +3,13 @@
 `StreamCopier` copies on a stream of its own into page-locked memory. What a forward may change is copied first, and the
 device goes on with the script's work only when it has been; what only an optimizer step changes is copied from the next
 forward on, and waited for before the step. That nothing changed it meanwhile is checked: hashes of its bits, taken on
-the device with the snapshot, when the copy begins and when it has ended, must agree. Never here: files, commits.
+the device with the snapshot, when the copy begins and where it has ended, must agree. Never here: files, commits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,11 +18,11 @@ import torch
 
 from resilience.kernels.hashing import bit_hash
 
-__all__ = ["Bytes", "Copier", "CudaStreams", "Event", "Pair", "StreamCopier", "Streams", "WaitingCopier", "copier_for"]
+__all__ = ["Bytes", "Copier", "CudaStreams", "Event", "StreamCopier", "Streams", "WaitingCopier", "copier_for"]
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-Pair = tuple[Bytes, torch.Tensor]
+_Pair = tuple[Bytes, torch.Tensor]
 """(target in mapped memory, source on the device), both (n,) uint8."""
 
 Lasting = Callable[[], frozenset[int]]
@@ -34,10 +35,16 @@ class Copier(Protocol):
 
     problem: str
     """Why all copies are waited for although they need not be; empty where that is not so."""
+    waited_s: float
+    """How long the device stood still in the last `finish`."""
 
     @property
     def is_copying(self) -> bool:
-        """Whether something of the snapshot is still to be copied."""
+        """Whether something of the snapshot is still to be copied, as far as `finish` has told."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` need not wait."""
 
     def admit(self, memory: Bytes) -> None:
         """A file is mapped here, and will be copied into."""
@@ -60,9 +67,6 @@ class Copier(Protocol):
     def go_on(self) -> None:
         """A forward is about to begin: nothing changes the lasting storages until `finish`, or `finish` will tell."""
 
-    def join(self) -> None:
-        """Return when the device has done what the script gave it: that is no wait for the copy."""
-
     def finish(self) -> bool:
         """Return when everything is copied; False where the state changed on the way, and the copy is worth nothing."""
 
@@ -78,6 +82,8 @@ class WaitingCopier:
 
     problem = ""
     is_copying = False
+    is_done = True
+    waited_s = 0.0
 
     def admit(self, memory: Bytes) -> None:
         """Nothing to do."""
@@ -100,9 +106,6 @@ class WaitingCopier:
     def go_on(self) -> None:
         """Nothing to do."""
 
-    def join(self) -> None:
-        """Nothing to do."""
-
     def finish(self) -> bool:
         return True
 
@@ -122,6 +125,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Return when it is."""
 
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from here to there, both past; negative where that came first."""
+
 
 class Streams(Protocol):
     """A device with the stream that the script's work goes to, and one beside it."""
@@ -135,14 +141,17 @@ class Streams(Protocol):
     def unlock(self, memory: Bytes) -> None:
         """Take that back."""
 
-    def copy(self, pairs: Sequence[Pair]) -> Event:
-        """Copy on the stream beside, after what the script's was given so far; the event is past when all is there."""
+    def flag(self) -> torch.Tensor:
+        """A bool scalar in memory, False, that the device may write without being waited for."""
+
+    def beside(self, work: Callable[[], None]) -> Event:
+        """Give this to the stream beside, after what the script's was given so far; the event is past where it ends."""
+
+    def mark(self) -> Event:
+        """Past when the script's stream has done all that it was given so far."""
 
     def hold(self, event: Event) -> None:
         """What the script's stream is given from now on waits for this on the device."""
-
-    def join(self) -> None:
-        """Return when the script's stream has done all that it was given."""
 
 
 class StreamCopier:
@@ -156,17 +165,22 @@ class StreamCopier:
         self._streams = streams
         self._locked: dict[int, int] = {}
         self._lasting: frozenset[int] = frozenset()
-        self._early: list[Pair] = []
-        self._late: list[Pair] = []
+        self._early: list[_Pair] = []
+        self._late: list[_Pair] = []
         self._hashes: list[torch.Tensor] = []
+        self._verdicts: list[torch.Tensor] = []
         self._under_way: list[Event] = []
-        self._has_started = False
         self._is_waiting = False
         self.problem = ""
+        self.waited_s = 0.0
 
     @property
     def is_copying(self) -> bool:
         return bool(self._late)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._late or (self._has_started and self._under_way[-1].query())
 
     def admit(self, memory: Bytes) -> None:
         problem = self._streams.lock(memory)
@@ -196,7 +210,7 @@ class StreamCopier:
 
     def seal(self) -> None:
         if self._early:
-            self._under_way = [self._streams.copy(self._early)]
+            self._under_way = [self._streams.beside(functools.partial(_copy_all, self._early))]
             self._streams.hold(self._under_way[0])
         if self._late:
             self._hashes = [self._hash()]
@@ -204,24 +218,36 @@ class StreamCopier:
             self.drop()
 
     def go_on(self) -> None:
-        if not self._late or (self._has_started and self._under_way[-1].query()):
+        if self.is_done:
             return
         # On the script's stream, and so before whatever it does next.
         self._hashes.append(self._hash())
-        self._start()
-
-    def join(self) -> None:
-        self._streams.join()
+        if self._has_started:
+            self._verdicts.append(self._streams.flag())
+            work = functools.partial(self._judge, self._hashes[-1], self._verdicts[-1])
+            self._under_way.append(self._streams.beside(work))
+        else:
+            self._start()
 
     def finish(self) -> bool:
         if not self._late:
             return True
-        self._start()
-        self._under_way[-1].synchronize()
-        first, *others = [*self._hashes, self._hash()]
-        is_same = all(torch.equal(first, other) for other in others)
+        mark = self._streams.mark()
+        if not self._has_started:
+            self._hashes.append(self._hash())
+            self._start()
+        copied = self._under_way[-1]
+        copied.synchronize()
+        # While the device has work of the script's left, nobody waits for the copy.
+        self.waited_s = max(0.0, mark.elapsed_time(copied) / 1e3) if mark.query() else 0.0
+        is_same = all(map(bool, self._verdicts))
         self.drop()
         return is_same
+
+    def drop(self) -> None:
+        for event in self._under_way:
+            event.synchronize()
+        self._early, self._late, self._hashes, self._verdicts, self._under_way = [], [], [], [], []
 
     def wait_from_now_on(self, reason: str) -> None:
         self._is_waiting, self.problem = True, reason
@@ -230,20 +256,28 @@ class StreamCopier:
         begin, size = target.ctypes.data, target.nbytes
         return any(at <= begin and begin + size <= at + length for at, length in self._locked.items())
 
+    @property
+    def _has_started(self) -> bool:
+        return bool(self._verdicts)
+
     def _start(self) -> None:
-        if not self._has_started:
-            self._has_started = True
-            self._under_way.append(self._streams.copy(self._late))
+        late, then = self._late, self._hashes[-1]
+        self._verdicts = [self._streams.flag(), self._streams.flag()]
+        at_start, at_end = self._verdicts
+
+        def work() -> None:
+            self._judge(then, at_start)
+            _copy_all(late)
+            self._judge(_hash(late), at_end)
+
+        self._under_way.append(self._streams.beside(work))
 
     def _hash(self) -> torch.Tensor:
-        """Of the state that is copied late, (n,) int64, on the device."""
-        return torch.stack([bit_hash(source) for _, source in self._late])
+        return _hash(self._late)
 
-    def drop(self) -> None:
-        for event in self._under_way:
-            event.synchronize()
-        self._early, self._late, self._hashes, self._under_way = [], [], [], []
-        self._has_started = False
+    def _judge(self, found: torch.Tensor, verdict: torch.Tensor) -> None:
+        """Say on the device whether these hashes are those of the snapshot."""
+        verdict.copy_((found == self._hashes[0]).all(), non_blocking=True)
 
 
 class CudaStreams:
@@ -272,22 +306,23 @@ class CudaStreams:
     def unlock(self, memory: Bytes) -> None:
         torch.cuda.check_error(int(_runtime().cudaHostUnregister(memory.ctypes.data)))
 
-    def copy(self, pairs: Sequence[Pair]) -> Event:
+    def flag(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.bool, pin_memory=True)
+
+    def beside(self, work: Callable[[], None]) -> Event:
         self._side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side):
-            for target, source in pairs:
-                torch.from_numpy(target).copy_(source, non_blocking=True)
-                # The caller keeps the storage alive; should somebody shrink it, its memory must wait for the copy, too.
-                source.record_stream(self._side)
-            event: torch.cuda.Event = self._side.record_event()
-            return event
+            work()
+            return self.mark()
+
+    def mark(self) -> Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def hold(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream(self._device).wait_event(event)
-
-    def join(self) -> None:
-        torch.cuda.current_stream(self._device).synchronize()
 
 
 def copier_for(device: torch.device) -> Copier:
@@ -298,6 +333,20 @@ def copier_for(device: torch.device) -> Copier:
 
 def _runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _copy_all(pairs: Sequence[_Pair]) -> None:
+    """Copy on the current stream, into memory that is page-locked."""
+    for target, source in pairs:
+        torch.from_numpy(target).copy_(source, non_blocking=True)
+        if source.is_cuda:
+            # The caller keeps the storage alive; should somebody shrink it, its memory must wait for the copy, too.
+            source.record_stream(torch.cuda.current_stream(source.device))
+
+
+def _hash(pairs: Sequence[_Pair]) -> torch.Tensor:
+    """Of the sources, (n,) int64, on the device."""
+    return torch.stack([bit_hash(source) for _, source in pairs])
 
 
 def _copy_now(target: Bytes, source: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,12 +18,15 @@ import pytest
 import torch
 
 from resilience.snapshot.copiers import Bytes, CudaStreams, StreamCopier
+from tests.integration.harness import DEEPSPEED_CONFIG, digest, launched
 
 pytestmark = pytest.mark.gpu
 
 WORKER = Path(__file__).parent / "snapshot_rank.py"
 MIB = 1 << 20
 SIZE = 256 * MIB
+KILL = '[[fault]]\nstep = 8\nrank = 0\nmicro_step = 1\nsite = "process"\nkind = "kill"\n'
+EVERY_STEP = "[snapshot]\ninterval_steps = 1\n"
 STAGES = [f"zero{stage}" for stage in (0, 1, 2, 3)]
 
 
@@ -83,7 +87,6 @@ def test_what_the_script_changes_after_the_snapshot_is_not_in_it(
         buffer.fill_(99)  # as a forward does with statistics, at once and without waiting
         copier.go_on()
         busy(cuda)
-        copier.join()
         assert copier.finish()
         weight.fill_(99)  # as the optimizer does
         assert bool((memory == number).all())
@@ -146,6 +149,22 @@ def test_a_refused_registration_leaves_no_error_for_the_next_kernel(
     again.admit(memory)
     assert again.problem == ""
     again.release(memory)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_killed_rank_goes_on_from_a_snapshot_in_the_weights_of_a_run_without_it(tmp_path: Path, stage: int) -> None:
+    config = {**DEEPSPEED_CONFIG, "zero_optimization": {"stage": stage}}
+    runs: dict[str, dict[str, Any]] = {"plain": {"plain": True}, "killed": {"faults": KILL, "resilience": EVERY_STEP}}
+    for name, options in runs.items():
+        with launched(tmp_path / name, launch_args=["--num_gpus", "1"], deepspeed_config=config, **options) as run:
+            assert run.wait(280.0) == 0, run.output()[-4000:]
+    # That of the step before was being copied beside the one that was struck.
+    assert re.search(r"fast-forwarded to step [67] ", run.output()), run.output()[-4000:]
+    assert run.report()["num_generations"] == 2
+    assert digest(tmp_path / "killed") == digest(tmp_path / "plain")
 
 
 @pytest.fixture(scope="module")

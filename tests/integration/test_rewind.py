@@ -48,7 +48,7 @@ def test_state_that_is_multiplied_on_one_rank_is_gone_back_from(results: Results
     assert found["losses_equal"]
     assert "rewind" in found["badput"]
     assert found["lost_s"][0] > 0
-    assert (found["late_bytes"] > 0) == name.endswith("late"), "snapshots were not copied beside the next forward"
+    assert (found["waits_for_copies"] > 0) == name.endswith("late"), "snapshots were not copied beside the next forward"
 
 
 def test_an_operators_rewind_with_nothing_wrong_changes_nothing(results: Results) -> None:

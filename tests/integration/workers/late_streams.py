@@ -1,53 +1,58 @@
-"""A device whose copies happen when they are told to, for a copier of snapshots where there is no GPU.
+"""A device that works when it is told to, for a copier of snapshots where there is no GPU.
 
-Tensors of the CPU are on the device, as far as a copier sees. `copy` notes what is to be copied; the bytes go when the
-event is waited for, or when `run` is called, and not before: what changes in between shows in the copy.
+Tensors of the CPU are on the device, as far as a copier sees. What the stream beside the script's is given is done when
+an event is waited for, or when `run` is called, and not before: what changes in between shows in the copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from resilience.snapshot.copiers import Bytes, Event, Pair
+from resilience.snapshot.copiers import Bytes, Event
 
 __all__ = ["LateStreams"]
 
 
 @dataclasses.dataclass(eq=False)
-class _Copy:
+class _Event:
     streams: LateStreams
-    pairs: list[Pair]
-    is_done: bool = False
+    work: Callable[[], None] | None
+    at_ms: float = 0.0
 
     def query(self) -> bool:
-        return self.is_done
+        return self.work is None
 
     def synchronize(self) -> None:
-        """Everything that was given to the stream before is copied, too."""
-        if not self.is_done:
+        """Everything that was given to the stream before is done, too."""
+        if self.work is not None:
             self.streams.log.append("wait")
-            self.streams.late_bytes += sum(len(target) for target, _ in self.pairs)
             self.streams.run(until=self)
+
+    def elapsed_time(self, end_event: Any) -> float:
+        return float(end_event.at_ms - self.at_ms)
 
 
 class LateStreams:
-    """Implements `resilience.snapshot.copiers.Streams`.
+    """Implements `resilience.snapshot.copiers.Streams`. The script's own stream has always done what it was given.
 
     Args:
         refuses: what is said when memory is to be page-locked; "" to lock it.
     """
+
+    takes_ms = 0.0
+    """How long anything takes on the stream beside."""
 
     def __init__(self, refuses: str = "") -> None:
         self.refuses = refuses
         self.locked: set[int] = set()
         self.log: list[str] = []
         """What was asked for, in its order."""
-        self.late_bytes = 0
-        """Copied when they were waited for; not those that the script's stream waited for."""
-        self._waiting: list[_Copy] = []
+        self.now_ms = 0.0
+        self._waiting: list[_Event] = []
 
     def serves(self, source: torch.Tensor) -> bool:
         return True
@@ -60,25 +65,29 @@ class LateStreams:
     def unlock(self, memory: Bytes) -> None:
         self.locked.remove(memory.ctypes.data)
 
-    def copy(self, pairs: Sequence[Pair]) -> Event:
-        self.log.append("copy")
-        event = _Copy(self, list(pairs))
+    def flag(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.bool)
+
+    def beside(self, work: Callable[[], None]) -> Event:
+        self.log.append("beside")
+        event = _Event(self, work)
         self._waiting.append(event)
         return event
 
+    def mark(self) -> Event:
+        return _Event(self, None, self.now_ms)
+
     def hold(self, event: Event) -> None:
         """Nothing is run beside the script here: what its stream would wait for happens now."""
-        assert isinstance(event, _Copy)
+        assert isinstance(event, _Event)
         self.log.append("hold")
         self.run(until=event)
 
-    def join(self) -> None:
-        self.log.append("join")
-
-    def run(self, until: _Copy | None = None) -> None:
-        """The device copies all that waits, or up to this one."""
-        while self._waiting and (until is None or not until.is_done):
-            copy = self._waiting.pop(0)
-            for target, source in copy.pairs:
-                torch.from_numpy(target).copy_(source)
-            copy.pairs, copy.is_done = [], True
+    def run(self, until: _Event | None = None) -> None:
+        """The device does all that waits, or what waits up to this."""
+        while self._waiting and (until is None or until.work is not None):
+            event = self._waiting.pop(0)
+            assert event.work is not None
+            event.work()
+            self.now_ms += self.takes_ms
+            event.work, event.at_ms = None, self.now_ms

@@ -179,7 +179,7 @@ def run(
         "detections": [detection for rank in every for detection in rank],
         "notes": heard.notes,
         "badput": sorted(heard.badput),
-        "late_bytes": streams.late_bytes,
+        "waits_for_copies": streams.log.count("wait"),
     }
     return report, state_at_end, values
 

@@ -184,14 +184,15 @@ def flip(path: Path, place: int) -> None:
 def late(case: Case) -> dict[str, Any]:
     """Copied when the next step is about to be taken, and not before: is it still the state of the step before?"""
     engine = build_engine(case)
-    streams = LateStreams()
+    copier = StreamCopier(LateStreams())
     with memory() as mine:
-        snapshots = mine.snapshots(engine, StreamCopier(streams))
+        snapshots = mine.snapshots(engine, copier)
         train_step(case, engine, 1)
         undo = wait_before_steps(engine, snapshots)
         at_end = {path: contents(image) for path, image in snapshots._taker.collect().items()}
         take(snapshots, 1)
         pending = snapshots.steps()
+        late_bytes = sum(len(target) for target, _ in copier._late)
         train_step(case, engine, 2)
         undo()
         ((slot, commit),) = ((mine.arena.slot(c.rank, c.slot), c) for c in own_commits(mine))
@@ -199,7 +200,7 @@ def late(case: Case) -> dict[str, Any]:
             "case": case.name,
             "pending": pending,
             "lost": snapshots.lost_step,
-            "late_bytes": streams.late_bytes,
+            "late_bytes": late_bytes,
             "all_bytes": sum(len(content) for contents in at_end.values() for content in contents.values()),
             "different": [
                 f"{entry.path} {record.name}"

@@ -222,7 +222,22 @@ def test_the_commit_comes_after_the_last_byte(late: Rank, monkeypatch: pytest.Mo
     late.take(1)
     late.snapshots.before_forward()
     late.snapshots.finish()
-    assert log == ["copy", "join", "wait", "commit.json"]
+    assert log == ["beside", "wait", "commit.json"]
+
+
+def test_a_copy_that_is_done_is_a_snapshot_at_the_next_forward(late: Rank) -> None:
+    assert late.streams is not None
+    late.take(1)
+    late.snapshots.before_forward()
+    late.snapshots.before_forward()
+    assert late.held() == {}, "it is not done"
+    late.streams.run()
+    late.snapshots.before_forward()
+    assert late.held() == {1: 1.0}
+    assert "wait" not in late.streams.log
+    late.engine.weight.fill_(2.0)
+    late.snapshots.finish()
+    assert late.snapshots.lost_step == 0, "what is changed later is no business of the copy"
 
 
 def test_a_rank_that_dies_before_its_copy_is_finished_leaves_no_commit(late: Rank) -> None:
@@ -317,20 +332,23 @@ def test_at_the_end_the_copy_is_finished_and_all_memory_is_unlocked(late: Rank) 
     assert late.streams.locked == set()
 
 
-def test_only_what_training_waits_for_counts(tmp_path: Path) -> None:
-    rank, clock = Rank(tmp_path, LateStreams()), FakeClock()
-    streams = rank.streams
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_only_what_the_device_waits_for_counts(late: Rank, monkeypatch: pytest.MonkeyPatch, is_busy: bool) -> None:
+    streams, clock = late.streams, FakeClock()
     assert streams is not None
-    rank.snapshots._clock = clock
-    run, join = streams.run, streams.join
-    streams.join = lambda: (clock.advance(60.0), join())
-    streams.run = lambda until=None: (clock.advance(2.0), run(until))
-    rank.take(1)
+    streams.takes_ms = 2000.0
+    late.snapshots._clock = clock
+    late.take(1)
     clock.advance(30.0)
-    rank.snapshots.finish()
-    assert rank.snapshots.blocked_s == 2.0
-    (commit,) = read_commits(rank.arena).values()
-    assert commit.blocked_s == 2.0
+    if is_busy:
+        # The script's stream is still at work when the copy has ended.
+        monkeypatch.setattr(streams, "mark", lambda: streams.beside(lambda: None))
+        late.snapshots.before_forward()
+        late.snapshots.before_forward()
+    late.snapshots.finish()
+    assert late.snapshots.blocked_s == (0.0 if is_busy else 2.0)
+    (commit,) = read_commits(late.arena).values()
+    assert commit.blocked_s == late.snapshots.blocked_s
 
 
 def test_files_that_hang_in_a_restore_folder_give_no_memory_back(
