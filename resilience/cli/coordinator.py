@@ -41,17 +41,20 @@ def serve_(
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML, YAML or JSON.")] = None,
 ) -> None:
     """Serve one run until SIGTERM; a run that was served before goes on from its journal."""
-    from resilience.cli.source import LATEST_RUN
     from resilience.config import load_config
-    from resilience.coordinator.access import dialled_host
+    from resilience.coordinator.log import silence_grpc
     from resilience.coordinator.paths import devices_path, journal_path
-    from resilience.coordinator.runtime import Settings, serve
 
     sections = {
         "coordinator": {"bind": bind, "port": port, "metrics_port": metrics_port, "token_file": token_file},
         "launch": {"run_id": run_id, "dir": run_dir},
     }
     merged = load_config(config, overrides=sections, environ=os.environ)
+    silence_grpc(merged.coordinator.log)
+    from resilience.cli.source import LATEST_RUN
+    from resilience.coordinator.access import dialled_host
+    from resilience.coordinator.runtime import Settings, serve
+
     directory = merged.launch.dir or LATEST_RUN.parent / run_id
     settings = Settings(
         run_id=run_id,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resilience.context import RunContext
-from resilience.coordinator.runtime import serve, settings_of
+from resilience.coordinator.log import silence_grpc
 from resilience.errors import ResilienceError
 
 __all__ = ["main"]
@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         context = RunContext.read(options.context)
+        silence_grpc(context.config.coordinator.log)
+        from resilience.coordinator.runtime import serve, settings_of
+
         return serve(settings_of(context, port=options.port, metrics_port=options.metrics_port))
     except ResilienceError as error:
         print(f"resilience: {error}", file=sys.stderr)

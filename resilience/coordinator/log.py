@@ -9,16 +9,26 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 from collections.abc import Mapping
 from typing import Literal, TextIO
 
 from resilience.coordinator.machine.facts import Fact
 from resilience.coordinator.machine.state import State, StoryLine
 
-__all__ = ["Log"]
+__all__ = ["Log", "silence_grpc"]
 
 Format = Literal["text", "json"]
 _WARNINGS = frozenset({"detection", "exit"})
+
+
+def silence_grpc(form: Format) -> None:
+    """Where each line is to be JSON, keep gRPC's library from writing its own, such as of callers without certificate.
+
+    Must be called before gRPC is imported. Who wants those lines sets GRPC_VERBOSITY.
+    """
+    if form == "json":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 class Log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from resilience.rpc.tls import Tls, add_port, open_channel
 
 MAKE = Path(__file__).parents[3] / "deploy" / "make-certificates"
 ANSWER_S = 10.0
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
 
 
 def make(directory: Path, name: str, *hosts: str) -> Tls:
