@@ -117,9 +117,8 @@ def guard_engine(
     undo.append(guard.uninstall)
     succession.watch(guard)
     if context is not None:
-        undo.append(
-            checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock)
-        )
+        saves = checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock)
+        undo.append(saves)
     undo.append(_tell_of_saves(engine, guard))
     succession.stand_in()
 
