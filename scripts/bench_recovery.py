@@ -255,7 +255,7 @@ def _compare(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="bench-recovery-") as temporary:
             directory = Path(temporary) / kind
             config = Path(temporary) / "ds_config.json"
-            config.write_text(json.dumps(_DEEPSPEED))
+            config.write_text(json.dumps(DEEPSPEED))
             script_words = ["--deepspeed_config", str(config), "--model", model, "--steps", "1000000"]
             script_words += ["--save_every", str(arguments.save_every), "--save_dir", str(directory / "checkpoints")]
             if kind == "stock":
@@ -268,7 +268,7 @@ def _compare(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-_DEEPSPEED = {
+DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "bf16": {"enabled": True},

@@ -10,6 +10,7 @@ BENCHMARKS = {
     "overhead": "bench_overhead",
     "campaign": "bench_campaign",
     "recovery": "bench_recovery",
+    "rewind": "bench_rewind",
     "snapshot": "bench_snapshot",
 }
 

@@ -21,6 +21,9 @@ from tests.integration.test_launch_nodes import PDSH
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
+IN_CI = (2, 2, "bf16")
+"""Nodes, ZeRO stage and type of the case that always runs; the others take an hour."""
+
 CONFIG = """
 [snapshot]
 dir = "{arenas}"
@@ -42,6 +45,12 @@ def arenas() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def configuration(stage: int, dtype: str) -> dict[str, Any]:
+    config = {key: value for key, value in DEEPSPEED_CONFIG.items() if key != "bf16"}
+    config |= {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 1}
+    return config | ({"bf16": {"enabled": True}} if dtype == "bf16" else {})
+
+
 def options(
     tmp_path: Path, arenas: Path, monkeypatch: pytest.MonkeyPatch, *, num_nodes: int, losses: int, steps: int
 ) -> dict[str, Any]:
@@ -58,7 +67,6 @@ def options(
                         "--no_ssh_check"],
         "script_args": ["--steps", str(steps), "--save-every", str(steps)],
         "resilience": CONFIG.format(arenas=arenas, losses=losses),
-        "deepspeed_config": {**DEEPSPEED_CONFIG, "gradient_accumulation_steps": 1},
     }  # fmt: skip
 
 
@@ -85,12 +93,23 @@ def protected(arenas: Path, nodes: list[str]) -> bool:
     return all(list(arena_of(arenas, node).glob("peers/*/complete")) for node in nodes)
 
 
-@pytest.mark.parametrize(("num_nodes", "losses"), [(2, 1), pytest.param(6, 2, marks=pytest.mark.long)])
+CASES = [
+    pytest.param(
+        num_nodes, losses, stage, dtype, marks=[] if (num_nodes, stage, dtype) == IN_CI else [pytest.mark.long]
+    )
+    for num_nodes, losses in ((2, 1), (6, 2))
+    for stage in range(4)
+    for dtype in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("num_nodes", "losses", "stage", "dtype"), CASES)
 def test_lost_nodes_are_rebuilt_on_spare_ones(
-    tmp_path: Path, arenas: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, losses: int
+    tmp_path: Path, arenas: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, losses: int, stage: int, dtype: str
 ) -> None:
     steps = 40
     chosen = options(tmp_path, arenas, monkeypatch, num_nodes=num_nodes, losses=losses, steps=steps)
+    chosen["deepspeed_config"] = configuration(stage, dtype)
     nodes = [f"worker-{n}" for n in range(num_nodes)]
     with launched(tmp_path / "lossy", **chosen) as run:
         run.wait_for_line("step 4 ", timeout_s=180)
