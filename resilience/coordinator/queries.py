@@ -136,7 +136,7 @@ def list_snapshots(machine: Machine) -> op.ListSnapshotsResponse:
         snapshot
         for snapshot in found
         if snapshot is not None
-        and (snapshot.tier == "disk" or on_the_path(machine.state, snapshot.step, snapshot.generation))
+        and (snapshot.tier == "disk" or on_the_path(machine.state, snapshot.step, snapshot.generation, at=snapshot.at))
     ]
     told.sort(key=_age, reverse=True)
     _only_newest_parity(told)

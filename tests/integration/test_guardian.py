@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -67,21 +68,33 @@ def test_a_killed_rank_and_a_killed_guardian_cost_no_step(tmp_path: Path) -> Non
     assert digest(tmp_path / "killed") == digest(tmp_path / "plain")
 
 
+def scraped(run: Run) -> dict[str, float]:
+    """What `/metrics` serves, by name with labels."""
+    address = json.loads((run.run_dir / "coordinator.json").read_text())["metrics_address"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
 def test_a_snapshot_on_order_is_answered_when_all_ranks_have_it(tmp_path: Path) -> None:
-    config = CONFIG.replace("= 1", "= 100000")
+    config = CONFIG.replace("= 1", "= 10") + "\n[detection]\nat_rest_share = 0.5\n"
     with launched(tmp_path / "run", script_args=["--steps", "100000"], resilience=config) as run:
         run.wait_for_line("step 4 ")
         answer = resilience("snapshot", "now", "--run-dir", str(run.run_dir), "--json", cwd=tmp_path)
         assert answer.returncode == 0, answer.stderr
         taken = json.loads(answer.stdout)
+        run_id = json.loads((run.run_dir / "coordinator.json").read_text())["run_id"]
         assert taken["answer"] == "taken"
         wait_for(lambda: (taken["step"], 1) in arena_of(run).published(), what="its manifest")
+        name = f'resilience_last_verified_step{{run="{run_id}",tier="memory"}}'
+        wait_for(lambda: scraped(run).get(name, 0.0) >= taken["step"], what="it to be known to be clean")
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(60) == 75
         report = run.report()
         run.assert_nothing_left()
-    assert report["snapshots"]["num_taken"] == 2, "the first one of a run tells what they cost"
-    assert report["snapshots"]["newest_step"]["memory"] == taken["step"] > 1
+    told = report["snapshots"]
+    assert told["num_taken"] >= 3
+    assert told["newest_step"]["memory"] > told["newest_clean_step"] >= taken["step"] > 1
 
 
 def end(run: Run, how: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from resilience.coordinator.machine.facts import Reported, Seat
 from resilience.coordinator.machine.state import State, places_of
-from resilience.events import Mode, OrderAnswer, SnapshotFact, SnapshotKind
+from resilience.events import Action, Decision, Mode, OrderAnswer, Outcome, SnapshotFact, SnapshotKind
 from resilience.policy import Choice, Tier, choose_restore
 
 __all__ = ["CLEAN", "choose", "go_back", "is_expected", "is_news", "newest_steps", "note", "on_the_path"]
@@ -90,13 +90,31 @@ def _refused(state: State) -> set[tuple[int, int, str]]:
     return found
 
 
-def on_the_path(state: State, step: int, generation: int) -> bool:
-    """Whether guardians have kept a snapshot: every later generation began from it or a later one of the same past."""
-    return all(
+def on_the_path(state: State, step: int, generation: int, *, at: float) -> bool:
+    """Whether ranks and guardians have kept a snapshot: every later generation began from it or a later one of the same
+    past, and no rewind since has gone back behind it.
+
+    Args:
+        state: the run.
+        step: of the snapshot.
+        generation: that took it.
+        at: when it was taken, in seconds since the Unix epoch.
+    """
+    is_past = all(
         record.restore is not None and record.restore.is_snapshot and record.restore.step >= step
         for record in state.generations
         if record.generation > generation
     )
+    return is_past and not any(
+        decision.generation == generation and decision.decided_at > at and _went_behind(state, decision, step)
+        for decision in state.decisions.values()
+        if decision.action is Action.REWIND and decision.outcome is Outcome.SUCCEEDED
+    )
+
+
+def _went_behind(state: State, decision: Decision, step: int) -> bool:
+    evidence = state.evidence.get(decision.decision_id)
+    return evidence is not None and evidence.rewind_step is not None and evidence.rewind_step < step
 
 
 def newest_steps(state: State, told: Told) -> dict[str, int]:
@@ -108,7 +126,8 @@ def newest_steps(state: State, told: Told) -> dict[str, int]:
         kinds = {kind: {node for node, of in facts if of is kind} for kind in SnapshotKind}
         if kinds[SnapshotKind.FLUSHED]:
             found[Tier.DISK] = max(step, found.get(Tier.DISK, 0))
-        if not on_the_path(state, step, generation) or not nodes <= kinds[SnapshotKind.TAKEN]:
+        at = max((fact.at for fact in facts.values() if fact.kind is SnapshotKind.TAKEN), default=0.0)
+        if not nodes <= kinds[SnapshotKind.TAKEN] or not on_the_path(state, step, generation, at=at):
             continue
         tiers = [Tier.MEMORY, *([Tier.PEER] if nodes <= kinds[SnapshotKind.PROTECTED] else [])]
         for tier in (*tiers, *([CLEAN] if step <= clean_through else [])):

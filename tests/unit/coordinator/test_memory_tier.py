@@ -172,6 +172,27 @@ def test_rewinds_are_reported_with_what_they_cost() -> None:
     assert summary(run)["rewinds"][1]["to_step"] is None, "what the coordinator was not asked about it does not know"
 
 
+def test_what_a_rewind_gave_up_is_not_there_until_it_is_taken_again() -> None:
+    run = running()
+    run.train(until=6)
+    for step in (2, 4, 6):
+        tell(run, step, TAKEN, clean=2)
+    run.pass_time(1.25)
+    asked = run.ask(dataclasses.replace(evidence(step=7), rewind_step=3))
+    back = dataclasses.replace(asked, action=Action.REWIND, decided_at=run.clock.wall())
+    run.conclude(dataclasses.replace(back, outcome=Outcome.FAILED))
+    assert [each.step for each in queries.list_snapshots(run.machine).snapshots] == [6, 4, 2], "nothing was given up"
+    run.conclude(dataclasses.replace(back, decision_id="g1-s7-w1-a0", outcome=Outcome.SUCCEEDED))
+    assert [each.step for each in queries.list_snapshots(run.machine).snapshots] == [6, 4, 2], "to an unknown step"
+    run.state.evidence["g1-s7-w1-a0"] = run.state.evidence[asked.decision_id]
+    assert [each.step for each in queries.list_snapshots(run.machine).snapshots] == [2]
+    run.train(until=7)
+    run.pass_time(1.25)
+    assert summary(run)["newest_step"] == {"memory": 2}
+    tell(run, 4, TAKEN, clean=2)
+    assert [each.step for each in queries.list_snapshots(run.machine).snapshots] == [4, 2]
+
+
 def test_parity_of_an_older_snapshot_went_with_the_next_one() -> None:
     run = running()
     tell(run, 2, TAKEN, PROTECTED)
