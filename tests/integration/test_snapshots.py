@@ -50,6 +50,7 @@ def test_what_is_copied_just_before_the_next_step_is_the_state_of_the_last_one(
     assert found["off"] == []
     assert found["pending"] == [], "a snapshot is none before it is copied"
     assert found["lost"] == 0, "something that only a step may change has changed"
+    assert found["whole"] == [1]
     assert found["different"] == []
     assert found["late_bytes"] > 0.9 * found["all_bytes"], "most of it was not left for later"
 

@@ -33,7 +33,7 @@ from resilience.snapshot.arena import Arena, make, write_atomically
 from resilience.snapshot.copiers import Copier, StreamCopier
 from resilience.snapshot.hashing import hash_part
 from resilience.snapshot.inventory import read_commits
-from resilience.snapshot.manifest import Commit, Manifest, serialise_manifest
+from resilience.snapshot.manifest import Commit, Manifest, Record, serialise_manifest
 from resilience.snapshot.orders import Begin, Source
 from resilience.snapshot.prepare import prepare, tag_of
 
@@ -195,19 +195,15 @@ def late(case: Case) -> dict[str, Any]:
         late_bytes = sum(len(target) for target, _ in copier._late)
         train_step(case, engine, 2)
         undo()
-        ((slot, commit),) = ((mine.arena.slot(c.rank, c.slot), c) for c in own_commits(mine))
+        commits = own_commits(mine)
         found = {
             "case": case.name,
             "pending": pending,
+            "whole": [commit.step for commit in commits],
             "lost": snapshots.lost_step,
             "late_bytes": late_bytes,
             "all_bytes": sum(len(content) for contents in at_end.values() for content in contents.values()),
-            "different": [
-                f"{entry.path} {record.name}"
-                for entry in commit.files
-                for record in entry.records
-                if read(slot / entry.path, record.offset, record.size) != at_end[entry.path][record.name]
-            ],
+            "different": differences(mine, commits, at_end),
             "off": mine.off,
         }
         snapshots.close()
@@ -238,10 +234,21 @@ def own_commits(mine: Memory) -> list[Commit]:
     return [commit for commit in read_commits(mine.arena).values() if commit.rank == dist.get_rank()]
 
 
-def read(path: Path, offset: int, size: int) -> bytes:
+def differences(mine: Memory, commits: list[Commit], expected: dict[str, dict[str, bytes]]) -> list[str]:
+    """Records of these snapshots that are not what was expected."""
+    return [
+        f"{entry.path} {record.name}"
+        for commit in commits
+        for entry in commit.files
+        for record in entry.records
+        if read(mine.arena.slot(commit.rank, commit.slot) / entry.path, record) != expected[entry.path][record.name]
+    ]
+
+
+def read(path: Path, record: Record) -> bytes:
     with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        file.seek(record.offset)
+        return file.read(record.size)
 
 
 def growth() -> dict[str, Any]:
