@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _FOOTER = "q quits"
+_USUAL = (80, 24)
+"""Columns and lines of a terminal that does not say how many it has."""
 _PATIENCE_S = 30.0
 """How long a coordinator that was seen may be away: longer than it takes to start one again."""
 _ASK_INTERVAL_S = 0.5
@@ -93,22 +96,27 @@ def _print_once(glance: Glance) -> None:
 
 
 def _show(looker: Looker, glance: Glance, interval_s: float) -> None:
+    from rich.console import ConsoleDimensions
     from rich.live import Live
 
     from resilience.cli.frame import draw
     from resilience.cli.keys import pressed
+    from resilience.cli.look import Background
 
-    clock, console = SystemClock(), output.console()
+    console, background = output.console(), Background(looker, interval_s)
     with pressed() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
-        asked_at, size = clock.monotonic(), (0, 0)
+        drawn: os.terminal_size | None = None
         while not keys.ended:
-            is_due = clock.monotonic() - asked_at >= interval_s
-            if is_due:
-                glance, asked_at = looker.look(), clock.monotonic()
-            if is_due or size != console.size:
-                size = console.size
-                live.update(draw(glance, size.width, size.height, footer=_FOOTER), refresh=True)
+            # Of the terminal itself: an exported COLUMNS says how wide it was when the shell began.
+            size = os.get_terminal_size(sys.stdout.fileno())
+            new = background.new()
+            glance = new or glance
+            if new is not None or size != drawn:
+                console.size = ConsoleDimensions(size.columns or _USUAL[0], size.lines or _USUAL[1])
+                live.update(draw(glance, console.width, console.height, footer=_FOOTER), refresh=True)
+                drawn = size
             if "q" in keys.next(_TICK_S).lower():
+                background.stop()
                 return
     raise typer.Exit(_ENDED_BY_SIGNAL)
 

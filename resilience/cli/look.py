@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import queue
+import threading
 from collections.abc import Callable
 
 from resilience.cli.frame import Glance
 from resilience.cli.source import Source
 from resilience.clock import Clock
-from resilience.errors import CoordinatorUnreachableError
+from resilience.errors import CoordinatorUnreachableError, ResilienceError
 from resilience.rpc.codec import from_proto
 from resilience.rpc.v1 import operator_pb2 as op
 
-__all__ = ["ENDED", "Looker"]
+__all__ = ["ENDED", "Background", "Looker"]
 
 ENDED = frozenset({"finished", "failed"})
 """States from which no run comes back."""
@@ -113,3 +115,45 @@ class Looker:
         if elapsed_s < 1.0:
             return {}
         return {rank: (step - first[rank]) / elapsed_s for rank, step in steps.items() if rank in first}
+
+
+class Background:
+    """Looks again and again on a thread of its own: a coordinator that is silent keeps nobody's keys waiting.
+
+    Args:
+        looker: who looks; nobody else may use it from now on.
+        interval_s: seconds between the end of a look and the next.
+    """
+
+    def __init__(self, looker: Looker, interval_s: float) -> None:
+        self._looker = looker
+        self._interval_s = interval_s
+        self._seen: queue.SimpleQueue[Glance | ResilienceError] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        # A call that nobody answers must not keep the process from ending.
+        threading.Thread(target=self._look, name="look", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def new(self) -> Glance | None:
+        """What was seen since the last call; None if nothing was.
+
+        Raises:
+            ResilienceError: looking has failed for good.
+        """
+        newest = None
+        while not self._seen.empty():
+            newest = self._seen.get()
+        if isinstance(newest, ResilienceError):
+            raise newest
+        return newest
+
+    def _look(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._seen.put(self._looker.look())
+            except ResilienceError as error:
+                self._seen.put(error)
+                return

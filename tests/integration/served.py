@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -35,6 +36,8 @@ class Served:
     process: subprocess.Popen[bytes]
     sequence: int = 0
     generation: int = 1
+    in_order: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    """A member's reports arrive in the order of their numbers, whichever thread sends them."""
 
     @property
     def address(self) -> str:
@@ -48,14 +51,36 @@ class Served:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {TOKEN}"),)
 
-    def report(self, rank: int = 0, **content: object) -> list[pb.ReportResponse]:
-        """One report of a rank: heartbeat, detections, checkpoints, snapshots, notes."""
-        self.sequence += 1
-        request = pb.ReportRequest(
-            run_id="r1", generation=self.generation, member=f"rank:{rank}", sequence=self.sequence, **content
-        )
-        with grpc.insecure_channel(self.address) as channel:
+    def report(self, member: str = "rank:0", **content: object) -> list[pb.ReportResponse]:
+        """One report of a member: heartbeat, detections, checkpoints, snapshots, notes."""
+        with self.in_order, grpc.insecure_channel(self.address) as channel:
+            self.sequence += 1
+            request = pb.ReportRequest(
+                run_id="r1", generation=self.generation, member=member, sequence=self.sequence, **content
+            )
             return list(rpc.CoordinatorStub(channel).Report(iter([request]), metadata=self.metadata))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Two ranks that take a step every tenth of a second, and their agent, while the block runs."""
+        stopped = threading.Event()
+
+        def train() -> None:
+            for step in itertools.count(1):
+                for rank in range(2):
+                    beat = pb.Heartbeat(step=step, loss=3.0 / step, state="training", step_seconds=0.1)
+                    self.report(f"rank:{rank}", heartbeat=beat)
+                self.report("agent:a")
+                if stopped.wait(0.1):
+                    return
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
 
     def obey(self, **answer: object) -> threading.Thread:
         """Rank 0 answers the order for a snapshot that it will hear."""
