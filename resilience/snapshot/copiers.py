@@ -304,7 +304,7 @@ class CudaStreams:
         return f"cudaHostRegister: {torch.cuda.CudaError(code)}"
 
     def unlock(self, memory: Bytes) -> None:
-        torch.cuda.check_error(int(_runtime().cudaHostUnregister(memory.ctypes.data)))
+        torch.cuda.check_error(_runtime().cudaHostUnregister(memory.ctypes.data))
 
     def flag(self) -> torch.Tensor:
         return torch.zeros((), dtype=torch.bool, pin_memory=True)
