@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from resilience.cli import output
+from resilience.cli.complete import device_names
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 
 __all__ = ["register"]
 
-Target = Annotated[str, typer.Argument(metavar="DEVICE|NODE", help="As `resilience devices` shows it.")]
+Target = Annotated[
+    str, typer.Argument(metavar="DEVICE|NODE", help="As `resilience devices` shows it.", autocompletion=device_names)
+]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
 

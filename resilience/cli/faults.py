@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resilience.cli import output
+from resilience.cli.complete import decision_ids
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.events import Decision, Detection
 
@@ -93,7 +94,10 @@ def decisions(
 
 
 def explain(
-    decision_id: Annotated[str, typer.Argument(metavar="DECISION_ID", help="As `resilience decisions` shows it.")],
+    decision_id: Annotated[
+        str,
+        typer.Argument(metavar="DECISION_ID", help="As `resilience decisions` shows it.", autocompletion=decision_ids),
+    ],
     address: Address = None,
     token_file: TokenFile = None,
     run_dir: RunDir = None,

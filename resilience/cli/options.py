@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from resilience.cli.complete import run_directories
+
 if TYPE_CHECKING:
     from resilience.cli.source import Source
 
@@ -25,7 +27,13 @@ TokenFile = Annotated[
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", metavar="DIR", help="The run", show_default="./resilience-runs/latest"),
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="The run",
+        show_default="./resilience-runs/latest",
+        autocompletion=run_directories,
+    ),
 ]
 
 

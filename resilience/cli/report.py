@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resilience.cli import output
+from resilience.cli.complete import run_names
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 from resilience.errors import UsageError
 
@@ -28,7 +29,10 @@ def report(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="RUN", help="Directory of the run, or its name in ./resilience-runs", show_default=False
+            metavar="RUN",
+            help="Directory of the run, or its name in ./resilience-runs",
+            autocompletion=run_names,
+            show_default=False,
         ),
     ] = None,
     html: Annotated[
