@@ -247,6 +247,7 @@ class FakeRun:
         self.step_s = 1.0
         self.next_step = 1
         self._sequences: dict[str, int] = {}
+        self._num_rewinds: dict[int, int] = {}
         self.machine, effects = Machine.open(
             Opened(
                 run_id=run_id,
@@ -441,6 +442,7 @@ class FakeRun:
             The last decision, or None where nothing was to be decided.
         """
         step, attempt = self.next_step, 0
+        course: dict[str, object] = {"num_rewinds": self._num_rewinds.get(self.generation, 0)}
         previous: tuple[Detection, ...] = ()
         pending: Decision | None = None
         while True:
@@ -458,19 +460,23 @@ class FakeRun:
                     attempt=attempt,
                     world_size=len(self.state.seats),
                     previous=previous,
-                    **known,  # type: ignore[arg-type]  # a test's own fields
+                    **{**known, **course},  # type: ignore[arg-type]  # a test's own fields
                 )
             )
             unmended = tuple(alarm for alarm in alarms if not alarm.mended)
             if pending is not None:
                 outcome = Outcome.FAILED if unmended else Outcome.SUCCEEDED
                 self.conclude(dataclasses.replace(pending, outcome=outcome, lost_s=self.step_s, latency_ms=1.0))
-            if decision.action is not Action.REPLAY:
+            if decision.action not in (Action.REPLAY, Action.REWIND):
                 outcome = Outcome.SHADOWED if decision.outcome is Outcome.SHADOWED else Outcome.SUCCEEDED
                 self.conclude(dataclasses.replace(decision, outcome=outcome, latency_ms=1.0))
                 if decision.action in (Action.CONTINUE, Action.CORRECTED):
                     self._take(step)
                 return decision
+            course.pop("rewound_to", None)
+            if decision.action is Action.REWIND:
+                self._num_rewinds[self.generation] = self._num_rewinds.get(self.generation, 0) + 1
+                course = {"rewound_to": known["rewind_step"], "num_rewinds": self._num_rewinds[self.generation]}
             pending, previous, attempt = decision, unmended, attempt + 1
 
     def _take(self, step: int) -> None:

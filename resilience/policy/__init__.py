@@ -4,6 +4,7 @@ Pure: the same functions serve the coordinator, a rank that the coordinator does
 the documentation. Nothing here reads a clock, a file or an environment, and nothing here imports torch or grpc.
 """
 
+from resilience.policy.case import is_damage
 from resilience.policy.failures import EXIT_RULES, Failure, FailureKind, decide_exit, restarts_left, root_exit
 from resilience.policy.ladder import Ruling, decide, decide_locally, decision_id, judge
 from resilience.policy.restore import Ancestor, Choice, Copy, Holder, Tier, choose_restore
@@ -26,6 +27,7 @@ __all__ = [
     "decide_exit",
     "decide_locally",
     "decision_id",
+    "is_damage",
     "judge",
     "restarts_left",
     "root_exit",

@@ -9,7 +9,7 @@ from functools import cached_property
 from resilience.config import PolicyConfig
 from resilience.events import Check, Detection, DetectionKind, Evidence, Verdict
 
-__all__ = ["ARITHMETIC", "FORWARD_SITES", "NON_FINITE", "Case", "describe"]
+__all__ = ["ARITHMETIC", "FORWARD_SITES", "NON_FINITE", "Case", "describe", "is_damage"]
 
 ARITHMETIC = frozenset({Check.CHECKSUM, Check.INVARIANT})
 """Checks of arithmetic: they know what the result of finite inputs must be, so they blame the device."""
@@ -34,6 +34,8 @@ class Case:
     evidence: Evidence
     limits: PolicyConfig
     restarts_left: int
+    spares: tuple[str, ...] = ()
+    """Nodes that wait and could take the places of those with a device that fails again and again."""
 
     @cached_property
     def alarms(self) -> tuple[Detection, ...]:
@@ -83,7 +85,7 @@ class Case:
     @cached_property
     def state_is_damaged(self) -> bool:
         """Whether weights or optimizer state are wrong and could not be rebuilt: a replay would start from them."""
-        return any(d.check in OF_STATE and d.site in STATE_SITES for d in self.alarms)
+        return any(is_damage(d) for d in self.alarms)
 
     @cached_property
     def loss_spiked(self) -> bool:
@@ -146,6 +148,11 @@ class Case:
 
     def settle(self, verdict: Verdict, detections: Iterable[Detection]) -> tuple[tuple[str, Verdict], ...]:
         return tuple((d.detection_id, verdict) for d in detections)
+
+
+def is_damage(detection: Detection) -> bool:
+    """Whether it says that weights or optimizer state are not what was written; mended or not."""
+    return detection.check in OF_STATE and detection.site in STATE_SITES
 
 
 def _address(detection: Detection) -> tuple[object, ...]:

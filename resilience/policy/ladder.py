@@ -41,6 +41,7 @@ def judge(
     *,
     now: float,
     restarts_left: int | None = None,
+    spares: tuple[str, ...] = (),
 ) -> Ruling:
     """Decide about one attempt of one step, and show the work.
 
@@ -50,10 +51,11 @@ def judge(
         mode: in `shadow` the action is `continue` and the reason says what would have been done.
         now: seconds since the Unix epoch, for the record only; no row looks at it.
         restarts_left: what is left of the restart budget; None takes the whole budget.
+        spares: nodes that wait and could take the places of those with a device that fails again and again.
     """
     assert mode is not Mode.OFF, "nothing is decided in mode off"
     left = limits.max_restarts if restarts_left is None else restarts_left
-    case = Case(evidence, limits, left)
+    case = Case(evidence, limits, left, spares)
     rule = next(rule for rule in RULES if rule.when(case))
     decision = Decision(
         decision_id=decision_id(evidence),
@@ -81,9 +83,10 @@ def decide(
     *,
     now: float,
     restarts_left: int | None = None,
+    spares: tuple[str, ...] = (),
 ) -> Decision:
     """What to do about one attempt of one step: `judge` without the work shown."""
-    return judge(evidence, limits, mode, now=now, restarts_left=restarts_left).decision
+    return judge(evidence, limits, mode, now=now, restarts_left=restarts_left, spares=spares).decision
 
 
 def decide_locally(evidence: Evidence, limits: PolicyConfig, mode: Mode = Mode.ENFORCE, *, now: float) -> Decision:

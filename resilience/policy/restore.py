@@ -5,7 +5,8 @@ Candidates of all tiers are ranked by step and trust. A memory snapshot serves w
     it lies on the path of training that is being gone on with: no generation since then went on from an older step,
     the part of every node that it was taken on can be had: from the node itself, where it has its ranks again, or from
     the members of its parity group that are left,
-    nobody refused it before, and
+    nobody refused it before,
+    no generation that ended in the middle of a rewind was going back behind it, and
     after damage to the state, it is known to be clean.
 
 The newest that serves is taken, and every newer one that was not is told with its reason.
@@ -68,7 +69,10 @@ class Ancestor:
     resumed_after: int | None = None
     """The step after which it went on; None where that is not known, or where it was the first one."""
     damaged: bool = False
-    """Whether it ended because its state could not be trusted."""
+    """Whether its state could not be trusted when it ended."""
+    rewinding_to: int | None = None
+    """The snapshot that it was going back to when it ended, by its step: newer ones may hold the damage, and not every
+    rank may have given them up."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +168,8 @@ class _Inquiry:
         taker = next((a for a in self.ancestors if a.generation == generation), None)
         if taker is None:
             return (), f"generation {generation} is not one of this run's"
-        why_not = self._off_the_path(step, generation) or self._other_world(taker)
+        why_not = self._off_the_path(step, generation) or self._gone_behind(step, generation)
+        why_not = why_not or self._other_world(taker)
         if not why_not and (step, generation, "") in self.refused:
             why_not = "it could not be loaded before"
         if why_not:
@@ -186,6 +191,12 @@ class _Inquiry:
         for later in self.ancestors:
             if later.generation > generation and later.resumed_after is not None and later.resumed_after < step:
                 return f"generation {later.generation} went on after step {later.resumed_after}"
+        return ""
+
+    def _gone_behind(self, step: int, generation: int) -> str:
+        for later in self.ancestors:
+            if later.generation >= generation and later.rewinding_to is not None and later.rewinding_to < step:
+                return f"generation {later.generation} ended in the middle of a rewind to step {later.rewinding_to}"
         return ""
 
     def _other_world(self, taker: Ancestor) -> str:

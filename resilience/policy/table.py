@@ -65,6 +65,12 @@ def _unavailable(case: Case) -> str:
     return f"{_replays(case)} of {_step(case)} did not help"
 
 
+def _no_way_on(case: Case) -> str:
+    if case.spares:
+        return f"a spare node waits, but the budget of {case.limits.max_restarts} restarts is used up"
+    return "no spare device is left in this run"
+
+
 def _rewind(case: Case) -> str:
     evidence = case.evidence
     first = (evidence.rewind_step or 0) + 1
@@ -222,6 +228,23 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="persistent-spare",
+        text=(
+            "a check of arithmetic failed again on the same device through all replays, restarts are left, and a spare"
+            " node waits: cordon it, new generation with that one"
+        ),
+        when=lambda c: bool(c.repeat_offenders) and not c.is_first_attempt and bool(c.spares) and c.may_restart,
+        action=Action.RESTART,
+        verdict=Verdict.PERSISTENT,
+        settles=Settles.ALARMS,
+        cordons=True,
+        reason=lambda c: (
+            f"{describe(c.alarms)} came again through {_replays(c)}: a persistent fault."
+            f" {', '.join(c.repeat_offenders)} computes wrongly and is cordoned; {', '.join(c.spares)}, a spare node,"
+            " takes the place of its node: restart"
+        ),
+    ),
+    Rule(
         name="persistent",
         text="a check of arithmetic failed again on the same device through all replays: cordon it, stop, requeue",
         when=lambda c: bool(c.repeat_offenders) and not c.is_first_attempt,
@@ -232,8 +255,7 @@ RULES: tuple[Rule, ...] = (
         cordons=True,
         reason=lambda c: (
             f"{describe(c.alarms)} came again through {_replays(c)}: a persistent fault."
-            f" {', '.join(c.repeat_offenders)} computes wrongly and is cordoned; no spare device is left in this run,"
-            " requeue it elsewhere"
+            f" {', '.join(c.repeat_offenders)} computes wrongly and is cordoned; {_no_way_on(c)}, requeue it elsewhere"
         ),
     ),
     Rule(

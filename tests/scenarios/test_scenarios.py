@@ -19,6 +19,9 @@ A line is what happens, or begins with `expect` and is what must be so; `#` begi
     ranks train until 5                    steps of a second each, with the alarms that were announced
     rank 0 will alarm at step 3 times=1 check=checksum kind=inf site=linear.out layer=1 [mended]
     the run is deterministic | replay is off because …
+    the ranks can go back to step 4 | the ranks cannot go back because …
+    rank 0 asks about step 3               and hears nothing of the answer
+    rank 1 reports damage at step 3        to the state, about which nobody has asked yet
     rank 0 decides continue by itself for step 3 attempt 0
     someone cordons device-1 because … | someone asks to drain because …
     coordinator restarts                   killed, and back from its journal
@@ -54,7 +57,7 @@ from resilience.coordinator.machine import commands as c
 from resilience.coordinator.machine.answers import answer_join, directives_for
 from resilience.events import Action, Check, DetectionKind, Mode, Origin, Outcome, SnapshotFact, SnapshotKind
 from resilience.policy import restarts_left
-from resilience.testing import FakeRun, evidence
+from resilience.testing import FakeRun, detection, evidence
 
 TRANSCRIPTS = sorted(Path(__file__).parent.glob("*.txt"))
 Handler = Callable[..., None]
@@ -188,6 +191,12 @@ class Scenario:
     def replay_off(self, why: str) -> None:
         self.known.update(replay_available=False, replay_reason=why)
 
+    def go_back(self, step: str) -> None:
+        self.known.update(rewind_step=int(step))
+
+    def no_way_back(self, why: str) -> None:
+        self.known.update(rewind_step=None, rewind_reason=why)
+
     def decide_alone(self, rank: str, action: str, step: str, attempt: str) -> None:
         known = self.run.state.decisions.get(f"g{self.run.generation}-s{step}-a{attempt}")
         assert known is not None, "the coordinator has decided already"
@@ -208,6 +217,18 @@ class Scenario:
         )
         ranks = len(self.run.state.seats)
         self.run.ask(evidence(*alarms, step=int(step), generation=self.run.generation, world_size=ranks, **self.known))
+
+    def report_damage(self, rank: str, step: str) -> None:
+        found = detection(
+            step=int(step),
+            rank=int(rank),
+            number=900 + int(step),
+            generation=self.run.generation,
+            check=Check.AT_REST,
+            site="weight",
+            layer=-1,
+        )
+        self.run.report(f"rank:{rank}", detections=(found,))
 
     def cordon(self, target: str, why: str) -> None:
         self.run.submit(c.SetCordon(target=target, cordoned=True, reason=why))
@@ -329,7 +350,10 @@ LINES: list[tuple[str, Handler]] = [
     (r"rank (?P<rank>\d+) will alarm at step (?P<step>\d+) (?P<words>.+)", Scenario.will_alarm),
     (r"the run is deterministic", Scenario.deterministic),
     (r"replay is off because (?P<why>.+)", Scenario.replay_off),
+    (r"the ranks can go back to step (?P<step>\d+)", Scenario.go_back),
+    (r"the ranks cannot go back because (?P<why>.+)", Scenario.no_way_back),
     (r"rank (?P<rank>0) asks about step (?P<step>\d+)", lambda s, rank, step: s.ask_without_acting(step)),
+    (r"rank (?P<rank>\d+) reports damage at step (?P<step>\d+)", Scenario.report_damage),
     (
         r"rank (?P<rank>0) decides (?P<action>\w+) by itself for step (?P<step>\d+) attempt (?P<attempt>\d+)",
         Scenario.decide_alone,

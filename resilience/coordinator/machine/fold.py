@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from resilience.coordinator.machine import damage, ledger, snapshots
 from resilience.coordinator.machine import facts as f
-from resilience.coordinator.machine import ledger, snapshots
 from resilience.coordinator.machine.effects import Effect, Finish, RememberCordon
 from resilience.coordinator.machine.state import (
     MAX_DURATIONS,
@@ -233,7 +233,10 @@ def _quarantine(state: State, decision: Decision, device: str, at: float) -> lis
 def _end_generation(state: State, reason: str, at: float) -> None:
     state.generation_ended = True
     if state.generations and state.generations[-1].ended_at is None:
-        state.generations[-1].ended_at, state.generations[-1].ended_by = at, reason
+        record = state.generations[-1]
+        record.ended_at, record.ended_by = at, reason
+        record.rewinding_to = damage.rewinding_to(state)
+        record.damaged |= damage.is_unsettled(state)
 
 
 def _failure_seen(state: State, fact: f.FailureSeen, at: float) -> list[Effect]:

@@ -104,7 +104,9 @@ class GenerationRecord:
     resumed_after: int | None = None
     """The step after which it went on, once that is known."""
     damaged: bool = False
-    """Whether it ended because its state could not be trusted."""
+    """Whether its state could not be trusted when it ended."""
+    rewinding_to: int | None = None
+    """Step of the snapshot that it was going back to when it ended."""
 
     @property
     def ancestor(self) -> Ancestor:
@@ -115,6 +117,7 @@ class GenerationRecord:
             places=self.places,
             resumed_after=chosen if self.resumed_after is None else self.resumed_after,
             damaged=self.damaged,
+            rewinding_to=self.rewinding_to,
         )
 
 

@@ -11,7 +11,7 @@ from resilience.coordinator.machine.members import check_generation, check_run, 
 from resilience.coordinator.machine.pulse import Pulse
 from resilience.coordinator.machine.state import State
 from resilience.coordinator.machine.supervision import take_order
-from resilience.events import Decision, Detection, Mode
+from resilience.events import Decision, Detection, Evidence, Mode
 from resilience.policy import decide as decide_by_table
 from resilience.policy import decision_id as id_of_evidence
 from resilience.policy import restarts_left
@@ -42,8 +42,24 @@ def decide(state: State, pulse: Pulse, command: Decide, now: float) -> Iterator[
     if state.mode is Mode.OFF:
         raise Refused(RefusalKind.INVALID, "this run is in mode off: nothing is decided")
     left = restarts_left(state.failures, state.limits, now=now)
-    decision = decide_by_table(evidence, state.limits, state.mode, now=now, restarts_left=left)
+    spares = _spares(state, evidence)
+    decision = decide_by_table(evidence, state.limits, state.mode, now=now, restarts_left=left, spares=spares)
     yield f.DecisionMade(decision=decision, evidence=evidence)
+
+
+def _spares(state: State, evidence: Evidence) -> tuple[str, ...]:
+    """Spare nodes for all nodes on which an attempt alarmed again, one each; none where there are not enough.
+
+    The ranks that alarmed now are asked about, for these are the ones that may be blamed.
+    """
+    nodes = dict.fromkeys(state.seats[found.rank].seat.node for found in evidence.detections if not found.mended)
+    chosen: list[str] = []
+    for node in nodes:
+        spare = next((name for name in state.spares_for(node) if name not in chosen), None)
+        if spare is None:
+            return ()
+        chosen.append(spare)
+    return tuple(chosen)
 
 
 def check_detections(state: State, detections: tuple[Detection, ...]) -> None:

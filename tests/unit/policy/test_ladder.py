@@ -33,8 +33,9 @@ NAN_WEIGHT = dataclasses.replace(NAN, site="weight", param="w")
 FORWARD_INF = dataclasses.replace(OVERFLOW, site="attention.scores", layer=1)
 
 
-def ask(*found: Any, attempt: int = 0, left: int | None = None, **known: Any) -> Any:
-    return judge(evidence(*found, step=5, attempt=attempt, **known), LIMITS, now=NOW, restarts_left=left)
+def ask(*found: Any, attempt: int = 0, left: int | None = None, spares: tuple[str, ...] = (), **known: Any) -> Any:
+    asked = evidence(*found, step=5, attempt=attempt, **known)
+    return judge(asked, LIMITS, now=NOW, restarts_left=left, spares=spares)
 
 
 CASES = [
@@ -84,6 +85,8 @@ CASES = [
         ask(NAN_AGAIN, attempt=1, previous=[NAN], deterministic=True, consecutive_skips=5),
     ),
     ("persistent", Action.STOP, 75, ask(ABFT_AGAIN, attempt=2, previous=[ABFT], deterministic=True)),
+    ("persistent-spare", Action.RESTART, None, ask(ABFT_AGAIN, attempt=2, previous=[ABFT], spares=("c",))),
+    ("persistent", Action.STOP, 75, ask(ABFT_AGAIN, attempt=2, previous=[ABFT], spares=("c",), left=0)),
     ("unmeasured-non-finite", Action.CONTINUE, None, ask(NAN_AGAIN, attempt=2, previous=[NAN])),
     ("unmeasured-finite", Action.CONTINUE, None, ask(SPIKE_AGAIN, attempt=2, previous=[SPIKE])),
     ("skips-exhausted", Action.STOP, 93, ask(NAN_AGAIN, attempt=2, previous=[NAN], consecutive_skips=5)),
@@ -118,6 +121,17 @@ def test_a_persistent_fault_cordons_the_device_and_says_so() -> None:
     decision = ask(ABFT_AGAIN, attempt=2, previous=[ABFT]).decision
     assert decision.cordon == ("device-1",)
     assert "device-1 computes wrongly" in decision.reason
+    assert dict(decision.verdicts) == {"g1-r1-1": Verdict.PERSISTENT, "g1-r1-2": Verdict.PERSISTENT}
+
+
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [(1, "c, a spare node, takes the place of its node"), (0, "a spare node waits, but the budget of")],
+)
+def test_with_a_spare_node_the_run_goes_on_without_the_device(left: int, why: str) -> None:
+    decision = ask(ABFT_AGAIN, attempt=2, previous=[ABFT], spares=("c",), left=left).decision
+    assert decision.cordon == ("device-1",)
+    assert why in decision.reason
     assert dict(decision.verdicts) == {"g1-r1-1": Verdict.PERSISTENT, "g1-r1-2": Verdict.PERSISTENT}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -37,6 +38,21 @@ def test_the_newest_whole_one_is_taken_and_newer_torn_ones_are_told() -> None:
         "snapshot of step 7 (generation 1): the part of a (ranks 0–1) is gone, and no parity group holds it",
         "snapshot of step 6 (generation 1): the part of b (ranks 2–3) is gone, and no parity group holds it",
     )
+
+
+@pytest.mark.parametrize("rewinding_to", [5, 4, 3, 2])
+def test_nothing_newer_than_the_target_of_a_rewind_cut_short_serves(rewinding_to: int) -> None:
+    held = merged(both(3, clean_through=9), both(5, clean_through=9))
+    chosen = choose_restore(held, PLACES, [dataclasses.replace(FIRST, rewinding_to=rewinding_to)])
+    assert chosen.step == {5: 5, 4: 3, 3: 3, 2: 0}[rewinding_to]
+    if rewinding_to < 5:
+        assert f"ended in the middle of a rewind to step {rewinding_to}" in chosen.passed_over[0]
+
+
+def test_what_later_generations_take_does_not_suffer_from_a_rewind_cut_short_before() -> None:
+    cut_short = dataclasses.replace(FIRST, rewinding_to=3)
+    second = Ancestor(generation=2, places=FIRST.places, resumed_after=3)
+    assert choose_restore(both(5, 2), PLACES, [cut_short, second]).step == 5
 
 
 def test_without_any_the_script_loads_what_it_loads() -> None:
