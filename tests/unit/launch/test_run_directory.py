@@ -87,5 +87,6 @@ def test_coordinator_json_names_the_token_file_not_the_token(tmp_path: Path) -> 
         "pid": 7,
         "token_file": str(token),
         "run_id": "first",
+        "tls": None,
     }
     assert token.read_text() not in directory.coordinator.read_text()
