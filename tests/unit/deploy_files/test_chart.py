@@ -182,6 +182,18 @@ def test_with_certificates_the_pod_mounts_what_cert_manager_makes(full: Objects)
     assert not full["StatefulSet/run1-coordinator"]["spec"].get("volumeClaimTemplates")
 
 
+def test_dashboards_and_rules_are_those_of_the_repository(full: Objects) -> None:
+    shown = {path.name: json.loads(path.read_text()) for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    found: dict[str, Any] = {}
+    for item in full.values():
+        if item["kind"] == "ConfigMap" and "grafana_dashboard" in item["metadata"]["labels"]:
+            found |= {name: json.loads(text) for name, text in item["data"].items()}
+    assert found == shown
+    rules = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))]
+    assert rules
+    assert [o["spec"] for name, o in sorted(full.items()) if name.startswith("PrometheusRule/")] == rules
+
+
 @pytest.mark.parametrize(
     ("values", "text"),
     [
