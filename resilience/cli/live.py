@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -14,7 +13,7 @@ import typer
 
 from resilience.cli import output
 from resilience.cli.options import Address, Json, RunDir, TokenFile, source
-from resilience.cli.run import line
+from resilience.cli.run import print_event
 from resilience.clock import SystemClock
 from resilience.errors import CoordinatorUnreachableError, UsageError
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from resilience.cli.frame import Glance
     from resilience.cli.look import Looker
     from resilience.cli.source import Source
-    from resilience.rpc.v1 import operator_pb2 as op
 
 __all__ = ["register"]
 
@@ -34,16 +32,6 @@ _PATIENCE_S = 30.0
 _ASK_INTERVAL_S = 0.5
 _TICK_S = 0.1
 _ENDED_BY_SIGNAL = 143
-_STYLES = {
-    "detection": "yellow",
-    "decision": "bold",
-    "exit": "red",
-    "strike": "magenta",
-    "generation": "cyan",
-    "checkpoint": "green",
-    "snapshot": "green",
-    "finished": "bold",
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -155,7 +143,7 @@ def _follow(opened: Source, reopen: Callable[[], Source], lines: int, as_json: b
             run = opened.run()  # first: nothing follows the event with which a run ends
             new = list(opened.events(after=shown, follow=False))
             for event in new if shown else new[-lines:]:
-                _print(event, as_json)
+                print_event(event, as_json=as_json)
                 shown = event.sequence
             if run.state in ENDED:
                 return run.exit_code
@@ -176,10 +164,3 @@ def _gone(sequence: int) -> str:
         f"the coordinator has gone, and its journal does not tell how the run ended; the last event was {sequence}: "
         "start it again (resilience coordinator serve), or the launch"
     )
-
-
-def _print(event: op.Event, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(output.plain(event), ensure_ascii=False), flush=True)
-    else:
-        output.print_line(line(event), _STYLES.get(event.kind, ""))

@@ -41,6 +41,8 @@ _AS_VALUES = frozenset({"Detection", "Decision", "Evidence", "Strike", "RankExit
 """Messages that mirror a value of `resilience.events`, whose names the report has."""
 _NEVER_BROKEN = 16
 """Columns of cells up to this many characters stay whole; the wider ones share what room is left."""
+_FIRST_WORD = frozenset({"state", "outcome"})
+"""Fields that are coloured by their first word; more stands behind it."""
 _STYLES = {
     "failed": "red",
     "persistent": "red",
@@ -137,7 +139,11 @@ def print_fields(fields: Iterable[tuple[str, Any]]) -> None:
     grid.add_column(overflow="fold")
     for name, value in fields:
         if value is not None and value != "":
-            grid.add_row(name, _cell(value))
+            text = _cell(value)
+            if name in _FIRST_WORD:
+                first = text.plain.replace(",", " ").split()[0]
+                text.stylize(style_of(first), 0, len(first))
+            grid.add_row(name, text)
     console().print(grid)
 
 

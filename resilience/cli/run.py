@@ -13,7 +13,18 @@ from resilience.cli.options import Address, Json, RunDir, TokenFile, source
 if TYPE_CHECKING:
     from resilience.rpc.v1 import operator_pb2 as op
 
-__all__ = ["register"]
+__all__ = ["print_event", "register"]
+
+_STYLES = {
+    "detection": "yellow",
+    "decision": "bold",
+    "exit": "red",
+    "strike": "magenta",
+    "generation": "cyan",
+    "checkpoint": "green",
+    "finished": "bold",
+}
+"""Colours of events by their kind."""
 
 
 def register(app: typer.Typer) -> None:
@@ -85,15 +96,16 @@ def events(
 ) -> None:
     """The run's story, one line each. JSON is one object to a line."""
     for event in source(address, token_file, run_dir).events(after=after, follow=follow):
-        if as_json:
-            print(json.dumps(output.plain(event), ensure_ascii=False), flush=True)
-        else:
-            print(line(event), flush=True)
+        print_event(event, as_json=as_json)
 
 
-def line(event: op.Event) -> str:
-    """An event for people."""
-    return f"{output.clock_time(event.at)}  {event.kind:<10}  {event.text}"
+def print_event(event: op.Event, *, as_json: bool) -> None:
+    """An event on a line of its own, at once."""
+    if as_json:
+        print(json.dumps(output.plain(event), ensure_ascii=False), flush=True)
+    else:
+        line = f"{output.clock_time(event.at)}  {event.kind:<10}  {event.text}"
+        output.print_line(line, _STYLES.get(event.kind, ""))
 
 
 def drain(

@@ -173,6 +173,19 @@ def test_ctrl_c_gives_the_terminal_back(served: Served, terminal: Terminal) -> N
     _is_usual(terminal)
 
 
+def test_colours_are_for_terminals_that_want_them(served: Served, terminal: Terminal) -> None:
+    def looked(command: str) -> str:
+        terminal.type(f"clear; {command}; echo it ended with $?")
+        terminal.shows("^it ended with 0")
+        return terminal("capture-pane", "-p", "-e")
+
+    ranks, status = (shlex.join([*COMMAND, verb]) for verb in ("ranks", "status"))
+    assert re.search(r"\x1b\[32m(\x1b\[49m)?training\x1b", looked(status)), "green, and no more than the word"
+    assert "\x1b[1m" in looked(ranks), "headings are bold"
+    for plain in (f"NO_COLOR=1 {status}", f"{status} | cat", f"NO_COLOR=1 {shlex.join([*COMMAND, 'events'])}"):
+        assert not re.search(r"\x1b\[3[0-8]m", looked(plain)), plain
+
+
 def _step(screen: str) -> int:
     found = re.search(r"^step ([\d,]+)", screen, re.M)
     return int(found[1].replace(",", "")) if found else 0
