@@ -165,6 +165,8 @@ def _plain(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str | Path):
         return f'"{value}"'
+    if isinstance(value, float):
+        return f"{value:g}"
     return "{}" if value == {} else str(value)
 
 
