@@ -184,6 +184,7 @@ def test_with_certificates_the_pod_mounts_what_cert_manager_makes(full: Objects)
 
 def test_dashboards_and_rules_are_those_of_the_repository(full: Objects) -> None:
     shown = {path.name: json.loads(path.read_text()) for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    assert shown
     found: dict[str, Any] = {}
     for item in full.values():
         if item["kind"] == "ConfigMap" and "grafana_dashboard" in item["metadata"]["labels"]:

@@ -99,11 +99,27 @@ def test_compose_starts_what_is_there_and_nothing_as_root(compose: dict[str, Any
         for volume in service["volumes"]:
             source = volume.partition(":")[0]
             known = (COMPOSE.parent / source).exists() if source.startswith(".") else source in compose["volumes"]
-            assert known or source.startswith(("../prometheus", "../grafana")), f"{name}: {source}"
+            assert known, f"{name}: {source}"
     built = services["coordinator"]["build"]
     assert (COMPOSE.parent / built["context"]).resolve() == ROOT
     assert ROOT / built["dockerfile"] == DOCKERFILE
     assert services["coordinator"]["depends_on"] == {"token": {"condition": "service_completed_successfully"}}
+
+
+def test_prometheus_and_grafana_look_where_compose_puts_things(compose: dict[str, Any]) -> None:
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    assert "coordinator:9464" in [
+        t for job in scraped for each in job.get("static_configs", ()) for t in each["targets"]
+    ]
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "resilience.yml").read_text())["providers"]
+    mounted = dict(volume.split(":")[:2] for volume in compose["services"]["grafana"]["volumes"])
+    assert mounted["../grafana/dashboards"] == provider["options"]["path"]
+    assert mounted["../grafana/provisioning"] == "/etc/grafana/provisioning"
+    shared = [set(compose["services"][name]["networks"]) for name in ("coordinator", "prometheus", "grafana")]
+    assert set.intersection(*shared)
 
 
 def test_the_token_is_made_once_and_nobody_else_can_read_it(tmp_path: Path, compose: dict[str, Any]) -> None:
