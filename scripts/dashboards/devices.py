@@ -31,14 +31,17 @@ def _panels() -> list[object]:
     history = f"sum by (device) (run_device:resilience_faults:total{{{DEVICE}}})"
     return [
         number(
-            "Devices", f"count({out})", unit="short", legend="devices", width=8, says="Devices that runs offer or have cordoned"
+            "Devices", f"count({out})", unit="short", legend="devices", width=8,
+            says="Devices that runs offer or have cordoned"
         ),
         number(
-            "Out of use", f"count({out} == 1) or vector(0)", unit="short", legend="devices", limits=NONE_IS_GOOD, width=8,
+            "Out of use", f"count({out} == 1) or vector(0)", unit="short", legend="devices",
+            limits=NONE_IS_GOOD, width=8,
             says="Devices to pull", alerts=["ResilienceDeviceQuarantined"],
         ),
         number(
-            "Faults by verdict", share, unit="short", legend="{{verdict}}", limits=((None, "green"), (1, "yellow")), width=8,
+            "Faults by verdict", share, unit="short", legend="{{verdict}}", width=8,
+            limits=((None, "green"), (1, "yellow")),
             says="Transient ones were gone on replay; persistent ones take a device out of use",
         ),
         rows(
