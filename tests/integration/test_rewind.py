@@ -5,13 +5,14 @@ Compared on every rank, bit for bit, with plain DeepSpeed: weights, masters, mom
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.harness import digest, launched
+from tests.integration.harness import SCRIPTS, digest, launched
 
 WORKERS = Path(__file__).parent / "workers"
 ALL = [
@@ -149,3 +150,37 @@ def test_a_launched_run_goes_back_and_ends_with_the_weights_of_a_clean_one(tmp_p
         assert report["num_generations"] == 1, "no process was started again"
         assert report["num_steps"] == 8
     assert digests[0] == digests[1]
+
+
+UNSEEN = """
+[detection]
+at_rest_share = 0.0
+replica_interval_steps = 0
+[policy]
+loss_spike_factor = 4.0
+[snapshot]
+interval_steps = 1
+verify_steps = 4
+"""
+TWENTY_STEPS = ["--steps", "20", "--save-every", "20"]
+
+
+def test_a_rank_that_is_killed_in_a_rewind_leaves_no_damaged_snapshot_to_the_restart(tmp_path: Path) -> None:
+    """Snapshots of the damaged state are whole on both ranks: only that a rewind was under way tells against them."""
+    script = SCRIPTS / "train_killed.py"
+    with launched(tmp_path / "faulty", resilience=UNSEEN, script_args=TWENTY_STEPS, script=script) as run:
+        assert run.wait() == 0, run.output()[-4000:]
+        report = run.report()
+        run.assert_nothing_left()
+    with launched(tmp_path / "clean", plain=True, script_args=TWENTY_STEPS) as run:
+        assert run.wait() == 0, run.output()[-4000:]
+    decisions = {each["decision_id"]: each for each in report["decisions"]}
+    (rewind,) = (each for each in decisions.values() if each["action"] == "rewind")
+    assert rewind["outcome"] != "succeeded"
+    restart = decisions["g1-exit"]
+    assert (restart["action"], restart["outcome"]) == ("restart", "succeeded")
+    target = int(re.findall(r"snapshot of step (\d+) is loaded", rewind["reason"])[0])
+    assert 0 < target < 15
+    assert f"begins from the memory snapshot of step {target}" in restart["reason"]
+    assert report["num_generations"] == 2
+    assert digest(tmp_path / "faulty") == digest(tmp_path / "clean")
