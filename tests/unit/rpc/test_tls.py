@@ -7,14 +7,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
 
 from resilience.config import CoordinatorConfig, load_config
 from resilience.coordinator.access import check_bind, read_token
-from resilience.errors import ConfigError, UsageError
+from resilience.errors import ConfigError, SnapshotError, UsageError
 from resilience.rpc.tls import Tls, add_port, open_channel
+from resilience.snapshot.holdings import Description
+from resilience.snapshot.transport import Caller, PeerClient, Server
 
 MAKE = Path(__file__).parents[3] / "deploy" / "make-certificates"
 ANSWER_S = 10.0
@@ -74,6 +77,34 @@ def test_a_certificate_for_another_host_serves_only_under_the_name_in_it(
     assert ask(port, ours) is grpc.StatusCode.UNAVAILABLE
     assert ask(port, Tls(ours.ca, ours.cert, ours.key, "elsewhere")) is grpc.StatusCode.UNIMPLEMENTED
     assert ask(port, Tls(ours.ca, ours.cert, ours.key, "coordinator")) is grpc.StatusCode.UNAVAILABLE
+
+
+class _Empty:
+    """A node that holds nothing yet, as holdings and as exchanges."""
+
+    generation = 1
+
+    def describe(self, generation: int) -> Description:
+        return Description(generation, frozenset(), ())
+
+
+def test_guardians_of_other_machines_show_each_other_certificates(certificates: dict[str, Tls]) -> None:
+    caller = Caller("r1", "a", lambda: 1)
+    server = Server(cast(Any, _Empty()), cast(Any, _Empty()), run_id="r1", token=None, tls=certificates["coordinator"])
+    address = server.start("127.0.0.1")
+
+    def described(tls: Tls | None) -> int:
+        client = PeerClient("b", address, caller, metadata=(), tls=tls)
+        try:
+            return client.describe(num_tries=1).generation
+        finally:
+            client.close()
+
+    assert described(certificates["node"]) == 1
+    for turned_away in (None, certificates["stranger"]):
+        with pytest.raises(SnapshotError):
+            described(turned_away)
+    server.stop()
 
 
 def test_files_that_cannot_be_used_are_named_with_the_reason(tmp_path: Path, certificates: dict[str, Tls]) -> None:
