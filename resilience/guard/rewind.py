@@ -80,9 +80,22 @@ def choose(offers: Sequence[Offer], order: int = 0) -> tuple[int | None, str]:
     if common:
         return None, (
             f"the memory snapshots that all ranks can go back to, the oldest of step {min(common)}, are newer than step"
-            f" {limit}, the last that is known to be clean"
+            f" {limit}, the last that is known to be clean{_way_out(offers, common, order)}"
         )
     return None, "no memory snapshot is whole on all ranks"
+
+
+def _way_out(offers: Sequence[Offer], common: set[int], order: int) -> str:
+    """What an operator can do whom nothing but the want of proof refuses."""
+    doubted_since = min((offer.clean_step for offer in offers if offer.clean_step is not None), default=math.inf)
+    open_to_order = sorted(step for step in common if step <= doubted_since)
+    if order != NEWEST or not open_to_order:
+        return ""
+    return (
+        f"; to take one unproven, name it (`resilience rewind --step {open_to_order[-1]}`; there are"
+        f" {', '.join(map(str, open_to_order))}), or wait: with detection.at_rest_share = 1 the proof takes"
+        " snapshot.verify_steps steps, with less the whole state must have had its turn"
+    )
 
 
 class Rewinder:

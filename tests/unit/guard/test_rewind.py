@@ -39,6 +39,13 @@ def test_the_newest_that_serves_all_ranks(offers: list[Offer], order: int, step:
         ([offer(), offer(4)], 0, "no memory snapshot is whole on all ranks"),
         ([offer(4), offer(5)], 0, "no memory snapshot is whole on all ranks"),
         ([offer(4, clean_step=3), offer(4)], 0, "the oldest of step 4, are newer than step 3"),
+        # An operator is told what can be done.
+        (
+            [offer(4, 5, clean_through=3), offer(4, 5, clean_through=2)],
+            NEWEST,
+            "newer than step 2, the last that is known to be clean; to take one unproven, name it"
+            " (`resilience rewind --step 5`; there are 4, 5), or wait: with detection.at_rest_share = 1",
+        ),
         ([offer(4), offer(problem="the history begins later")], 0, "rank 1: the history begins later"),
         ([offer(problem="none is kept"), offer(problem="none is kept")], 0, "none is kept"),
         (
@@ -52,6 +59,11 @@ def test_why_there_is_none(offers: list[Offer], order: int, words: str) -> None:
     step, reason = choose(offers, order)
     assert step is None
     assert words in reason
+
+
+def test_no_step_is_named_that_holds_what_is_wrong() -> None:
+    _, reason = choose([offer(4, 5, clean_through=3, clean_step=3), offer(4, 5, clean_through=3)], NEWEST)
+    assert "--step" not in reason
 
 
 offers_of_ranks = st.lists(
