@@ -62,17 +62,18 @@ class Served:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Two ranks that take a step every tenth of a second, and their agent, while the block runs."""
+        """Two ranks that take a step every tenth of a second, and their agent, until the block or the run ends."""
         stopped = threading.Event()
 
         def train() -> None:
-            for step in itertools.count(1):
-                for rank in range(2):
-                    beat = pb.Heartbeat(step=step, loss=3.0 / step, state="training", step_seconds=0.1)
-                    self.report(f"rank:{rank}", heartbeat=beat)
-                self.report("agent:a")
-                if stopped.wait(0.1):
-                    return
+            with contextlib.suppress(grpc.RpcError):  # the run has ended, or its coordinator
+                for step in itertools.count(1):
+                    for rank in range(2):
+                        beat = pb.Heartbeat(step=step, loss=3.0 / step, state="training", step_seconds=0.1)
+                        self.report(f"rank:{rank}", heartbeat=beat)
+                    self.report("agent:a")
+                    if stopped.wait(0.1):
+                        return
 
         thread = threading.Thread(target=train)
         thread.start()
