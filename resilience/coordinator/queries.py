@@ -228,7 +228,9 @@ def _considered(state: State, decision: Decision) -> tuple[str, ...]:
         return ()
     before = [failure for failure in state.failures if failure.at < decision.decided_at]
     left = restarts_left(before, state.limits, now=decision.decided_at)
-    return judge(evidence, state.limits, now=decision.decided_at, restarts_left=left).considered
+    # Who waited at that time is not in the evidence; the row that applied says whether somebody did.
+    spares = ("a spare node",) if decision.rule == "persistent-spare" else ()
+    return judge(evidence, state.limits, now=decision.decided_at, restarts_left=left, spares=spares).considered
 
 
 def list_checkpoints(state: State) -> op.ListCheckpointsResponse:

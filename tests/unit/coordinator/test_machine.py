@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from resilience.config import PolicyConfig
 from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.machine import RefusalKind, Refused
@@ -288,6 +289,19 @@ def test_an_explanation_names_row_evidence_and_what_was_ruled_out(run: FakeRun) 
     assert [d.detection_id for d in explanation.detections] == ["g1-r1-1"]
     assert any("replay: off, pipeline parallelism" in text for text in explanation.considered)
     assert queries.explain_decision(run.state, "g9-s1-a0") is None
+
+
+def test_a_restart_with_a_spare_node_is_not_explained_by_what_there_is_without_one() -> None:
+    run = FakeRun(num_nodes=3, num_devices=1, num_spare_nodes=1, limits=PolicyConfig(max_replays_per_step=1))
+    for node in reversed(run.nodes):
+        run.join_agent(node)
+    run.join_ranks()
+    run.script.at(step=1, rank=1).alarms(times=-1)
+    run.train(until=1)
+    explanation = queries.explain_decision(run.state, "g1-s1-a1")
+    assert explanation is not None
+    assert explanation.rule == "persistent-spare"
+    assert not any(text.startswith("restart:") for text in explanation.considered)
 
 
 def test_answers_fit_into_a_message(run: FakeRun) -> None:
