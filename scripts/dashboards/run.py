@@ -17,7 +17,7 @@ def build() -> builders.Dashboard:
     """The page; decisions and new generations are marked on every curve."""
     board = page("resilience-run", "Run", "One run: progress, detections, decisions, repair, snapshots, cost of checks")
     decided = f"sum by (run, action) (resilience_decisions_total{{{RUN}}})"
-    was = f"({decided} offset 1m or {decided} * 0)"
+    was = f"(sum by (run, action) (resilience_decisions_total{{{RUN}}} offset 1m) or {decided} * 0)"
     for name, color, expr in (
         ("Decisions", "orange", f"({decided} - {was}) > 0"),
         ("New generations", "red", f"changes(run:resilience_restarts:total{{{RUN}}}[1m]) > 0"),
