@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -34,7 +35,7 @@ from resilience.coordinator.report import write_report
 from resilience.coordinator.service import CoordinatorService, OperatorService
 from resilience.coordinator.tracing import open_tracing
 from resilience.coordinator.web import MetricsServer
-from resilience.errors import ExitCode, UsageError
+from resilience.errors import ExitCode, ResilienceError, UsageError
 from resilience.rpc.codec import GRPC_OPTIONS
 from resilience.rpc.tls import Tls, add_port
 from resilience.rpc.v1 import coordinator_pb2, coordinator_pb2_grpc, operator_pb2, operator_pb2_grpc
@@ -102,7 +103,8 @@ def settings_of(context: RunContext, *, port: int | None = None, metrics_port: i
 
 
 def serve(settings: Settings, *, clock: Clock | None = None) -> int:
-    """Serve a run until SIGTERM or SIGINT, then write its report and the journal's copy.
+    """Serve a run until SIGTERM or SIGINT. Its report and the journal's copy are written when the run has ended, and
+    again when the process does: what came late is in them, too.
 
     Returns:
         The code that the coordinator's own process ends with: 0 after an orderly end.
@@ -138,17 +140,14 @@ async def _serve(settings: Settings, clock: Clock) -> int:
             _write_addresses(settings, port, metrics.address, log, host.now())
             log.go_on(host.machine.state, after=host.num_lines_recorded)
             host.observers = [log, tracing]
-            await _run(host, stop)
+            await _run(host, stop, lambda: _tell_of_end(host, journal, settings, log))
             await asyncio.to_thread(metrics.close)
         finally:
             await server.stop(_GRACE_S)
         if host.broken is not None:
             raise host.broken
         host.submit(c.Close(reason=f"the coordinator was ended by {stop.reason} before the run had ended"))
-        try:
-            write_report(host.machine.state, settings.run_dir / "report.json", host.now())
-        finally:
-            journal.copy_to(settings.run_dir / "journal.db")
+        _leave_behind(host, journal, settings)
     tracing.close()  # at last: who collects spans may be slow, or gone
     return int(ExitCode.DONE)
 
@@ -254,9 +253,33 @@ def _write_addresses(settings: Settings, port: int, metrics_address: str, log: L
     log.say(now, "note", f"coordinator of run {settings.run_id}: {where}", {"pid": os.getpid()})
 
 
-async def _run(host: Host, stop: _Stop) -> None:
+def _leave_behind(host: Host, journal: Journal, settings: Settings) -> None:
+    """Write what stays of the run.
+
+    Raises:
+        ResilienceError: the report or the journal's copy cannot be written.
+    """
+    try:
+        write_report(host.machine.state, settings.run_dir / "report.json", host.now())
+    finally:
+        journal.copy_to(settings.run_dir / "journal.db")
+
+
+def _tell_of_end(host: Host, journal: Journal, settings: Settings, log: Log) -> None:
+    """The same while the process goes on, which it does whatever becomes of it."""
+    try:
+        _leave_behind(host, journal, settings)
+    except ResilienceError as error:
+        log.say(host.now(), "note", f"{error}; it is tried again when the coordinator ends", {}, level="error")
+
+
+async def _run(host: Host, stop: _Stop, tell_of_end: Callable[[], None]) -> None:
     """Tick until the process is told to end, or cannot go on. A finished run is served on: people may still ask."""
+    has_told = False
     while not stop.is_set() and host.broken is None:
         host.submit(c.Tick())
+        if host.finished.is_set() and not has_told:
+            has_told = True
+            tell_of_end()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _TICK_S)

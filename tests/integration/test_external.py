@@ -134,8 +134,10 @@ def test_a_run_with_a_coordinator_of_its_own_from_certificates_to_spans(
     assert external.answer("/healthz") == (200, "ok\n")
     assert external.answer("/nothing")[0] == 404
     assert 'resilience_generation{run="ext"} 2.0' in external.answer("/metrics")[1]
+    report = external.run_dir / "report.json"
+    wait_for(report.exists, what="the report of a run that has ended, of a coordinator that goes on", timeout_s=20)
     assert external.end() == 0
-    assert json.loads((external.run_dir / "report.json").read_text())["exit_code"] == 0
+    assert json.loads(report.read_text())["exit_code"] == 0
     _assert_log(external.log.read_text().splitlines())
     found = {span.name: span for span in collector.spans}
     assert set(found) == {"run", "recovery restart"}

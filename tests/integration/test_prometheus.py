@@ -90,7 +90,7 @@ def ran(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
             newest = "min(timestamp(run:resilience_goodput:ratio))"
             wait_for(lambda: server.value(newest) > ended_at + 3, what="rules on the last samples", timeout_s=60)
             server.at = server.value(newest)
-            coordinator.terminate()  # it writes its report when it ends
+            coordinator.terminate()  # what came late is in the report that it writes when it ends
             assert coordinator.wait(30) == 0
             report = json.loads((at / "coordinator" / "report.json").read_text())
             yield server, report
