@@ -85,6 +85,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("generation", "Current generation", ""),
     _counter("device_faults_total", "Settled faults of a device in this run", "faults", "device", "verdict"),
     _gauge("quarantined", "1 while a device is out of use", "", "device"),
+    _gauge("device_info", "1 for each device that is offered or out of use: where it is", "", "device", "node"),
     _gauge("retry_budget_remaining", "Restarts left in the window", "restarts"),
     _gauge("coordinator_up", "1 while the coordinator serves", ""),
     _histogram("rpc_seconds", "Time to answer a call", "seconds", _SECONDS, "method"),

@@ -61,9 +61,16 @@ def samples(machine: Machine, now: float) -> dict[str, Samples]:
         "generation": {(): state.generation},
         "device_faults_total": counted((device, verdict) for device, verdict, *_ in _device_faults(roots)),
         "quarantined": {(device,): value for device, value in cordoned.items()},
+        "device_info": dict.fromkeys(_places(state).items(), 1.0),
         "retry_budget_remaining": {(): restarts_left(state.failures, state.limits, now=now)},
         "coordinator_up": {(): 1.0},
     }
+
+
+def _places(state: State) -> dict[str, str]:
+    """Device → its node, of all that are offered and of those out of use, wherever they were seen last."""
+    found = {device: cordon.node for device, cordon in state.cordons.items()}
+    return found | {device.device: name for name, node in state.nodes.items() for device in node.agent.devices}
 
 
 def _is_closed(state: State, detection: Detection) -> bool:

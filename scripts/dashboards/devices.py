@@ -9,8 +9,9 @@ from dashboards.parts import choice, curves, number, page, rows
 
 __all__ = ["build"]
 
-# A node is in the name of CPU slots only; with All this matches every device.
-DEVICE = f'{RUN}, device=~"$device", device=~"(cpu:)?($node)(:[0-9]+)?"'
+DEVICE = f'{RUN}, device=~"$device"'
+# The name of a GPU does not tell where it is.
+PLACED = f'* on (run, device) group_left (node) resilience_device_info{{{DEVICE}, node=~"$node"}}'
 REPEATED = ((None, "green"), (1, "yellow"), (2, "red"))
 
 
@@ -25,17 +26,19 @@ def build() -> dashboard.Dashboard:
 
 
 def _panels() -> list[object]:
-    out = f"max by (device) (resilience_quarantined{{{DEVICE}}})"
-    verdicts = f"sum by (device, verdict) (resilience_device_faults_total{{{DEVICE}}})"
-    share = f"sum by (verdict) (resilience_device_faults_total{{{DEVICE}}})"
-    history = f"sum by (device) (run_device:resilience_faults:total{{{DEVICE}}})"
+    out = f"resilience_quarantined{{{DEVICE}}} {PLACED}"
+    devices = f"max by (device) ({out})"
+    faults = f"resilience_device_faults_total{{{DEVICE}}} {PLACED}"
+    verdicts = f"sum by (node, device, verdict) ({faults})"
+    share = f"sum by (verdict) ({faults})"
+    history = f"sum by (node, device) (run_device:resilience_faults:total{{{DEVICE}}} {PLACED})"
     return [
         number(
-            "Devices", f"count({out})", unit="short", legend="devices", width=8,
+            "Devices", f"count({devices})", unit="short", legend="devices", width=8,
             says="Devices that runs offer or have cordoned"
         ),
         number(
-            "Out of use", f"count({out} == 1) or vector(0)", unit="short", legend="devices",
+            "Out of use", f"count({devices} == 1) or vector(0)", unit="short", legend="devices",
             limits=NONE_IS_GOOD, width=8,
             says="Devices to pull", alerts=["ResilienceDeviceQuarantined"],
         ),
@@ -45,7 +48,7 @@ def _panels() -> list[object]:
             says="Transient ones were gone on replay; persistent ones take a device out of use",
         ),
         rows(
-            "Out of use", f"max by (run, device) (resilience_quarantined{{{DEVICE}}}) == 1", limits=((None, "red"),),
+            "Out of use", f"max by (run, node, device) ({out}) == 1", limits=((None, "red"),),
             says="`resilience uncordon DEVICE` brings one back", alerts=["ResilienceDeviceQuarantined"],
         ),
         rows(
@@ -54,7 +57,7 @@ def _panels() -> list[object]:
             alerts=["ResilienceRepeatedFaultsOnDevice"],
         ),
         curves(
-            "History", [(history, "{{device}}")], unit="short", width=24,
+            "History", [(history, "{{node}} {{device}}")], unit="short", width=24,
             says="Settled faults of each device since its runs began", alerts=["ResilienceRepeatedFaultsOnDevice"],
         ),
         curves(

@@ -120,15 +120,14 @@ def _without(columns: Sequence[str]) -> models.DataTransformerConfig:
     return models.DataTransformerConfig(id_val="organize", options={"excludeByName": dict.fromkeys(columns, True)})
 
 
-def choice(name: str, label: str, query: str, says: str, *, regex: str = "") -> builders.QueryVariable:
+def choice(name: str, label: str, query: str, says: str) -> builders.QueryVariable:
     """A variable with several values, all of them at first."""
     variable = builders.QueryVariable(name).label(label).description(says).datasource(SOURCE).query(query)
     variable = (
         variable.multi(True).include_all(True).all_value(".*").refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
     )
     variable = variable.sort(models.VariableSort.ALPHABETICAL_ASC)
-    variable = variable.current(models.VariableOption(text="All", value="$__all"))
-    return variable.regex(regex) if regex else variable
+    return variable.current(models.VariableOption(text="All", value="$__all"))
 
 
 def page(uid: str, title: str, says: str) -> builders.Dashboard:
@@ -145,8 +144,7 @@ def page(uid: str, title: str, says: str) -> builders.Dashboard:
         choice(
             "node",
             "Node",
-            'label_values(resilience_quarantined{run=~"$run"}, device)',
-            "The node that a device names; GPUs are named by their UUID only and are found under All",
-            regex="/^cpu:(.+):[0-9]+$/",
+            'label_values(resilience_device_info{run=~"$run"}, node)',
+            "Nodes whose devices the runs offer or have cordoned",
         )
     )

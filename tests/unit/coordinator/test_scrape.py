@@ -121,6 +121,9 @@ def test_values(busy: FakeRun) -> None:
     assert value(found, "device_faults_total", device="device-1", verdict="transient") == 1
     assert value(found, "quarantined", device="device-1") == 1
     assert value(found, "quarantined", device="device-0") == 0
+    places = {labels for name, labels in found if name == f"{PREFIX}device_info"}
+    assert {dict(labels)["device"] for labels in places} == {"device-0", "device-1"}
+    assert all(dict(labels)["node"] for labels in places)
     assert value(found, "retry_budget_remaining") == 2
     assert value(found, "badput_seconds_total", cause="checkpoint_save") == 2.0
     assert value(found, "rpc_seconds_count", method="Decide") == 1
