@@ -37,6 +37,7 @@ def known(found: Inspection) -> Known:
     standing = {
         State.PUBLISHED: Standing.VERIFIED if found.good else Standing.BAD,
         State.DAMAGED: Standing.BAD,
+        State.DOUBTED: Standing.BAD,
         State.UNFINISHED: Standing.UNFINISHED,
         State.PLAIN: Standing.UNKNOWN,
     }[found.state]

@@ -19,7 +19,7 @@ class Standing(enum.StrEnum):
     VERIFIED = "verified"
     """Every file is as its manifest says."""
     BAD = "bad"
-    """It has a manifest that its files do not match, or a manifest that cannot be read."""
+    """Its files are not those of its manifest, its manifest cannot be read, or it may hold damage found later."""
     UNFINISHED = "unfinished"
     """A save began and never ended, or is running."""
     UNKNOWN = "unknown"

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 
+from resilience.checkpoint.doubt import DOUBT, read_doubt
 from resilience.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -53,7 +54,7 @@ __all__ = [
     "verify",
 ]
 
-_OWN = {MANIFEST, MARKER}
+_OWN = {MANIFEST, MARKER, DOUBT}
 _TEMPORARY = f"{FOLDER}/{TEMPORARY_PREFIX}"
 _OFFLOADED = "offloaded_tensors"  # where DeepSpeed copies what it keeps on NVMe
 _UNIVERSAL = "zero"  # where a universal checkpoint has its parameters, one folder for each
@@ -70,6 +71,8 @@ class State(enum.StrEnum):
     """A save began and never ended."""
     DAMAGED = "damaged"
     """Its manifest cannot be read."""
+    DOUBTED = "doubted"
+    """Damage was found after it was saved, and it may hold it."""
     PLAIN = "plain"
     """DeepSpeed's files without a manifest: saved without this package."""
 
@@ -90,7 +93,7 @@ class Candidate:
     latest: bool = True
     """Whether the script wanted `latest` to name it; True where it cannot be known."""
     reason: str = ""
-    """With `unfinished` and `damaged`: why it must not be loaded."""
+    """Why it must not be loaded; empty where it may be, as far as is known."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,14 +234,14 @@ def in_loading_order(found: list[Candidate], latest: str | None) -> list[Candida
     """The candidates for a load without a tag: what to try, best first.
 
     `latest` is honoured, so that a person can point it at an older checkpoint; what is newer is looked at before it
-    only if it was never finished or is damaged, so that it is named. Where `latest` fails or is missing, the others
+    only if it must not be loaded, so that it is named. Where `latest` fails or is missing, the others
     come, newest first, without those that the script never wanted to be `latest`.
     """
     named = next((candidate for candidate in found if candidate.tag == latest), None)
     others = [candidate for candidate in found if candidate is not named and candidate.latest]
     if named is None:
         return others
-    newer_and_bad = [c for c in others if c.at >= named.at and c.state in (State.UNFINISHED, State.DAMAGED)]
+    newer_and_bad = [c for c in others if c.at >= named.at and c.reason]
     return [*newer_and_bad, named, *(c for c in others if c not in newer_and_bad)]
 
 
@@ -261,9 +264,11 @@ def _candidate(tag_dir: Path, tag: str) -> Candidate | None:
         at = (tag_dir / MANIFEST).stat().st_mtime
         return Candidate(tag=tag, state=State.DAMAGED, at=at, reason=str(error))
     if manifest is not None:
+        reason = read_doubt(tag_dir, manifest)
         return Candidate(
             tag=tag,
-            state=State.PUBLISHED,
+            state=State.DOUBTED if reason else State.PUBLISHED,
+            reason=reason,
             at=manifest.created_at,
             step=manifest.step,
             generation=manifest.generation,
@@ -340,7 +345,7 @@ def _inspect(save_dir: Path, candidate: Candidate, is_latest: bool, read_files: 
     problems: tuple[Problem, ...] = ()
     if read_files and candidate.state is State.PLAIN:
         problems = check_plain(tag_dir, [name for name in sizes if is_loaded(name)])
-    elif read_files and candidate.state is State.PUBLISHED:
+    elif read_files and candidate.state in (State.PUBLISHED, State.DOUBTED):
         manifest = read_manifest(tag_dir)
         problems = verify(tag_dir, manifest, node=_node_seen(manifest, sizes, node)) if manifest is not None else ()
     details = [candidate.reason] if candidate.reason else []

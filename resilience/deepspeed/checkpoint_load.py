@@ -175,7 +175,7 @@ class Loader:
 
     def _refusal(self, tag_dir: Path, candidate: Candidate, full: bool) -> str | None:
         """Why a checkpoint must not be loaded, in the same words on all ranks; None if it may be."""
-        if candidate.state in (State.UNFINISHED, State.DAMAGED):
+        if candidate.reason:
             return candidate.reason
         plain = candidate.state is State.PLAIN
         mine = (self._check_plain(tag_dir, full), "") if plain else self._verify(tag_dir)

@@ -69,6 +69,8 @@ class Saver:
         agree(what, writing.failure, setting.device)
         manifest = self._manifest(tag, latest, self._hash(what, save_dir / tag, writing.paths))
         self._if_leading(what, lambda: publish(save_dir, manifest, since=setting.started_at))
+        if setting.share.leads:
+            setting.guard_state.saved.add(save_dir / tag, manifest.step)
         setting.report(
             CheckpointKind.PUBLISHED,
             str(save_dir.absolute()),

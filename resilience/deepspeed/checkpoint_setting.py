@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.clock import Clock
 from resilience.events import CheckpointFact, CheckpointKind
 
@@ -39,6 +40,10 @@ class GuardState(Protocol):
 
     loaded_step: int | None
     """Set here to the step of the checkpoint that was loaded."""
+
+    @property
+    def saved(self) -> SavedCheckpoints:
+        """Told here of each checkpoint that this rank's storage has got."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from resilience.abft.finding import Finding
+from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.errors import ResilienceError
 from resilience.events import Check, Detection, DetectionKind, Mode
@@ -130,6 +131,7 @@ class Guard:
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
+        self.saved = SavedCheckpoints(lambda text: reporter.note("checkpoint_doubted", text))
         self.snapshots: Snapshots = snapshots or NoSnapshots()
         self._trail = trail
         self._fast_forwarding = fast_forwarding

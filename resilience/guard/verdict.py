@@ -281,13 +281,21 @@ class Boundary:
         wrong = [each.state_clean_step for each in shares if each.state_clean_step is not None]
         if wrong and self._settings.config.mode is Mode.ENFORCE:
             self._rewinder.distrust(min(wrong))
+            self._guard.saved.distrust(min(wrong), found_at=self._guard.step)
         return shares
 
-    def _offers(self, inspection: Inspection, order: int) -> tuple[int | None, str]:
-        """The snapshot that all ranks could go back to, or why there is none. Collective."""
+    def _offers(self, inspection: Inspection, order: int) -> list[Offer]:
+        """What all ranks can go back to. Collective."""
         doubtful = (f for f in inspection.findings if f.clean_step is not None or f.site in ("weight", "optimizer"))
         own = self._rewinder.offer(clean_step_of(doubtful), self.clean_through, ordered=bool(order))
-        return choose([decode(Offer, content) for content in self._exchange.all_gather(encode(own))], order)
+        return [decode(Offer, content) for content in self._exchange.all_gather(encode(own))]
+
+    def _doubt_checkpoints(self, decision: Decision, evidence: Evidence, offers: list[Offer]) -> None:
+        """What was saved since the state changed is loaded no more, whatever becomes of the recovery."""
+        clean = min((offer.clean_step for offer in offers if offer.clean_step is not None), default=None)
+        since = {Action.REWIND: evidence.rewind_step, Action.RESTART: clean}.get(decision.action)
+        if since is not None and self._settings.config.mode is Mode.ENFORCE:
+            self._guard.saved.distrust(since, found_at=self._guard.step)
 
     def _evidence(
         self,
@@ -331,8 +339,10 @@ class Boundary:
         pending: Decision | None = None
         while True:
             shares = self._gather(inspection, bit_equal)
-            evidence = self._evidence(shares, attempt, previous, self._offers(inspection, order))
+            offers = self._offers(inspection, order)
+            evidence = self._evidence(shares, attempt, previous, choose(offers, order))
             decision = self._decide(evidence)
+            self._doubt_checkpoints(decision, evidence, offers)
             unmended = tuple(detection for detection in evidence.detections if is_unmended(detection))
             if pending is not None:
                 self._conclude(pending, Outcome.FAILED if unmended else Outcome.SUCCEEDED)

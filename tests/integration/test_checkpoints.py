@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from resilience.checkpoint.doubt import doubt
 from resilience.checkpoint.verify import inspect
 from resilience.context import NODE_VARIABLE
 from tests.integration.harness import free_port, wait_for
@@ -150,11 +151,14 @@ class Chosen:
 def chosen(tmp_path_factory: pytest.TempPathFactory, two_saved: Path, plain_saved: Path) -> Iterator[Chosen]:
     """Many loads in one job: starting ranks is what takes the time."""
     root = tmp_path_factory.mktemp("chosen")
-    places = {name: root / name for name in ("corrupt", "no_latest", "all_bad", "by_tag", "stray", "torn", "named")}
+    places = {
+        name: root / name for name in ("corrupt", "no_latest", "all_bad", "by_tag", "stray", "torn", "named", "doubted")
+    }
     for place in places.values():
         shutil.copytree(two_saved, place)
     flip(places["corrupt"] / "global_step4" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
     (places["no_latest"] / "latest").unlink()
+    doubt(places["doubted"] / "global_step4", "damage to the state was found in step 6")
     flip(places["all_bad"] / "global_step2" / MODEL)
     (places["all_bad"] / "global_step4" / MODEL).unlink()
     flip(places["by_tag"] / "global_step4" / "resilience" / "random-rank-00001.json")
@@ -187,6 +191,11 @@ def test_a_flipped_bit_in_the_newest_falls_back_and_is_told(chosen: Chosen) -> N
     assert "another checksum" in chosen.loads["corrupt"]["facts"][0]["reason"]
     assert "corrupt: checkpoint global_step4 refused: bf16_zero_pp_rank_1" in chosen.log
     assert "corrupt: falls back to checkpoint global_step2" in chosen.log
+
+
+def test_what_may_hold_damage_that_was_found_later_is_not_loaded(chosen: Chosen) -> None:
+    assert chosen.facts("doubted") == [("refused", "global_step4"), ("loaded", "global_step2")]
+    assert chosen.loads["doubted"]["facts"][0]["reason"] == "damage to the state was found in step 6"
 
 
 def test_a_missing_latest_is_no_obstacle(chosen: Chosen) -> None:

@@ -162,11 +162,12 @@ loss_spike_factor = 4.0
 interval_steps = 1
 verify_steps = 4
 """
-TWENTY_STEPS = ["--steps", "20", "--save-every", "20"]
+TWENTY_STEPS = ["--steps", "20", "--save-every", "8"]
 
 
 def test_a_rank_that_is_killed_in_a_rewind_leaves_no_damaged_snapshot_to_the_restart(tmp_path: Path) -> None:
-    """Snapshots of the damaged state are whole on both ranks: only that a rewind was under way tells against them."""
+    """Snapshots of the damaged state are whole on both ranks: only that a rewind was under way tells against them. And
+    the script had saved a checkpoint of it."""
     script = SCRIPTS / "train_killed.py"
     with launched(tmp_path / "faulty", resilience=UNSEEN, script_args=TWENTY_STEPS, script=script) as run:
         assert run.wait() == 0, run.output()[-4000:]
@@ -182,5 +183,9 @@ def test_a_rank_that_is_killed_in_a_rewind_leaves_no_damaged_snapshot_to_the_res
     target = int(re.findall(r"snapshot of step (\d+) is loaded", rewind["reason"])[0])
     assert 0 < target < 15
     assert f"begins from the memory snapshot of step {target}" in restart["reason"]
+    assert target < 16, "the checkpoint of step 16 was saved before the damage was found"
+    refused = [(c["tag"], c["reason"]) for c in report["checkpoints"] if c["kind"] == "refused"]
+    assert [tag for tag, _ in refused] == ["global_step16"]
+    assert f"step {target} is the newest that is known to be clean" in refused[0][1]
     assert report["num_generations"] == 2
     assert digest(tmp_path / "faulty") == digest(tmp_path / "clean")

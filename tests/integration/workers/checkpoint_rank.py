@@ -21,6 +21,7 @@ import numpy
 import torch
 from ending import leave
 
+from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.clock import SystemClock
 from resilience.config import CheckpointConfig, Config
 from resilience.context import RunContext
@@ -33,6 +34,7 @@ class GuardState:
     generation: int
     last_verified_step: int = 0
     loaded_step: int | None = None
+    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(print))
 
 
 class Clock(SystemClock):

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from ending import leave
 
+from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.config import CheckpointConfig, Config
 from resilience.context import RunContext
 from resilience.deepspeed import checkpoint, universal_load
@@ -31,6 +32,7 @@ class GuardState:
     generation: int = 1
     last_verified_step: int = 0
     loaded_step: int | None = None
+    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(print))
 
 
 class Recorder:
