@@ -177,7 +177,7 @@ class Flusher:
             except _Stopped:
                 pass
             except FileNotFoundError:
-                pass  # another node has given it up, or was first
+                pass  # the leader has given it up, or published it
             except (OSError, ResilienceError) as error:
                 self._complain(error)
             finally:
@@ -268,7 +268,10 @@ class Flusher:
                     self._stop.wait(max(0.0, early_s))
 
     def _publish(self, staging: Path, ranks: _Ranks) -> None:
-        """If all parts are there, and nobody else has done it, make the checkpoint visible."""
+        """If all parts are there make the checkpoint visible. The leader alone does: of two that did it at a time, one
+        would put its files in the place of those that the other has just published."""
+        if not ranks.leads:
+            return
         match = _STAGING.match(staging.name)
         assert match is not None
         words = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(staging.glob("*.json"))]
@@ -314,7 +317,7 @@ class Flusher:
         )
 
     def _put(self, files: Path, tag: str, ranks: _Ranks) -> bool:
-        """Give the files their place, as an unfinished checkpoint; False where another node has done so.
+        """Give the files their place, as an unfinished checkpoint; False where they are gone.
 
         Raises:
             FencedError: a newer generation's checkpoint lies there.

@@ -196,11 +196,12 @@ def test_one_that_was_killed_on_the_way_is_seen_to_be_unfinished(
 
     nodes[0].flusher._bytes_per_s = None
     nodes[0].flusher._due_at = 0.0
-    nodes[0].flusher._once()
+    for node in nodes:
+        node.flusher._once()
     with monkeypatch.context() as patch:
         patch.setattr("resilience.snapshot.flush.publish", killed)
         with pytest.raises(Killed):
-            nodes[1].flusher._once()
+            nodes[0].flusher._once()
     (found,) = inspect(tmp_path / "snapshots", read_files=True)
     assert (found.tag, found.state, found.good) == ("global_step3", State.UNFINISHED, False)
     flush_all(nodes)
