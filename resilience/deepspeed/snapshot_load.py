@@ -21,6 +21,7 @@ from resilience.checkpoint.exchange import gather
 from resilience.deepspeed import powers
 from resilience.deepspeed.snapshot_take import compare, num_hashing_threads
 from resilience.errors import ResilienceError, SnapshotError
+from resilience.kernels.copying import copy_past_caches
 from resilience.snapshot.hashing import verify_files
 from resilience.snapshot.manifest import STATE, Manifest, Part, parse_manifest
 from resilience.snapshot.mapped import Mapped
@@ -222,7 +223,15 @@ def _bring_home(engine: Any, before: _Moments, reader: _MappedReader) -> None:
             if home is None or (home.shape, home.dtype, home.device) != (value.shape, value.dtype, value.device):
                 states[parameter][name] = value.clone()
             else:
-                states[parameter][name] = home.copy_(value)
+                states[parameter][name] = _copied(home, value)
+
+
+def _copied(home: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`home`, now with what `value` holds; both lie on the CPU."""
+    if not (home.is_contiguous() and value.is_contiguous() and home.numel()):
+        return home.copy_(value)
+    copy_past_caches(home.detach().view(-1).view(torch.uint8).numpy(), value.view(-1).view(torch.uint8).numpy())
+    return home
 
 
 @contextlib.contextmanager
