@@ -38,7 +38,8 @@ def measure(directory: Path, model: str, repeats: int) -> Result:
     num_steps = _FIRST + _EVERY * repeats
     strikes = (_strike(_FIRST + _EVERY * number, _PARAMETERS[model]) for number in range(repeats))
     (directory / "faults.toml").write_text("".join(strikes))
-    config = {"detection": {"at_rest_share": 1.0}, "snapshot": {"interval_steps": 1}}
+    config: dict[str, Any] = {"detection": {"at_rest_share": 1.0}, "snapshot": {"interval_steps": 1}}
+    config["policy"] = {"max_rewinds": repeats + 1}
     (directory / "resilience.json").write_text(json.dumps(config))
     (directory / "ds_config.json").write_text(json.dumps(DEEPSPEED))
     words = ["--resilience", "--resilience-dir", str(directory / "run")]
