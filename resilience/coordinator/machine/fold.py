@@ -90,7 +90,8 @@ def _inventory_told(state: State, fact: f.InventoryTold, at: float) -> list[Effe
 def _generation_began(state: State, fact: f.GenerationBegan, at: float) -> list[Effect]:
     assert fact.generation == state.generation + 1, "generations only grow, one at a time"
     state.generation, state.generation_ended, state.order = fact.generation, False, None
-    state.seats = {seat.rank: RankSeat(seat) for seat in fact.seats}
+    begun_after = fact.restore.step if fact.restore is not None and fact.restore.is_snapshot else 0
+    state.seats = {seat.rank: RankSeat(seat, step=begun_after) for seat in fact.seats}
     record = GenerationRecord(fact.generation, at, len(fact.seats), fact.reason, restore=fact.restore)
     record.places = places_of(fact.seats)
     state.generations.append(record)
@@ -148,6 +149,8 @@ def _account_checkpoints(state: State, points: tuple[CheckpointFact, ...]) -> No
         saved = point.kind is CheckpointKind.PUBLISHED
         if point.kind is CheckpointKind.LOADED:
             state.loaded_checkpoints.append(point)
+            for seat in state.seats.values():
+                seat.step = max(seat.step, point.step)
         _add(state.telemetry.badput_s, "checkpoint_save" if saved else "checkpoint_load", point.seconds)
         if not saved and state.generations[-1].first_step_at is None:
             state.generations[-1].loading_s += point.seconds

@@ -27,6 +27,8 @@ _MEASURED_BY_RANKS = frozenset({"replay", "rewind", "check", "snapshot"})
 """Causes of badput that ranks report. The coordinator knows the others by itself, from first steps and checkpoints, and
 causes are labels of a metric, so no rank may invent one."""
 
+_ON_THE_WAY = frozenset({"starting", "fast_forwarding"})
+"""States of a rank that is not yet where it goes on: its step is not the run's."""
 
 _MAX_SNAPSHOTS = 64
 _PHASES = {SnapshotKind.PROTECTED: "protect", SnapshotKind.LOADED: "load", SnapshotKind.FLUSHED: "flush"}
@@ -136,7 +138,11 @@ def sample_interval_s(num_ranks: int) -> float:
 
 def sample(state: State, pulse: Pulse, now: float) -> Sampled | None:
     """What has changed since the last sample, or None; the sums in `pulse` begin again."""
-    steps = tuple((rank, b.step) for rank, b in sorted(pulse.beats.items()) if b.step != state.seats[rank].step)
+    steps = tuple(
+        (rank, beat.step)
+        for rank, beat in sorted(pulse.beats.items())
+        if beat.step != state.seats[rank].step and beat.state not in _ON_THE_WAY
+    )
     states = tuple((rank, b.state) for rank, b in sorted(pulse.beats.items()) if b.state != state.seats[rank].state)
     verified = min((beat.last_verified_step for beat in pulse.beats.values()), default=0)
     known = state.telemetry.rank_checks

@@ -290,10 +290,12 @@ class State:
     telemetry: Telemetry = dataclasses.field(default_factory=Telemetry)
     story: list[StoryLine] = dataclasses.field(default_factory=list)
     num_lines: int = 0
+    told: set[str] = dataclasses.field(default_factory=set)
+    """Detections that have their line."""
 
     @property
     def newest_step(self) -> int:
-        """Newest step that all ranks of the generation have taken, as far as it was sampled."""
+        """Newest step that all ranks of the generation have taken or resume after, as far as it was sampled."""
         return min((seat.step for seat in self.seats.values()), default=0)
 
     @property

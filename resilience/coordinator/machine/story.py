@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from resilience.coordinator.machine import facts as f
@@ -102,8 +102,7 @@ def _reported(state: State, fact: f.Reported, at: float) -> None:
             step=strike.step,
             about={"rank": strike.rank},
         )
-    for detection in fact.detections:
-        state.tell(at, "detection", detection_line(detection), step=detection.step, about=_whereabouts(detection))
+    _tell_detections(state, fact.detections, at)
     for point in fact.checkpoints:
         text = f"checkpoint {point.tag} in {point.directory} {point.kind}" + (
             f": {point.reason}" if point.reason else ""
@@ -116,7 +115,17 @@ def _reported(state: State, fact: f.Reported, at: float) -> None:
         state.tell(at, "note", f"{note.kind}: {note.message}", step=note.step)
 
 
+def _tell_detections(state: State, detections: Iterable[Detection], at: float) -> None:
+    """A rank tells of one in its evidence, in its next report, or in both."""
+    for detection in detections:
+        if detection.detection_id not in state.told:
+            state.told.add(detection.detection_id)
+            state.tell(at, "detection", detection_line(detection), step=detection.step, about=_whereabouts(detection))
+
+
 def _decision_made(state: State, fact: f.DecisionMade, at: float) -> None:
+    if fact.evidence is not None:
+        _tell_detections(state, fact.evidence.detections, at)
     state.tell(at, "decision", _decision_line(fact.decision), step=fact.decision.step, about=_about(fact.decision))
 
 

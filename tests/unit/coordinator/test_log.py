@@ -36,7 +36,7 @@ def test_each_event_is_one_line_of_json_that_names_what_it_speaks_of() -> None:
     for line in lines:
         for named in re.findall(r"g\d+-(?:s\d+-a\d+|exit)", line["message"]):
             assert line["decision_id"] == named, line
-    (alarm,) = (line for line in lines if line["event"] == "detection")
+    alarm, _ = (line for line in lines if line["event"] == "detection")
     assert (alarm["level"], alarm["rank"], alarm["step"], alarm["generation"]) == ("warning", 1, 2, 1)
     assert alarm["detection_id"] in alarm["message"]
     (exit_,) = (line for line in lines if line["event"] == "exit")
@@ -55,7 +55,7 @@ def test_for_people_a_line_begins_with_when_and_ends_with_what() -> None:
     run.hurt_and_restarted()
     lines = out.getvalue().splitlines()
     assert len(lines) == run.state.num_lines
-    (alarm,) = (line for line in lines if " detection: " in line)
+    alarm, _ = (line for line in lines if " detection: " in line)
     assert re.match(
         r"^1970-01-12T13:46:41\.000Z WARNING detection: \S+: mismatch in .* \| run=run generation=1 step=2 ", alarm
     )

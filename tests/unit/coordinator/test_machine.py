@@ -119,6 +119,39 @@ def test_increments_of_a_report_that_is_sent_again_count_once(run: FakeRun) -> N
     assert telemetry.badput_s == {"replay": 2.0}, "half of what one of two ranks waited; no other cause"
 
 
+def test_a_detection_that_comes_first_with_a_question_has_its_line_and_only_one(run: FakeRun) -> None:
+    alarm = detection(step=1)
+    run.ask(evidence(alarm, step=1))
+    run.report("rank:0", detections=(alarm,))
+    lines = [line for line in run.state.story if line.kind in ("detection", "decision")]
+    assert [line.kind for line in lines] == ["detection", "decision"]
+    assert lines[0].about["detection_id"] == alarm.detection_id
+
+
+def test_while_a_run_resumes_its_step_is_the_one_that_it_resumes_after(run: FakeRun) -> None:
+    run.train(until=6)
+    run.holds("a", step=4)
+    run.restart(from_step=4, exits=[run.exit_of(1, -9)])
+    for state, step in (("starting", 0), ("fast_forwarding", 2), ("training", 4)):
+        run.beat(step=step, state=state)
+        run.pass_time(1.25)
+        assert (run.state.newest_step, queries.newest_step(run.machine)) == (4, 4), state
+    run.beat(step=5)
+    run.pass_time(1.25)
+    assert run.state.newest_step == 5
+
+
+def test_while_a_run_resumes_from_a_checkpoint_its_step_is_that_of_the_checkpoint(run: FakeRun) -> None:
+    run.train(until=6)
+    run.restart(from_step=4, exits=[run.exit_of(1, -9)])
+    assert run.state.newest_step == 0, "no script has said yet where it begins"
+    point = CheckpointFact(
+        kind=CheckpointKind.LOADED, directory="d", tag="t", step=4, generation=1, last_verified_step=4, at=3.0
+    )
+    run.report("rank:0", checkpoints=(point,))
+    assert run.state.newest_step == 4
+
+
 def test_checks_add_up_over_generations(run: FakeRun) -> None:
     run.report("rank:0", heartbeat=c.Heartbeat(step=1, checks=(("linear.out", 7),)))
     run.pass_time(1.25)
