@@ -74,6 +74,7 @@ class CheckpointKind(enum.StrEnum):
     PUBLISHED = "published"
     LOADED = "loaded"
     REFUSED = "refused"
+    DOUBTED = "doubted"
 
 
 class SnapshotKind(enum.StrEnum):
@@ -289,7 +290,7 @@ class Strike:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFact:
-    """A checkpoint was published, loaded, or refused because it cannot be trusted."""
+    """A checkpoint was published, loaded, refused because it cannot be trusted, or doubted after it was published."""
 
     kind: CheckpointKind
     directory: str
@@ -302,7 +303,7 @@ class CheckpointFact:
     last_verified_step: int
     """Newest verified-clean step when it was written."""
     reason: str = ""
-    """With `refused`: what is wrong with it, in words."""
+    """With `refused` and `doubted`: what is wrong with it, in words."""
     seconds: float = 0.0
     """How long saving and hashing, or verifying and loading, took."""
     at: float = 0.0

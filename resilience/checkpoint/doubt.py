@@ -6,6 +6,7 @@ knows better takes the file away. Never here: what is damaged, and since when.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from resilience.checkpoint.manifest import Manifest, fingerprint
 from resilience.checkpoint.publish import FOLDER, read_manifest, write_atomically
 from resilience.errors import CheckpointError
 
-__all__ = ["DOUBT", "SavedCheckpoints", "doubt", "read_doubt"]
+__all__ = ["DOUBT", "Saved", "SavedCheckpoints", "doubt", "read_doubt"]
 
 DOUBT = f"{FOLDER}/doubt.json"
 
@@ -43,20 +44,34 @@ def read_doubt(tag_dir: Path, manifest: Manifest) -> str:
         return f"{DOUBT} cannot be read ({error}); somebody had reason to write it"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was published."""
+
+    directory: Path
+    """The script's save_dir."""
+    tag: str
+    step: int
+
+    @property
+    def tag_dir(self) -> Path:
+        return self.directory / self.tag
+
+
 class SavedCheckpoints:
     """What this process has published on its storage.
 
     Args:
-        tell: gets a line about each that is doubted, or that could not be marked.
+        tell: gets each that is doubted, with a line about it; also if it could not be marked.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[Saved, str], None]) -> None:
         self._tell = tell
-        self._saved: dict[Path, int] = {}
+        self._saved: dict[Path, Saved] = {}
 
-    def add(self, tag_dir: Path, step: int) -> None:
-        """A checkpoint of the state after `step` is published."""
-        self._saved[tag_dir] = step
+    def add(self, saved: Saved) -> None:
+        """A checkpoint of the state after its step is published."""
+        self._saved[saved.tag_dir] = saved
 
     def distrust(self, clean_step: int, *, found_at: int) -> None:
         """The state has changed after `clean_step`: doubt all that was saved later.
@@ -66,14 +81,14 @@ class SavedCheckpoints:
                 nothing is doubted, for it may all be good.
             found_at: step in which that was found.
         """
-        for tag_dir, step in [each for each in self._saved.items() if 0 <= clean_step < each[1]]:
+        for tag_dir, saved in [each for each in self._saved.items() if 0 <= clean_step < each[1].step]:
             del self._saved[tag_dir]
             reason = (
-                f"saved after step {step}; damage to the state was found in step {found_at}, and step {clean_step} is"
-                " the newest that is known to be clean"
+                f"saved after step {saved.step}; damage to the state was found in step {found_at},"
+                f" and step {clean_step} is the newest that is known to be clean"
             )
             try:
                 doubt(tag_dir, reason)
-                self._tell(f"checkpoint {tag_dir} is loaded no more: {reason}")
+                self._tell(saved, f"checkpoint {tag_dir} is loaded no more: {reason}")
             except (OSError, CheckpointError) as error:
-                self._tell(f"checkpoint {tag_dir} may hold damage ({reason}) and cannot be marked: {error}")
+                self._tell(saved, f"checkpoint {tag_dir} may hold damage ({reason}) and cannot be marked: {error}")

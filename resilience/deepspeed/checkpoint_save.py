@@ -18,6 +18,7 @@ from typing import Any
 from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
 from resilience.checkpoint import randomness
+from resilience.checkpoint.doubt import Saved
 from resilience.checkpoint.exchange import agree, attempt, broadcast, gather
 from resilience.checkpoint.manifest import FileEntry, Manifest, assign
 from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish, random_states_file
@@ -70,7 +71,7 @@ class Saver:
         manifest = self._manifest(tag, latest, self._hash(what, save_dir / tag, writing.paths))
         self._if_leading(what, lambda: publish(save_dir, manifest, since=setting.started_at))
         if setting.share.leads:
-            setting.guard_state.saved.add(save_dir / tag, manifest.step)
+            setting.guard_state.saved.add(Saved(save_dir.absolute(), tag, manifest.step))
         setting.report(
             CheckpointKind.PUBLISHED,
             str(save_dir.absolute()),

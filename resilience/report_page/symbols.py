@@ -44,6 +44,7 @@ _SIGNS = {
     "no effect": ("bolt", "muted"),
     "published": ("square", "green"),
     "loaded": ("up", "blue"),
+    "doubted": ("cross", "orange"),
     "refused": ("cross", "red"),
     # what ended a generation
     "failure": ("octagon", "red"),

@@ -38,6 +38,7 @@ _MEANINGS = {
     "stop": "run stopped",
     "published": "checkpoint written",
     "loaded": "state loaded",
+    "doubted": "checkpoint doubted",
     "refused": "state refused",
 }
 

@@ -146,6 +146,8 @@ def _reported(state: State, fact: f.Reported, at: float) -> list[Effect]:
 def _account_checkpoints(state: State, points: tuple[CheckpointFact, ...]) -> None:
     """All ranks save and load together, so rank 0 stands for the run."""
     for point in points:
+        if point.kind is CheckpointKind.DOUBTED:
+            continue
         saved = point.kind is CheckpointKind.PUBLISHED
         if point.kind is CheckpointKind.LOADED:
             state.loaded_checkpoints.append(point)

@@ -300,7 +300,14 @@ class State:
 
     @property
     def newest_checkpoint_step(self) -> int:
-        return max((c.step for c in self.checkpoints if c.kind is CheckpointKind.PUBLISHED), default=0)
+        """Step of the newest checkpoint that was published, and has not been refused or doubted since."""
+        trusted: dict[tuple[str, str], int] = {}
+        for point in self.checkpoints:
+            if point.kind is CheckpointKind.PUBLISHED:
+                trusted[point.directory, point.tag] = point.step
+            elif point.kind is not CheckpointKind.LOADED:
+                trusted.pop((point.directory, point.tag), None)
+        return max(trusted.values(), default=0)
 
     @property
     def num_nodes(self) -> int:

@@ -502,10 +502,12 @@ class CheckpointFact(_message.Message):
         PUBLISHED: _ClassVar[CheckpointFact.Kind]
         LOADED: _ClassVar[CheckpointFact.Kind]
         REFUSED: _ClassVar[CheckpointFact.Kind]
+        DOUBTED: _ClassVar[CheckpointFact.Kind]
     KIND_UNSPECIFIED: CheckpointFact.Kind
     PUBLISHED: CheckpointFact.Kind
     LOADED: CheckpointFact.Kind
     REFUSED: CheckpointFact.Kind
+    DOUBTED: CheckpointFact.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     TAG_FIELD_NUMBER: _ClassVar[int]

@@ -34,7 +34,7 @@ class GuardState:
     generation: int
     last_verified_step: int = 0
     loaded_step: int | None = None
-    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(print))
+    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(lambda _, text: print(text)))
 
 
 class Clock(SystemClock):

@@ -32,7 +32,7 @@ class GuardState:
     generation: int = 1
     last_verified_step: int = 0
     loaded_step: int | None = None
-    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(print))
+    saved: SavedCheckpoints = dataclasses.field(default_factory=lambda: SavedCheckpoints(lambda _, text: print(text)))
 
 
 class Recorder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resilience.checkpoint.doubt import DOUBT, SavedCheckpoints, doubt
+from resilience.checkpoint.doubt import DOUBT, Saved, SavedCheckpoints, doubt
 from resilience.checkpoint.publish import MANIFEST, read_manifest
 from resilience.checkpoint.verify import State, candidates, in_loading_order, inspect, locate, verify
 
@@ -17,15 +17,21 @@ def states(save_dir: Path) -> dict[str, State]:
     return {candidate.tag: candidate.state for candidate in candidates(save_dir)}
 
 
+def published(save: Save, step: int) -> Saved:
+    tag_dir = save(f"s{step}", step=step)
+    return Saved(tag_dir.parent, tag_dir.name, step)
+
+
 def test_damage_casts_doubt_on_what_was_saved_after_the_newest_clean_step(save: Save, tmp_path: Path) -> None:
-    told: list[str] = []
-    saved = SavedCheckpoints(told.append)
+    told: list[tuple[Saved, str]] = []
+    saved = SavedCheckpoints(lambda saved, text: told.append((saved, text)))
     for step in (2, 4, 6):
-        saved.add(save(f"s{step}", step=step), step)
+        saved.add(published(save, step))
     saved.distrust(4, found_at=9)
     assert states(tmp_path / "ck") == {"s2": State.PUBLISHED, "s4": State.PUBLISHED, "s6": State.DOUBTED}
     assert len(told) == 1
-    assert "saved after step 6; damage to the state was found in step 9, and step 4 is the newest" in told[0]
+    assert "saved after step 6; damage to the state was found in step 9, and step 4 is the newest" in told[0][1]
+    assert told[0][0].step == 6
     order = in_loading_order(candidates(tmp_path / "ck"), "s6")
     assert next(candidate.tag for candidate in order if not candidate.reason) == "s4"
     assert locate(tmp_path / "ck").name == "s4"
@@ -34,8 +40,8 @@ def test_damage_casts_doubt_on_what_was_saved_after_the_newest_clean_step(save: 
 
 
 def test_where_nobody_knows_since_when_the_state_is_wrong_nothing_is_doubted(save: Save, tmp_path: Path) -> None:
-    saved = SavedCheckpoints(lambda text: pytest.fail(text))
-    saved.add(save("s2", step=2), 2)
+    saved = SavedCheckpoints(lambda _, text: pytest.fail(text))
+    saved.add(published(save, 2))
     saved.distrust(-1, found_at=3)
     assert states(tmp_path / "ck") == {"s2": State.PUBLISHED}
 
@@ -76,13 +82,13 @@ def test_a_word_that_cannot_be_read_is_a_doubt_and_no_manifest_is_none(save: Sav
 
 
 def test_a_mark_that_cannot_be_written_is_told(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    saved = SavedCheckpoints(told.append)
-    saved.add(save("s2", step=2), 2)
+    told: list[tuple[Saved, str]] = []
+    saved = SavedCheckpoints(lambda saved, text: told.append((saved, text)))
+    saved.add(published(save, 2))
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("resilience.checkpoint.doubt.write_atomically", full)
     saved.distrust(1, found_at=3)
-    assert "cannot be marked" in told[0]
+    assert "cannot be marked" in told[0][1]

@@ -55,6 +55,11 @@ def corrected(rank: int, number: int, **changes: object) -> Decision:
     return dataclasses.replace(known, **changes)  # type: ignore[arg-type]
 
 
+def checkpoint(kind: CheckpointKind, step: int, **fields: object) -> CheckpointFact:
+    known = {"directory": "d", "tag": f"s{step}", "generation": 1, "last_verified_step": step, "at": 3.0, **fields}
+    return CheckpointFact(kind=kind, step=step, **known)  # type: ignore[arg-type]  # a test's own fields
+
+
 def test_the_first_answer_to_an_attempt_stays(run: FakeRun) -> None:
     first = run.ask(evidence(detection(step=1), step=1))
     again = run.ask(evidence(step=1))
@@ -145,11 +150,19 @@ def test_while_a_run_resumes_from_a_checkpoint_its_step_is_that_of_the_checkpoin
     run.train(until=6)
     run.restart(from_step=4, exits=[run.exit_of(1, -9)])
     assert run.state.newest_step == 0, "no script has said yet where it begins"
-    point = CheckpointFact(
-        kind=CheckpointKind.LOADED, directory="d", tag="t", step=4, generation=1, last_verified_step=4, at=3.0
-    )
-    run.report("rank:0", checkpoints=(point,))
+    run.report("rank:0", checkpoints=(checkpoint(CheckpointKind.LOADED, 4),))
     assert run.state.newest_step == 4
+
+
+@pytest.mark.parametrize("kind", [CheckpointKind.DOUBTED, CheckpointKind.REFUSED])
+def test_a_checkpoint_that_is_not_trusted_any_more_is_none_to_go_on_from(run: FakeRun, kind: CheckpointKind) -> None:
+    run.report("rank:0", checkpoints=(checkpoint(CheckpointKind.PUBLISHED, 2), checkpoint(CheckpointKind.PUBLISHED, 4)))
+    assert run.state.newest_checkpoint_step == 4
+    run.report("rank:0", checkpoints=(checkpoint(kind, 4, reason="damaged"),))
+    assert run.state.newest_checkpoint_step == 2
+    assert run.state.story[-1].text == f"checkpoint s4 in d {kind}: damaged"
+    run.report("rank:0", checkpoints=(checkpoint(CheckpointKind.PUBLISHED, 4, at=5.0),))
+    assert run.state.newest_checkpoint_step == 4, "saved once more"
 
 
 def test_checks_add_up_over_generations(run: FakeRun) -> None:

@@ -51,7 +51,7 @@ def busy() -> FakeRun:
     run.train(until=4)
     points = [
         CheckpointFact(
-            kind=kind, directory="d", tag="t", step=4, generation=1, last_verified_step=4, seconds=2.0, at=at
+            kind=kind, directory="d", tag=f"t{at}", step=4, generation=1, last_verified_step=4, seconds=2.0, at=at
         )
         for at, kind in enumerate((CheckpointKind.PUBLISHED, CheckpointKind.REFUSED), start=1)
     ]
