@@ -52,6 +52,9 @@ class Recovery:
     """One measured recovery, in seconds since the kill, or since the launch."""
 
     first_step_s: float
+    """Until the first new step is taken …"""
+    begun_s: float
+    """… and until it begins; how long it then takes is the script's affair."""
     lost_steps: int
     source: str
     phases: dict[str, float]
@@ -181,7 +184,12 @@ def _recovery(launch: Launch, seen: set[int], killed_at: float) -> Recovery:
     resumed, source, marks = launch.wait_for(is_back, "the first step after a kill")
     first = next(mark for mark in marks if mark.what == "step" and mark.step > resumed)
     phases = {mark.what: mark.at - killed_at for mark in marks if mark.what != "step"}
-    return Recovery(first.at - killed_at, last_step - resumed, source, phases)
+    return Recovery(first.at - killed_at, _begun(marks, first) - killed_at, last_step - resumed, source, phases)
+
+
+def _begun(marks: list[Mark], first: Mark) -> float:
+    """A step begins where what the script said before it was done."""
+    return max(mark.at for mark in marks if mark.at < first.at)
 
 
 def _resumed_step(source: str) -> int:
@@ -200,8 +208,10 @@ def measure_stock(directory: Path, script_words: list[str], *, repeats: int) -> 
         with launched(directory, [], script_words) as launch:
             launch.wait_for(lambda launch=launch: _steps(launch), "the first step")
             first = _steps(launch)[0]
-            phases = {m.what: m.at - launch.started_at for m in launch.marks() if m.what != "step" and m.rank == 0}
-            recoveries.append(Recovery(first.at - launch.started_at, 0, "its own checkpoint", phases))
+            mine = [mark for mark in launch.marks() if mark.rank == 0]
+            phases = {mark.what: mark.at - launch.started_at for mark in mine if mark.what != "step"}
+            begun_s = _begun(mine, first) - launch.started_at
+            recoveries.append(Recovery(first.at - launch.started_at, begun_s, 0, "its own checkpoint", phases))
     return recoveries
 
 
@@ -211,21 +221,25 @@ def _steps(launch: Launch) -> list[Mark]:
 
 def summary(recoveries: list[Recovery]) -> dict[str, Any]:
     """Median and spread."""
-    times = sorted(recovery.first_step_s for recovery in recoveries)
     names = recoveries[0].phases
     return {
-        "first_step_s": {"median": statistics.median(times), "min": times[0], "max": times[-1], "count": len(times)},
+        "first_step_s": _spread([recovery.first_step_s for recovery in recoveries]),
+        "begun_s": _spread([recovery.begun_s for recovery in recoveries]),
         "lost_steps": [recovery.lost_steps for recovery in recoveries],
         "sources": sorted({re.sub(r"\d+", "N", recovery.source) for recovery in recoveries}),
         "phases_s": {name: statistics.median(r.phases[name] for r in recoveries if name in r.phases) for name in names},
     }
 
 
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
+
+
 def show(model: str, kind: str, result: dict[str, Any]) -> None:
-    times, lost = result["first_step_s"], result["lost_steps"]
+    times, begun, lost = result["first_step_s"], result["begun_s"], result["lost_steps"]
     phases = ", ".join(f"{name} {value:.2f}" for name, value in result["phases_s"].items())
     spread = f"({times['min']:.2f} to {times['max']:.2f}, n = {times['count']})"
-    print(f"{model:5} {kind:16} {times['median']:6.2f} s  {spread}")
+    print(f"{model:5} {kind:16} {times['median']:6.2f} s  {spread}, the step begins at {begun['median']:.2f} s")
     print(f"      lost steps: {statistics.median(lost):g}; from {'; '.join(result['sources'])}; {phases}", flush=True)
 
 
@@ -235,6 +249,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--kinds", nargs="+", choices=("warm", "cold", "stock"), default=["warm", "cold", "stock"])
     parser.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints (default: 10)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a rank in a step (default: 4)")
     parser.add_argument("--json", type=Path, help="write the results there")
     arguments = parser.parse_args(words)
     results: dict[str, dict[str, Any]] = {}
@@ -255,7 +270,7 @@ def _compare(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="bench-recovery-") as temporary:
             directory = Path(temporary) / kind
             config = Path(temporary) / "ds_config.json"
-            config.write_text(json.dumps(DEEPSPEED))
+            config.write_text(json.dumps({**DEEPSPEED, "train_micro_batch_size_per_gpu": arguments.micro_batch}))
             script_words = ["--deepspeed_config", str(config), "--model", model, "--steps", "1000000"]
             script_words += ["--save_every", str(arguments.save_every), "--save_dir", str(directory / "checkpoints")]
             if kind == "stock":
@@ -269,7 +284,6 @@ def _compare(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 DEEPSPEED = {
-    "train_micro_batch_size_per_gpu": 4,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2},
