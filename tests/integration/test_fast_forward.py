@@ -84,6 +84,7 @@ def test_a_script_whose_data_come_in_another_order_begins_from_its_checkpoint_wi
     assert "done at step 60" in struck.output()
 
 
+@pytest.mark.long
 def test_a_script_that_needs_large_outputs_begins_from_its_checkpoint_with_the_reason(tmp_path: Path) -> None:
     struck = run(tmp_path, "loader", "--accuracy", "--num-classes", "2000", "--save-every", "40", kill=True)
     report = struck.report()

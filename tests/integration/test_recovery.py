@@ -72,6 +72,7 @@ def test_three_faults_end_in_the_fault_free_weights(tmp_path: Path, fault_free: 
     assert report["goodput_ratio"] > 0
 
 
+@pytest.mark.long
 def test_three_faults_under_zero3_in_fp32(tmp_path: Path) -> None:
     config = {key: value for key, value in DEEPSPEED_CONFIG.items() if key != "bf16"}
     config["zero_optimization"] = {"stage": 3}
@@ -265,13 +266,14 @@ def test_shadow_mode_acts_on_nothing(tmp_path: Path) -> None:
     assert "replay" in report["decisions"][0]["reason"]
 
 
-def test_two_thousand_clean_steps_invent_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_steps", [400, pytest.param(2000, marks=pytest.mark.long)])
+def test_clean_steps_invent_nothing(tmp_path: Path, num_steps: int) -> None:
     config = {**DEEPSPEED_CONFIG, "gradient_accumulation_steps": 1}
-    options = ["--steps", "2000", "--save-every", "1000"]
+    options = ["--steps", str(num_steps), "--save-every", str(num_steps // 2)]
     with launched(tmp_path, script_args=options, deepspeed_config=config) as run:
         assert run.wait(400) == 0, run.output()[-4000:]
         report = run.report()
         run.assert_nothing_left()
     assert report["detections"] == []
     assert report["decisions"] == []
-    assert report["num_steps"] == 2000
+    assert report["num_steps"] == num_steps
