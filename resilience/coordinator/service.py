@@ -16,7 +16,13 @@ from resilience.coordinator.host import Host
 from resilience.coordinator.journal import JournalError
 from resilience.coordinator.machine import RefusalKind, Refused
 from resilience.coordinator.machine import commands as c
-from resilience.coordinator.machine.answers import JoinStatus, answer_join, directives_for, skips_in_a_row
+from resilience.coordinator.machine.answers import (
+    JoinStatus,
+    answer_join,
+    directives_for,
+    is_deterministic,
+    skips_in_a_row,
+)
 from resilience.coordinator.machine.facts import Wish
 from resilience.coordinator.machine.operations import devices_of
 from resilience.coordinator.machine.vetoes import decision_id
@@ -90,6 +96,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             raise BoundsError("JoinRequest.member is not set; it must be an agent or a rank")
         response.last_verified_step = self.host.machine.state.last_verified_step
         response.consecutive_skips = skips_in_a_row(self.host.machine.state)
+        response.deterministic = is_deterministic(self.host.machine.state)
         return response
 
     async def _join_agent(self, request: pb.JoinRequest) -> pb.JoinResponse:

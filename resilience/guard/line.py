@@ -33,6 +33,7 @@ class LineToCoordinator:
             snapshot=snapshot.directive_id if snapshot is not None else "",
             reason=order.reason if order is not None else fenced or "",
             inherited_skips=joined.consecutive_skips if joined is not None else 0,
+            deterministic=joined is not None and joined.deterministic,
         )
 
     def order_done(self, name: str) -> None:

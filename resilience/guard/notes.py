@@ -88,6 +88,8 @@ class Flags:
     """Whether some rank takes none any more."""
     lost_snapshot: int
     """Step of a snapshot that is not whole on some rank; 0 where there is none."""
+    unmeasured: int
+    """Whether some rank does not know if replays are bit-equal."""
 
 
 def clean_step_of(findings: Iterable[Finding]) -> int | None:

@@ -30,6 +30,8 @@ class Orders:
     reason: str = ""
     inherited_skips: int = 0
     """Steps skipped in a row that an earlier generation ended with."""
+    deterministic: bool = False
+    """An earlier generation measured that replays are bit-equal."""
 
 
 NO_ORDERS = Orders()

@@ -97,6 +97,8 @@ class Boundary:
         if flags.lost_snapshot:
             self._guard.snapshots.give_up(flags.lost_snapshot)
         inspection, flags = self._settle_state(inspection, flags, scaler_skips)
+        if not (self._is_measured or flags.unmeasured):
+            self._take_for_deterministic(True)
         noteworthy = flags.veto or flags.mended or flags.unrepeatable or flags.scaler_skips
         if not noteworthy and not self._is_measured:
             # The last of the runs that are compared is the one that the step is taken from.
@@ -147,8 +149,11 @@ class Boundary:
         """The state of `step`, taken by an earlier generation, was loaded; what that one had measured still holds."""
         self.last_verified_step, self._has_stepped, self._num_skips = step, True, 0
         if deterministic is not None and not self._is_measured:
-            self._is_measured, self.deterministic = True, deterministic
-            self._reporter.set_deterministic(deterministic)
+            self._take_for_deterministic(deterministic)
+
+    def _take_for_deterministic(self, deterministic: bool) -> None:
+        self._is_measured, self.deterministic = True, deterministic
+        self._reporter.set_deterministic(deterministic)
 
     def checkpoint_saved(self) -> None:
         """The script has saved a checkpoint: a drain may now end the run. Called on every rank."""
@@ -234,6 +239,7 @@ class Boundary:
             snapshot_not_due=self._rewinder.is_busy or not snapshots.wants(self._guard.step),
             snapshots_off=bool(snapshots.problem),
             lost_snapshot=snapshots.lost_step,
+            unmeasured=not (self._is_measured or orders.deterministic),
         )
         return Flags(*self._exchange.maximum([int(value) for value in dataclasses.astuple(own)]))
 

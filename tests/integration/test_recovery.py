@@ -117,6 +117,8 @@ def test_damaged_masters_lead_back_to_the_checkpoint_where_no_snapshots_are(tmp_
     assert [(d["step"], d["action"]) for d in report["decisions"]] == [(2, "corrected"), (7, "restart")]
     assert "master of head.weight" in report["decisions"][1]["reason"]
     assert report["num_generations"] == 2
+    measured = [note for note in report["notes"] if note["kind"] == "determinism"]
+    assert (report["deterministic"], len(measured)) == (True, 1), "the second generation need not measure it again"
 
 
 def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path) -> None:

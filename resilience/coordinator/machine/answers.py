@@ -10,7 +10,16 @@ from resilience.coordinator.machine.facts import Seat
 from resilience.coordinator.machine.state import State
 from resilience.policy import Choice
 
-__all__ = ["Directive", "DirectiveKind", "JoinAnswer", "JoinStatus", "answer_join", "directives_for", "skips_in_a_row"]
+__all__ = [
+    "Directive",
+    "DirectiveKind",
+    "JoinAnswer",
+    "JoinStatus",
+    "answer_join",
+    "directives_for",
+    "is_deterministic",
+    "skips_in_a_row",
+]
 
 
 class JoinStatus(enum.StrEnum):
@@ -156,6 +165,14 @@ def directives_for(state: State, member: str, generation: int, now: float) -> tu
             if asked.generation == state.generation and asked.answer is None and now < asked.at + _ASKED_FOR_S
         ]
     return tuple(orders)
+
+
+def is_deterministic(state: State) -> bool:
+    """Whether an earlier generation on the same nodes measured that replays are bit-equal to each other and to the
+    original; a new one need not find out again."""
+    is_same_place = len({record.places for record in state.generations}) == 1
+    is_off = any(note.kind == "replay_off" for note in state.notes)
+    return bool(state.deterministic) and is_same_place and not is_off
 
 
 def skips_in_a_row(state: State) -> int:

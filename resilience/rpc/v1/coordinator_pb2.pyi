@@ -431,7 +431,7 @@ class Assignment(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., node_index: _Optional[int] = ..., num_nodes: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., master_addr: _Optional[str] = ..., reason: _Optional[str] = ..., master_port: _Optional[int] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("status", "assignment", "exit_code", "reason", "last_verified_step", "consecutive_skips")
+    __slots__ = ("status", "assignment", "exit_code", "reason", "last_verified_step", "consecutive_skips", "deterministic")
     class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATUS_UNSPECIFIED: _ClassVar[JoinResponse.Status]
@@ -448,13 +448,15 @@ class JoinResponse(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     LAST_VERIFIED_STEP_FIELD_NUMBER: _ClassVar[int]
     CONSECUTIVE_SKIPS_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     status: JoinResponse.Status
     assignment: Assignment
     exit_code: int
     reason: str
     last_verified_step: int
     consecutive_skips: int
-    def __init__(self, status: _Optional[_Union[JoinResponse.Status, str]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., exit_code: _Optional[int] = ..., reason: _Optional[str] = ..., last_verified_step: _Optional[int] = ..., consecutive_skips: _Optional[int] = ...) -> None: ...
+    deterministic: bool
+    def __init__(self, status: _Optional[_Union[JoinResponse.Status, str]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., exit_code: _Optional[int] = ..., reason: _Optional[str] = ..., last_verified_step: _Optional[int] = ..., consecutive_skips: _Optional[int] = ..., deterministic: _Optional[bool] = ...) -> None: ...
 
 class CheckCount(_message.Message):
     __slots__ = ("site", "count")

@@ -11,8 +11,8 @@ from resilience.coordinator import queries
 from resilience.coordinator.accounting import account, settled_badput_s
 from resilience.coordinator.machine import RefusalKind, Refused
 from resilience.coordinator.machine import commands as c
-from resilience.coordinator.machine.answers import directives_for, skips_in_a_row
-from resilience.coordinator.machine.facts import FACTS, Wish
+from resilience.coordinator.machine.answers import directives_for, is_deterministic, skips_in_a_row
+from resilience.coordinator.machine.facts import FACTS, Note, Wish
 from resilience.coordinator.machine.pulse import sample_interval_s
 from resilience.events import (
     Action,
@@ -163,6 +163,19 @@ def test_a_checkpoint_that_is_not_trusted_any_more_is_none_to_go_on_from(run: Fa
     assert run.state.story[-1].text == f"checkpoint s4 in d {kind}: damaged"
     run.report("rank:0", checkpoints=(checkpoint(CheckpointKind.PUBLISHED, 4, at=5.0),))
     assert run.state.newest_checkpoint_step == 4, "saved once more"
+
+
+def test_what_one_generation_measured_the_next_on_the_same_nodes_need_not(run: FakeRun) -> None:
+    assert not is_deterministic(run.state)
+    run.report("rank:0", deterministic=True)
+    run.restart(from_step=0, exits=[run.exit_of(1, -9)])
+    assert run.generation == 2
+    assert is_deterministic(run.state)
+    run.state.generations[0].places = (("elsewhere", (0, 1)),)
+    assert not is_deterministic(run.state), "another machine is measured for itself"
+    run.state.generations[0].places = run.state.generations[1].places
+    run.report("rank:0", notes=(Note(kind="replay_off", message="not faithful", step=3, at=1.0),))
+    assert not is_deterministic(run.state), "a replay that differs from the original must be found again"
 
 
 def test_checks_add_up_over_generations(run: FakeRun) -> None:

@@ -74,7 +74,7 @@ class Service(pb_grpc.CoordinatorServicer):
         if request.rank.generation <= self.ended_generation:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "generation 3 has ended")
         self.joined.append(request)
-        return pb.JoinResponse(status=pb.JoinResponse.READY, consecutive_skips=2)
+        return pb.JoinResponse(status=pb.JoinResponse.READY, consecutive_skips=2, deterministic=True)
 
     def Report(self, requests: Iterator[pb.ReportRequest], context: Any) -> Iterator[pb.ReportResponse]:
         for request in requests:
@@ -194,6 +194,7 @@ def test_decide_answers_within_its_deadline_or_not_at_all(place: Place, client: 
 def test_orders_reach_the_training_thread(place: Place, client: Client) -> None:
     line = LineToCoordinator(client)
     until(lambda: line.orders().inherited_skips == 2, "the answer to the announcement")
+    assert line.orders().deterministic
     assert not line.orders().drain
     place.service.directives = [
         pb.Directive(directive_id="late", expires_at=1.0, stop=pb.Stop(exit_code=75)),
