@@ -318,8 +318,8 @@ def in_turn(
     return list(results.values())
 
 
-def every_step(step: Callable[[], None], ours: Ours, rounds: int) -> list[float]:
-    """Step time with a snapshot after every step ÷ without, pair by pair."""
+def every_step(step: Callable[[], None], ours: Ours, pairs: int) -> list[dict[str, float]]:
+    """Seconds of a step with a snapshot after every step, and without, pair by pair."""
 
     def seconds(with_snapshot: bool) -> float:
         _settle()
@@ -330,12 +330,12 @@ def every_step(step: Callable[[], None], ours: Ours, rounds: int) -> list[float]
         _settle()
         return time.perf_counter() - began_at
 
-    ratios = []
-    for number in range(rounds):
+    found = []
+    for number in range(pairs):
         first = bool(number % 2)
         times = {first: seconds(first), not first: seconds(not first)}
-        ratios.append(times[True] / times[False])
-    return ratios
+        found.append({"with_s": times[True], "without_s": times[False]})
+    return found
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(ours.folder)
         ours.prepare()
         restored = in_turn({"memcpy": copy, **restorers(ours, disk)}, arguments.rounds, lambda: None)
-        ratios = every_step(step, ours, arguments.rounds)
+        steps = every_step(step, ours, arguments.pairs or arguments.rounds)
         processor = _device_name(engine.device) or platform.processor() or platform.machine()
         return {
             "machine": f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
@@ -367,7 +367,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "rounds": arguments.rounds,
             "save": [dataclasses.asdict(each) for each in saved],
             "restore": [dataclasses.asdict(each) for each in restored],
-            "step_with_snapshot_ratios": ratios,
+            "steps": steps,
         }
 
 
@@ -428,9 +428,14 @@ def show(result: dict[str, Any]) -> None:
                 row["name"], *spread, f"{median / unit:.2f}", rate, f"{statistics.median(row['durable_s']):.3f}"
             )
         console.print(table)
-    ratios = result["step_with_snapshot_ratios"]
-    pairs = " ".join(f"{ratio:.3f}" for ratio in ratios)
-    console.print(f"step with a snapshot after every step ÷ without: {statistics.median(ratios):.3f} ({pairs})")
+    steps = result["steps"]
+    ratios = sorted(pair["with_s"] / pair["without_s"] for pair in steps)
+    quarter = len(ratios) // 4
+    console.print(
+        f"step with a snapshot after every step ÷ without: {statistics.median(ratios):.3f} of {len(ratios)} pairs,"
+        f" half of them {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} to {ratios[-1]:.3f};"
+        f" a step takes {statistics.median(pair['without_s'] for pair in steps):.2f} s"
+    )
     if importlib.util.find_spec("torchsnapshot") is None:
         console.print("TorchSnapshot is not installed; --site FOLDER adds one where it is.")
     console.print("Medians. Only the memory snapshot verifies: every file before it is loaded, the engine afterwards.")
@@ -443,6 +448,7 @@ def main(words: list[str]) -> int:
         "--mib", type=int, default=128, help="of state, about (default: 128; the arena takes four times)"
     )
     parser.add_argument("--batch", type=int, default=64, help="samples of a training step (default: 64)")
+    parser.add_argument("--pairs", type=int, help="steps with and without a snapshot (default: as many as rounds)")
     parser.add_argument("--rounds", type=int, default=7, help="counted repetitions of everything (default: 7)")
     parser.add_argument("--arena", type=Path, default=Path("/dev/shm"), help="folder on tmpfs (default: /dev/shm)")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="folder on a disk")

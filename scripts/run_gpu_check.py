@@ -113,7 +113,7 @@ def _rows_of_snapshots(found: dict[str, Any]) -> list[dict[str, Any]]:
         for what in ("save", "restore")
         for row in found[what]
     ]
-    ratios = found["step_with_snapshot_ratios"]
+    ratios = [pair["with_s"] / pair["without_s"] for pair in found["steps"]]
     rows.append({"what": "step with a snapshot ÷ without", "ratio": _median(ratios), "ratios": ratios})
     return rows
 

@@ -70,8 +70,7 @@ def test_results_of_a_command_are_read_from_its_file(gpu_check: dict[str, Any], 
 
 def test_what_snapshots_cost_becomes_rows(gpu_check: dict[str, Any]) -> None:
     timed = {"name": "memory snapshot", "blocked_s": [0.3, 0.1, 0.2], "durable_s": [1.0, 1.0, 1.0]}
-    rows = gpu_check["_rows_of_snapshots"](
-        {"save": [timed], "restore": [timed], "step_with_snapshot_ratios": [1.0, 1.1, 1.3]}
-    )
+    steps = [{"with_s": seconds, "without_s": 2.0} for seconds in (2.0, 2.2, 2.6)]
+    rows = gpu_check["_rows_of_snapshots"]({"save": [timed], "restore": [timed], "steps": steps})
     assert [(row["what"], row.get("blocked_s")) for row in rows[:2]] == [("save", 0.2), ("restore", 0.2)]
     assert rows[2]["ratio"] == 1.1
