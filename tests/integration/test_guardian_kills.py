@@ -1,4 +1,4 @@
-"""Ranks and guardians killed at random points: what is offered afterwards is whole, and what is prepared is it.
+"""Ranks and guardians killed at random points: what is offered, prepared and on disk is whole.
 
 The ranks are played by processes that write as ranks do (workers/snapshot_writer.py). Nothing here needs torch.
 """
@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from resilience.checkpoint.publish import read_latest
+from resilience.checkpoint.verify import State, inspect, locate
+from resilience.errors import CheckpointError
 from resilience.events import SnapshotFact, SnapshotKind
 from resilience.snapshot import arena as arenas
 from resilience.snapshot.hashing import verify_file, verify_trail
@@ -37,8 +40,8 @@ NUM_SLOTS = 4
 class Node:
     """An agent's view of one guardian, and the processes that play its ranks."""
 
-    def __init__(self, directory: Path) -> None:
-        context = run_context(directory)
+    def __init__(self, directory: Path, **snapshot: object) -> None:
+        context = run_context(directory, **snapshot)
         self.arena, self._held = arenas.make(directory, run_id="run", node="here", run_dir=directory)
         self._context = directory / "context.json"
         context.write(self._context)
@@ -183,6 +186,59 @@ def test_killed_anywhere_nothing_torn_is_offered(node: Node) -> None:
             node.step = newest.step
     assert num_restored > 30
     assert not [fact for fact in node.facts if fact.kind is SnapshotKind.REFUSED]
+
+
+@pytest.fixture
+def flushing(tmp_path: Path) -> Iterator[Node]:
+    """A node whose guardian writes one checkpoint after the other, each slowly enough to be struck."""
+    made = Node(tmp_path, flush_interval_s=0.01, flush_mib_per_s=4.0)
+    yield made
+    made.close()
+
+
+def newest_on_disk(folder: Path) -> int:
+    """Step of the checkpoint that a load would take, after looking that none that could be taken is torn."""
+    if not folder.exists():
+        return 0
+    for seen in inspect(folder, read_files=True):
+        if seen.state is State.PUBLISHED:
+            assert seen.good, seen.problems
+            for rank in RANKS:
+                assert_filled(folder / seen.tag / f"zero_pp_rank_{rank}.pt", seen.step)
+    with contextlib.suppress(CheckpointError):
+        return int(locate(folder).name.removeprefix("global_step"))
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_points", [12, pytest.param(50, marks=pytest.mark.long)])
+def test_killed_while_it_writes_to_disk_no_checkpoint_is_torn(flushing: Node, tmp_path: Path, num_points: int) -> None:
+    node, folder, chance = flushing, tmp_path / "snapshots", random.Random(7)
+    source: Source | None = None
+    on_disk = num_cut_short = 0
+    for point in range(num_points):
+        assert node.ask(node.next_generation(source)).problem == ""
+        node.step = source.step if source is not None else 0
+        node.run_ranks()
+        begun = f".flush-run-g{node.generation}-*"
+        eventually(lambda: list(folder.glob(begun)), "a checkpoint that is being written")  # noqa: B023 - at once
+        if chance.random() < 0.3:
+            before = read_latest(folder)
+            eventually(lambda: read_latest(folder) != before, "a checkpoint")  # noqa: B023 - at once
+        time.sleep(chance.random() * 0.3)
+        node.kill_guardian()
+        node.kill_ranks()
+        num_cut_short += bool(list(folder.glob(begun)))
+        found = newest_on_disk(folder)
+        assert found >= on_disk, f"point {point}: the checkpoint of step {on_disk} is gone, and {found} is the newest"
+        on_disk = found
+        node.start()
+        assert node.ask(Settle(timeout_s=20)).problem == ""
+        source = node.offered()[-1]
+    assert num_cut_short > num_points / 4
+    assert on_disk > 0, "some were published, too"
+    stages = {path.name for path in folder.glob(".flush-*")}
+    assert len(stages) <= 2, f"what older generations had begun goes: {stages}"
 
 
 def test_what_ranks_load_is_held_until_they_went_on(node: Node) -> None:
