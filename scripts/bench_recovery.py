@@ -132,10 +132,16 @@ def launched(directory: Path, words: list[str], script_words: list[str]) -> Iter
         launch.end()
 
 
-def measure_ours(directory: Path, script_words: list[str], *, is_warm: bool, repeats: int) -> list[Recovery]:
+def measure_ours(
+    directory: Path, script_words: list[str], *, is_warm: bool, interval_steps: int | str, repeats: int
+) -> list[Recovery]:
     """Kill rank 1 of one run, again and again."""
     directory.mkdir(parents=True)
-    config = {"launch": {"warm_standby": is_warm}, "policy": {"max_restarts": repeats + 1}}
+    config = {
+        "launch": {"warm_standby": is_warm},
+        "policy": {"max_restarts": repeats + 1},
+        "snapshot": {"interval_steps": interval_steps},
+    }
     (directory / "resilience.json").write_text(json.dumps(config))
     words = ["--resilience", "--resilience-dir", str(directory / "run")]
     words += ["--resilience-config", str(directory / "resilience.json")]
@@ -249,6 +255,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--kinds", nargs="+", choices=("warm", "cold", "stock"), default=["warm", "cold", "stock"])
     parser.add_argument("--repeats", type=int, default=10, help="of each (default: 10)")
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints (default: 10)")
+    parser.add_argument("--snapshot-every", default="auto", help="steps between two snapshots (default: auto)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a rank in a step (default: 4)")
     parser.add_argument("--json", type=Path, help="write the results there")
     arguments = parser.parse_args(words)
@@ -277,7 +284,11 @@ def _compare(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 recoveries = measure_stock(directory, script_words, repeats=arguments.repeats)
             else:
                 is_warm = kind == "warm"
-                recoveries = measure_ours(directory, script_words, is_warm=is_warm, repeats=arguments.repeats)
+                every = arguments.snapshot_every
+                interval_steps = int(every) if every.isdecimal() else every
+                recoveries = measure_ours(
+                    directory, script_words, is_warm=is_warm, interval_steps=interval_steps, repeats=arguments.repeats
+                )
         found[kind] = {**summary(recoveries), "recoveries": [dataclasses.asdict(recovery) for recovery in recoveries]}
         show(model, {"warm": "warm standby", "cold": "no standby", "stock": "stock DeepSpeed"}[kind], found[kind])
     return found
