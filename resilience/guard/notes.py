@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 
 from resilience.abft.finding import Finding
-from resilience.events import Check, Detection, DetectionKind
+from resilience.events import Check, Detection, DetectionKind, Evidence
 from resilience.guard.screens import Reading
 
-__all__ = ["NON_FINITE", "Flags", "Inspection", "Share", "clean_step_of", "wish"]
+__all__ = ["NON_FINITE", "Flags", "Inspection", "Share", "clean_step_of", "waited_ms", "wish"]
 
 NON_FINITE = frozenset({DetectionKind.INF, DetectionKind.NAN, DetectionKind.NEAR_INF})
 
@@ -107,3 +107,9 @@ def wish(now: float) -> Finding:
         residual_ratio=math.inf,
         detected_at=now,
     )
+
+
+def waited_ms(evidence: Evidence, now: float) -> float:
+    """From the first detection to now."""
+    seen = [detection.detected_at for detection in (*evidence.previous, *evidence.detections) if detection.detected_at]
+    return max(0.0, now - min(seen)) * 1e3 if seen else 0.0

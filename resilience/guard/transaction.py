@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
 
 from resilience.abft.finding import Finding
-from resilience.checkpoint.doubt import Saved, SavedCheckpoints
+from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.errors import ResilienceError
-from resilience.events import Check, CheckpointFact, CheckpointKind, Detection, DetectionKind, Mode
+from resilience.events import Check, Detection, DetectionKind, Mode
 from resilience.guard.at_rest import AtRest
 from resilience.guard.at_rest_watch import StateWatch
+from resilience.guard.doubted import tell_doubted
 from resilience.guard.evidence import DetectionFactory
 from resilience.guard.exchange import Exchange
 from resilience.guard.headway import Headway
@@ -131,7 +133,7 @@ class Guard:
         self.boundary = Boundary(self, adapter, exchange)
         self._state = self._watch(at_rest, exchange) if at_rest is not None else None
         self.loaded_step: int | None = None
-        self.saved = SavedCheckpoints(self._doubt)
+        self.saved = SavedCheckpoints(functools.partial(tell_doubted, settings, reporter))
         self.snapshots: Snapshots = snapshots or NoSnapshots()
         self._trail = trail
         self._fast_forwarding = fast_forwarding
@@ -269,23 +271,6 @@ class Guard:
         self._findings.clear()
         self._attempt, self._micro_step, self._step_began_at = 0, -1, None
         self.boundary.go_on_after(step, deterministic=deterministic)
-
-    def _doubt(self, saved: Saved, text: str) -> None:
-        if self.settings.rank != 0:  # it leads a storage of its node's own, with the same checkpoints
-            self.reporter.note("checkpoint_doubted", text)
-            return
-        self.reporter.report(
-            CheckpointFact(
-                kind=CheckpointKind.DOUBTED,
-                directory=str(saved.directory),
-                tag=saved.tag,
-                step=saved.step,
-                generation=self.settings.generation,
-                last_verified_step=0,
-                reason=text,
-                at=self.settings.clock.wall(),
-            )
-        )
 
     def leave_for_restart(self, reason: str) -> NoReturn:
         """End this process; its agent ends the other ranks, and a new generation begins."""

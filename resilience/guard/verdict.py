@@ -19,7 +19,7 @@ from resilience.events import Action, Decision, Detection, Evidence, Mode, Origi
 from resilience.guard.determinism import measure
 from resilience.guard.evidence import is_root, is_unmended, scaler_will_skip
 from resilience.guard.exchange import Exchange
-from resilience.guard.notes import NON_FINITE, Flags, Inspection, Share, clean_step_of, wish
+from resilience.guard.notes import NON_FINITE, Flags, Inspection, Share, clean_step_of, waited_ms, wish
 from resilience.guard.on_order import SnapshotOrder
 from resilience.guard.replay import replay
 from resilience.guard.rewind import Offer, Rewinder, choose
@@ -362,14 +362,14 @@ class Boundary:
                 inspection, bit_equal = self._rewind(decision, evidence, inspection, attempt + 1), False
             lost_s = clock.monotonic() - began_at
             self._reporter.add_badput(decision.action, lost_s)
-            latency_ms = _latency_ms(evidence, clock.wall())
+            latency_ms = waited_ms(evidence, clock.wall())
             pending = dataclasses.replace(decision, lost_s=lost_s, latency_ms=latency_ms)
             previous, attempt = unmended, attempt + 1
         self._rewound_to = None
         self._guard.end_attempts()
         if order:
             self._reporter.order_done("rewind")
-        self._carry_out(dataclasses.replace(decision, latency_ms=_latency_ms(evidence, clock.wall())), unmended)
+        self._carry_out(dataclasses.replace(decision, latency_ms=waited_ms(evidence, clock.wall())), unmended)
         return inspection
 
     def _rewind(self, decision: Decision, evidence: Evidence, before: Inspection, attempt: int) -> Inspection:
@@ -497,9 +497,3 @@ class Boundary:
             self._reporter.note(kind, text, step=self._guard.step)
             if kind.endswith("_off"):
                 print(f"resilience: {text}", file=sys.stderr, flush=True)
-
-
-def _latency_ms(evidence: Evidence, now: float) -> float:
-    """From the first detection to now."""
-    seen = [detection.detected_at for detection in (*evidence.previous, *evidence.detections) if detection.detected_at]
-    return max(0.0, now - min(seen)) * 1e3 if seen else 0.0
