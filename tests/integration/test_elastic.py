@@ -202,7 +202,8 @@ def test_the_same_run_keeps_its_random_states_where_it_has_them(switched: Switch
     assert second != first  # of rank 1, which was not there
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_script_that_nobody_adapted_goes_on_with_fewer_ranks_and_with_more(tmp_path: Path, stage: int) -> None:
     config = {**DEEPSPEED_CONFIG, "zero_optimization": {"stage": stage}}
     saved = {}

@@ -24,6 +24,7 @@ def waiting(run: Run, step: int) -> dict[int, int]:
     return {int(rank): int(pid) for rank, pid in found if psutil.pid_exists(int(pid))}
 
 
+@pytest.mark.long
 def test_forked_and_fresh_ranks_train_bit_identically(tmp_path: Path) -> None:
     with launched(tmp_path / "plain", plain=True, script=SCRIPT) as plain:
         assert plain.wait() == 0, plain.output()[-4000:]
