@@ -455,8 +455,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--site", type=Path, help="further folder with packages, for TorchSnapshot")
     parser.add_argument("--json", type=Path, help="write the results here, too")
     arguments = parser.parse_args(words)
-    if min(arguments.mib, arguments.batch, arguments.rounds) < 1:
-        parser.error("--mib, --batch and --rounds must be at least 1")
+    if min(arguments.mib, arguments.batch, arguments.rounds, arguments.pairs or 1) < 1:
+        parser.error("--mib, --batch, --rounds and --pairs must be at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, and so empties the arena
     if arguments.site is not None:
         sys.path.append(str(arguments.site))
