@@ -1,4 +1,4 @@
-"""A checkpoint that is doubted becomes a fact that names it as its publication did; told by rank 0, once for the job."""
+"""A checkpoint that is doubted becomes a fact, under the name of its publication; told by rank 0, once for the job."""
 
 from __future__ import annotations
 
