@@ -16,14 +16,17 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from campaign.models import DTYPES, Setting, Subject, batches, build, optimizer_of, settings
-from campaign.outcomes import Outcome, outcomes
-from campaign.report import cells, curve, outcome_summary, show
+from campaign.outcomes import Outcome, is_harmless, outcomes
+from campaign.report import LARGE, cells, curve, outcome_summary, show
 from campaign.trials import Schedule, Trial, Trials
 
 from resilience.abft.protection import Protection
@@ -42,6 +45,14 @@ class Tally:
     control: Counter[str] = dataclasses.field(default_factory=Counter)
     clean_checks: int = 0
     false_alarms: int = 0
+
+    def add(self, other: Tally) -> None:
+        for dtype in DTYPES:
+            self.trials[dtype] += other.trials[dtype]
+            self.outcomes[dtype] += other.outcomes[dtype]
+        self.control += other.control
+        self.clean_checks += other.clean_checks
+        self.false_alarms += other.false_alarms
 
 
 def run_trials(setting: Setting, subject: Subject, num_trials: int, draw: random.Random, tally: Tally) -> list[Trial]:
@@ -62,6 +73,10 @@ def run_trials(setting: Setting, subject: Subject, num_trials: int, draw: random
             break
     tally.clean_checks += runner.num_clean_checks
     tally.false_alarms += len(runner.false_alarms)
+    if setting.dtype == "float32":
+        for trial in runner.trials:
+            if trial.damage.relative_change >= LARGE and not trial.detected:
+                trial.harmless = is_harmless(subject, trial, clean)
     return runner.trials
 
 
@@ -85,23 +100,41 @@ def run_clean(subject: Subject, num_checks: int, tally: Tally) -> None:
     tally.clean_checks += sum(protection.checks().values())
 
 
+def run_setting(number: int, arguments: argparse.Namespace) -> Tally:
+    """All that is done with one model in one form, in one thread; the same whichever process does it."""
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    setting, tally = settings()[number], Tally()
+    draw = random.Random(f"{arguments.seed}:{number}")
+    subject = build(setting)
+    trials = run_trials(setting, subject, arguments.trials, draw, tally)
+    tally.trials[setting.dtype] += trials
+    changed = [trial for trial in trials if trial.damage.relative_change > 0]
+    for seen in (True, False):
+        members = [trial for trial in changed if trial.detected is seen]
+        chosen = draw.sample(members, min(arguments.outcomes, len(members)))
+        tally.outcomes[setting.dtype] += outcomes(subject, setting, chosen)
+    run_clean(subject, math.ceil(arguments.clean_checks / len(settings())), tally)
+    words = f"{setting.model}, {setting.attention}, {setting.dtype}"
+    print(f"{words}: {len(trials):,} trials, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return tally
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     tally = Tally()
-    for number, setting in enumerate(settings()):
-        draw = random.Random(f"{arguments.seed}:{number}")
-        subject = build(setting)
-        trials = run_trials(setting, subject, arguments.trials, draw, tally)
-        tally.trials[setting.dtype] += trials
-        changed = [trial for trial in trials if trial.damage.relative_change > 0]
-        for seen in (True, False):
-            members = [trial for trial in changed if trial.detected is seen]
-            chosen = draw.sample(members, min(arguments.outcomes, len(members)))
-            tally.outcomes[setting.dtype] += outcomes(subject, setting, chosen)
-        run_clean(subject, math.ceil(arguments.clean_checks / len(settings())), tally)
-        words = f"{setting.model}, {setting.attention}, {setting.dtype}"
-        print(f"{words}: {len(trials):,} trials, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    for part in _tallies(arguments):
+        tally.add(part)
     return summary(tally, arguments, time.monotonic() - started)
+
+
+def _tallies(arguments: argparse.Namespace) -> Iterator[Tally]:
+    numbers = range(len(settings()))
+    if arguments.jobs == 1:
+        yield from (run_setting(number, arguments) for number in numbers)
+        return
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(run_setting, numbers, [arguments] * len(numbers))
 
 
 def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -114,7 +147,7 @@ def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict
     ]  # fmt: skip
     return {
         "schema_version": 1,
-        "machine": f"{_processor()}, 1 thread",
+        "machine": f"{_processor()}, {arguments.jobs} thread{'s' if arguments.jobs > 1 else ''}",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
@@ -152,12 +185,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--outcomes", type=int, default=40, help="faults of each setting that are left alone, seen and "
                         "unseen ones (default: 40)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (default: 1)")
     parser.add_argument("--json", type=Path, help="write the result here, too")
     parser.add_argument("--picture", type=Path, help="write a heat map here (PNG)")
     arguments = parser.parse_args(words)
-    if min(arguments.trials, arguments.clean_checks, arguments.outcomes) < 1:
-        parser.error("--trials, --clean-checks and --outcomes must be at least 1")
-    torch.set_num_threads(1)
+    if min(arguments.trials, arguments.clean_checks, arguments.outcomes, arguments.jobs) < 1:
+        parser.error("--trials, --clean-checks, --outcomes and --jobs must be at least 1")
     result = run(arguments)
     show(result)
     if arguments.json is not None:

@@ -1,6 +1,7 @@
 """What faults do to training when nobody repairs them: some steps from the same state, with and without the fault.
 
-For faults that no check saw, this is what remains; for those that a check saw, what was prevented.
+For faults that no check saw, this is what remains; for those that a check saw, what was prevented. A fault whose step
+ends in the bits of a clean one is harmless: the attention of a position that no loss is taken of may be anything.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from campaign.trials import Trial
 from resilience.abft.protection import Protection
 from resilience.config import DetectionConfig
 
-__all__ = ["Outcome", "outcomes"]
+__all__ = ["Outcome", "is_harmless", "outcomes"]
 
 NUM_STEPS = 5
 
@@ -48,7 +49,7 @@ class _Unrepaired:
             return False
         with torch.no_grad():
             places = torch.unravel_index(torch.tensor(list(self._damage.where)), tensor.shape)
-            tensor[places] = self._damage.values
+            tensor[places] = torch.tensor(self._damage.values, dtype=tensor.dtype)
         self.armed = False
         return True
 
@@ -77,6 +78,13 @@ def outcomes(subject: Subject, setting: Setting, trials: list[Trial]) -> list[Ou
         )
     subject.model.load_state_dict(start)
     return found
+
+
+def is_harmless(subject: Subject, trial: Trial, clean: list[torch.Tensor]) -> bool:
+    """Whether a step with this fault left in place has the loss and the gradients of a clean one, bit for bit."""
+    loss = _struck_step(subject, trial)
+    gradients = [parameter.grad for parameter in subject.model.parameters()]
+    return all(torch.equal(one, other) for one, other in zip([loss, *gradients], clean, strict=True))
 
 
 def _train(subject: Subject, trial: Trial | None) -> list[float]:

@@ -15,7 +15,10 @@ from campaign.trials import Trial
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["cells", "check_of", "curve", "outcome_summary", "show"]
+__all__ = ["LARGE", "cells", "check_of", "curve", "outcome_summary", "show"]
+
+LARGE = 1e-2
+"""Relative change from which on nothing that matters may be missed in float32: there each miss is followed up."""
 
 DECADES = [-math.inf, *range(-7, 3)]
 """Lower ends of the bins of relative change, as powers of ten; the last one is open and holds what is not finite."""
@@ -69,6 +72,7 @@ def curve(dtype: str, trials: Iterable[Trial]) -> list[dict[str, Any]]:
             "to": 10.0 ** DECADES[place + 1] if place + 1 < len(DECADES) else None,
             "trials": len(members),
             "detected": sum(trial.detected for trial in members),
+            "harmless": sum(trial.harmless is True for trial in members),
         }
         for (check, place), members in sorted(groups.items())
     ]
@@ -121,10 +125,16 @@ def _tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     names = ["dtype", "check", "kind", "trials", "detected", "of them late", "corrected in place"]
     yield "Detection by kind", names, rows
     rows = [
-        [row["dtype"], row["check"], f"{row['from']:.0e}", str(row["trials"]), _share(row["detected"], row["trials"])]
+        [
+            row["dtype"], row["check"], f"{row['from']:.0e}", str(row["trials"]),
+            _share(row["detected"], row["trials"]), str(row["harmless"]),
+            _share(row["detected"], row["trials"] - row["harmless"]),
+        ]
         for row in result["curve"]
-    ]
-    yield "Detection by relative change of the result", ["dtype", "check", "from", "trials", "detected"], rows
+    ]  # fmt: skip
+    names = ["dtype", "check", "from", "trials", "detected", "missed, harmless", "detected of the others"]
+    yield "Detection by relative change of the result", names, rows
+    yield f"Changes of {LARGE:g} and more", names[:2] + names[3:], _large(result["curve"])
     rows = [
         [
             row["dtype"], "seen" if row["detected"] else "not seen", str(row["faults"]), str(row["not_finite"]),
@@ -135,6 +145,20 @@ def _tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
     ]  # fmt: skip
     names = ["dtype", "faults", "number", "training ends", "Δ loss, median", "most", "Δ weights, median", "most"]
     yield "Unrepaired faults after five steps", names, rows
+
+
+def _large(curve_rows: list[dict[str, Any]]) -> list[list[str]]:
+    groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in curve_rows:
+        if row["from"] >= 0.99 * LARGE:
+            groups[row["dtype"], row["check"]].append(row)
+            groups[row["dtype"], "all"].append(row)
+    rows = []
+    for key, members in sorted(groups.items()):
+        trials, detected, harmless = (sum(row[name] for row in members) for name in ("trials", "detected", "harmless"))
+        of_others = _share(detected, trials - harmless)
+        rows.append([*key, str(trials), _share(detected, trials), str(harmless), of_others])
+    return rows
 
 
 def _share(part: int, whole: int) -> str:

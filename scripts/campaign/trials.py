@@ -53,7 +53,7 @@ class Damage:
     layer: int
     where: range
     """Places in row-major order."""
-    values: torch.Tensor
+    values: tuple[float, ...]
     """What stands there now."""
     relative_change: float
     """max|ΔY| ÷ rms(Y); infinite where a number became none; 0 where no bit changed."""
@@ -70,6 +70,8 @@ class Trial:
     """Detected in the backward pass of the same attention: a replay repairs it, not the operation itself."""
     bit_exact: bool = False
     """The operation returned the clean result, bit for bit."""
+    harmless: bool | None = None
+    """Whether the step with this fault left in place ended in the bits of a clean one; None where that was not tried."""
 
 
 class Schedule:
@@ -143,7 +145,7 @@ def damage(tensor: torch.Tensor, kind: str, layer: int, draw: random.Random) -> 
     largest = float((values.double() - before.double()).abs()[changed].max()) if bool(changed.any()) else 0.0
     tensor[places] = values
     ratio = largest / rms if rms > 0 and largest == largest else float("inf")
-    return Damage(kind, layer, where, values, ratio if bool(changed.any()) else 0.0)
+    return Damage(kind, layer, where, tuple(values.tolist()), ratio if bool(changed.any()) else 0.0)
 
 
 def _damaged(tensor: torch.Tensor, kind: str, draw: random.Random) -> tuple[range, torch.Tensor]:
