@@ -71,7 +71,7 @@ class Trial:
     bit_exact: bool = False
     """The operation returned the clean result, bit for bit."""
     harmless: bool | None = None
-    """Whether the step with this fault left in place ended in the bits of a clean one; None where that was not tried."""
+    """Whether the step with this fault left in place ended in the bits of a clean one; None: that was not tried."""
 
 
 class Schedule:
