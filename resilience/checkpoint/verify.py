@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 
 from resilience.checkpoint.doubt import DOUBT, read_doubt
@@ -137,7 +137,13 @@ def member_files(tag_dir: Path) -> dict[str, int]:
 
 
 def verify(
-    tag_dir: Path, manifest: Manifest, *, index: int = 0, count: int = 1, node: str | None = None
+    tag_dir: Path,
+    manifest: Manifest,
+    *,
+    index: int = 0,
+    count: int = 1,
+    node: str | None = None,
+    leave_out: Callable[[str], bool] = lambda _path: False,
 ) -> tuple[Problem, ...]:
     """Hold a checkpoint's files against its manifest.
 
@@ -147,12 +153,14 @@ def verify(
         index: which of `count` workers this is; together they read every file once.
         count: how many workers share the work.
         node: the node of this worker; files that only other nodes hold are left to them.
+        leave_out: says of a path that nobody will load it: it is not looked at.
 
     Returns:
         What differs, in the order of the names; stray files are reported by worker 0.
     """
     expected = visible(manifest, node)
-    mine = set(assign({path: entry.size for path, entry in expected.items()}, index, count))
+    sizes = {path: entry.size for path, entry in expected.items() if not leave_out(path)}
+    mine = set(assign(sizes, index, count))
     present = list_files(tag_dir)
     found: dict[str, FileEntry] = {}
     unreadable: list[Problem] = []

@@ -18,7 +18,7 @@ from resilience.clock import Clock, SystemClock
 from resilience.context import NODE_VARIABLE, RunContext
 from resilience.deepspeed.checkpoint_load import Loader
 from resilience.deepspeed.checkpoint_save import Saver
-from resilience.deepspeed.checkpoint_setting import GuardState, Reporter, Setting, Share
+from resilience.deepspeed.checkpoint_setting import GuardState, Led, Reporter, Setting, Share
 from resilience.events import Mode
 
 __all__ = ["GuardState", "Reporter", "install"]
@@ -32,6 +32,7 @@ def install(
     context: RunContext,
     client: Reporter,
     guard_state: GuardState,
+    led: Led | None = None,
     clock: Clock | None = None,
 ) -> Callable[[], None]:
     """Wrap an engine's save_checkpoint and load_checkpoint.
@@ -41,6 +42,7 @@ def install(
         context: the run. With `checkpoint.verify` off, or in mode `off`, nothing is wrapped.
         client: gets a `CheckpointFact` for each publication, load and refusal, on rank 0.
         guard_state: read for the generation and the last verified step; told which step was loaded.
+        led: what leads a restarted script to a memory snapshot, if anything does.
         clock: for the times in manifests and facts.
 
     Returns:
@@ -64,6 +66,7 @@ def install(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         share=_share(engine),
+        led=led,
     )
     before = {name: vars(engine).get(name) for name in ("save_checkpoint", "load_checkpoint")}
     engine.save_checkpoint = Saver(setting, engine.save_checkpoint).save

@@ -12,7 +12,7 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -35,7 +35,7 @@ from resilience.checkpoint.verify import (
     in_loading_order,
     verify,
 )
-from resilience.deepspeed import powers
+from resilience.deepspeed import light_load, powers
 from resilience.deepspeed.checkpoint_setting import Setting
 from resilience.deepspeed.universal_batch import keep_batch
 from resilience.deepspeed.universal_load import load_universally, seed_new_rank
@@ -81,7 +81,7 @@ class Loader:
         load_dir = Path(options["load_dir"])
         full = bool(options["load_optimizer_states"] and not options["load_module_only"])
         is_untrained = _position(engine) == self._position
-        chosen = self._choose(load_dir, options["tag"], full)
+        chosen, is_light = self._choose(load_dir, options, full)
         if chosen is None:
             result = self._original(*args, **kwargs)
             powers.loaded(engine)
@@ -90,7 +90,7 @@ class Loader:
 
         def load_tag(tag: str) -> Any:
             options["tag"] = tag
-            with _weights_of(tag):
+            with _weights_of(tag), light_load.without_shards(engine) if is_light else contextlib.nullcontext():
                 return self._original(*call.args, **call.kwargs)
 
         if full and self._has_other_world_size(tag_dir, chosen):
@@ -102,6 +102,7 @@ class Loader:
         if result[0] is None:
             return result
         powers.loaded(engine)
+        self._settle(tag_dir, is_light, full)
         if full and is_untrained and chosen.state is State.PUBLISHED:
             self._keep_batch(tag_dir)
         resumes = full and is_untrained and chosen.state is State.PUBLISHED and chosen.at < setting.started_at
@@ -128,34 +129,59 @@ class Loader:
         if named is None or not broadcast((load_dir / str(named) / MANIFEST).exists(), setting.device):
             self._say("a universal checkpoint without a manifest is loaded without being verified")
             return
-        everyone = gather(self._verify(load_dir / str(named))[0], setting.device)
+        everyone = gather(self._verify(load_dir / str(named), False)[0], setting.device)
         problems = [detail for details in everyone for detail in details]
         if problems and setting.enforce:
             raise CheckpointError(f"{load_dir / str(named)}: {problems[0]}; convert it anew")
 
-    def _choose(self, load_dir: Path, tag: str | None, full: bool) -> Candidate | None:
-        """The checkpoint to load; None leaves everything to DeepSpeed."""
+    def _choose(self, load_dir: Path, options: Mapping[str, Any], full: bool) -> tuple[Candidate | None, bool]:
+        """The checkpoint to load, and whether lightly (`light_load.py`); None leaves everything to DeepSpeed."""
+        tag: str | None = options["tag"]
         refused: list[tuple[Candidate, str]] = []
         for candidate in self._candidates(load_dir, tag):
-            reason = self._refusal(load_dir / candidate.tag, candidate, full)
+            is_light = full and self._loads_lightly(load_dir / candidate.tag, candidate, options)
+            reason = self._refusal(load_dir / candidate.tag, candidate, full, is_light)
             if reason is None:
                 if refused:
                     self._say(f"{load_dir}: falls back to checkpoint {candidate.tag}")
-                return candidate
+                return candidate, is_light
             refused.append((candidate, reason))
             self._refuse(load_dir, candidate, reason)
             if not self._setting.enforce:
-                return None
+                return None, False
         if not refused:
-            return None
+            return None, False
         if tag is None and all(candidate.state is State.UNFINISHED for candidate, _ in refused):
             # The first save was cut short. Had it ever been complete, `latest` would name it.
             latest = broadcast(read_latest(load_dir), self._setting.device)
             if latest not in {candidate.tag for candidate, _ in refused}:
                 self._say(f"{load_dir}: no checkpoint was ever finished; the script starts without one")
-                return None
+                return None, False
         listed = "; ".join(f"{candidate.tag}: {reason}" for candidate, reason in refused)
         raise CheckpointError(f"{load_dir}: no checkpoint can be trusted ({listed}); move them away to start afresh")
+
+    def _loads_lightly(self, tag_dir: Path, candidate: Candidate, options: Mapping[str, Any]) -> bool:
+        """Whether the script will be led past this checkpoint's step, and the optimizer's shards can be left out."""
+        setting = self._setting
+        if candidate.state is not State.PUBLISHED or candidate.reason:
+            return False
+
+        def is_possible() -> bool:
+            if setting.led is None or not setting.led.goes_beyond(candidate.step):
+                return False
+            if _position(setting.engine) != self._position or not light_load.is_supported(setting.engine, options):
+                return False
+            manifest = read_manifest(tag_dir)
+            if manifest is None or manifest.world_size != setting.world_size:
+                return False
+            content = json.loads((tag_dir / random_states_file(setting.rank)).read_text(encoding="utf-8"))
+            return light_load.HYPERPARAMETERS in content
+
+        try:
+            mine = is_possible()
+        except (OSError, ValueError, CheckpointError):
+            mine = False  # whoever verifies its files says what is wrong with them
+        return all(gather(mine, setting.device))
 
     def _candidates(self, load_dir: Path, tag: str | None) -> list[Candidate]:
         """What to try, best first, as rank 0 sees it."""
@@ -173,12 +199,12 @@ class Loader:
         rows = broadcast([dataclasses.asdict(candidate) for candidate in order], self._setting.device)
         return [Candidate(**{**row, "state": State(row["state"])}) for row in rows]
 
-    def _refusal(self, tag_dir: Path, candidate: Candidate, full: bool) -> str | None:
+    def _refusal(self, tag_dir: Path, candidate: Candidate, full: bool, is_light: bool) -> str | None:
         """Why a checkpoint must not be loaded, in the same words on all ranks; None if it may be."""
         if candidate.reason:
             return candidate.reason
         plain = candidate.state is State.PLAIN
-        mine = (self._check_plain(tag_dir, full), "") if plain else self._verify(tag_dir)
+        mine = (self._check_plain(tag_dir, full), "") if plain else self._verify(tag_dir, is_light)
         everyone = gather(mine, self._setting.device)
         found: list[str] = [detail for details, _ in everyone for detail in details]
         if not found and len({seen for _, seen in everyone}) > 1:
@@ -189,14 +215,17 @@ class Loader:
             self._say(f"{tag_dir}: has no manifest; its files are whole, but that they belong together is not verified")
         return None
 
-    def _verify(self, tag_dir: Path) -> tuple[list[str], str]:
+    def _verify(self, tag_dir: Path, is_light: bool) -> tuple[list[str], str]:
         """What this rank finds wrong with its share of a published checkpoint, and which save it sees."""
         share = self._setting.share
         try:
             manifest = read_manifest(tag_dir)
             if manifest is None:
                 return [f"rank {self._setting.rank} does not see its manifest"], ""
-            problems = verify(tag_dir, manifest, index=share.index, count=share.count, node=share.node)
+            leave_out = light_load.is_shard if is_light else lambda _path: False
+            problems = verify(
+                tag_dir, manifest, index=share.index, count=share.count, node=share.node, leave_out=leave_out
+            )
         except (OSError, CheckpointError) as error:
             return [str(error)], ""
         return [problem.detail for problem in problems if problem.fatal], fingerprint(manifest)
@@ -248,6 +277,25 @@ class Loader:
         done = attempt(f"keeping the batch size of {tag_dir}", keep, setting.device)
         if done:
             setting.note("elastic", done)
+
+    def _settle(self, tag_dir: Path, is_light: bool, full: bool) -> None:
+        """After a light load, what the script can see of the optimizer comes back; and who brings the rest is noted."""
+        setting = self._setting
+        if setting.led is None:
+            return
+        if not is_light:
+            setting.led.relies_on_snapshot &= not full
+            return
+        setting.led.relies_on_snapshot = True
+
+        def restore() -> None:
+            manifest = read_manifest(tag_dir)
+            assert manifest is not None
+            text = _verified_text(tag_dir, manifest, random_states_file(setting.rank), setting.share.node)
+            light_load.restore(setting.engine, json.loads(text)[light_load.HYPERPARAMETERS])
+
+        attempt(f"restoring hyperparameters from {tag_dir}", restore, setting.device)
+        self._say(f"{tag_dir}: loaded without its optimizer's shards; the memory snapshot brings newer ones")
 
     def _restore_random_states(self, tag_dir: Path) -> None:
         """Install this rank's random states and counters, if this run wrote them.

@@ -23,7 +23,7 @@ from resilience.checkpoint.exchange import agree, attempt, broadcast, gather
 from resilience.checkpoint.manifest import FileEntry, Manifest, assign
 from resilience.checkpoint.publish import Marker, begin, hash_and_flush, publish, random_states_file
 from resilience.checkpoint.verify import member_files
-from resilience.deepspeed import powers
+from resilience.deepspeed import light_load, powers
 from resilience.deepspeed.checkpoint_setting import Setting
 from resilience.deepspeed.universal_batch import batch_of
 from resilience.errors import CheckpointError
@@ -57,6 +57,8 @@ class Saver:
         if not options["save_dir"]:
             return self._original(*args, **kwargs)
         setting, engine = self._setting, self._setting.engine
+        if setting.led is not None and setting.led.relies_on_snapshot:
+            setting.led.begin_again("the script saves a checkpoint before it trains")
         started = setting.clock.monotonic()
         save_dir = Path(options["save_dir"])
         tag = f"global_step{engine.global_steps}" if options["tag"] is None else str(options["tag"])
@@ -103,6 +105,9 @@ class Saver:
         states = randomness.capture(get_cuda_rng_tracker().get_states())
         content: dict[str, Any] = {"random": states, "counters": self._counters()}
         batch = batch_of(self._setting.engine)
+        hyperparameters = light_load.capture(self._setting.engine)
+        if hyperparameters is not None:
+            content[light_load.HYPERPARAMETERS] = hyperparameters
         if batch is not None:
             content["batch"] = dataclasses.asdict(batch)
         path = tag_dir / random_states_file(self._setting.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -12,7 +12,7 @@ from resilience.checkpoint.doubt import SavedCheckpoints
 from resilience.clock import Clock
 from resilience.events import CheckpointFact, CheckpointKind
 
-__all__ = ["GuardState", "Reporter", "Setting", "Share"]
+__all__ = ["GuardState", "Led", "Reporter", "Setting", "Share"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,20 @@ class GuardState(Protocol):
         """Told here of each checkpoint that this rank's storage has got."""
 
 
+class Led(Protocol):
+    """A script that may be led to a memory snapshot, whose state replaces what it loads."""
+
+    relies_on_snapshot: bool
+    """Set here: whether something of the engine's state was left out, which only the snapshot brings."""
+
+    def goes_beyond(self, step: int) -> bool:
+        """Whether this rank's script will be led past the end of `step`, as far as it knows."""
+
+    def begin_again(self, reason: str) -> NoReturn:
+        """What was left out is needed after all: end this process; the next generation loads everything. On all ranks
+        alike."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
     """Which part of the hashing is this rank's: the ranks that see the same storage divide its files among them."""
@@ -77,6 +91,8 @@ class Setting:
     rank: int
     world_size: int
     share: Share
+    led: Led | None = None
+    """None where nothing leads the script."""
 
     @property
     def device(self) -> torch.device:

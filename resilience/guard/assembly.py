@@ -45,7 +45,7 @@ from resilience.guard.reporter import Reporter, SilentReporter
 from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
 from resilience.guard.snapshots import RankSnapshots
-from resilience.guard.succession import succeed
+from resilience.guard.succession import Succession, succeed
 from resilience.guard.trail import TrailWriter
 from resilience.guard.transaction import Guard
 from resilience.imported import ImportNote
@@ -117,8 +117,7 @@ def guard_engine(
     undo.append(guard.uninstall)
     succession.watch(guard)
     if context is not None:
-        saves = checkpoint.install(engine, context=context, client=reporter, guard_state=guard, clock=settings.clock)
-        undo.append(saves)
+        undo.append(_verify_checkpoints(engine, context, reporter, guard, succession))
     undo.append(_tell_of_saves(engine, guard))
     succession.stand_in()
 
@@ -127,6 +126,19 @@ def guard_engine(
             step()
 
     return Guarded(guard, uninstall, protection)
+
+
+def _verify_checkpoints(
+    engine: Any, context: RunContext, reporter: Reporter, guard: Guard, succession: Succession
+) -> Callable[[], None]:
+    return checkpoint.install(
+        engine,
+        context=context,
+        client=reporter,
+        guard_state=guard,
+        led=succession.fast_forward,
+        clock=guard.settings.clock,
+    )
 
 
 def _settings(config: Config, context: RunContext | None) -> Settings:

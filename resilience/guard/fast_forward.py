@@ -95,6 +95,8 @@ class FastForward:
         self._reporter = reporter
         self._trail = trail
         self._place = place
+        self.relies_on_snapshot = False
+        """Whether the script's load left something out, which only the snapshot brings."""
         self._host: Host | None = None
         self._is_settled = False
         self._leading = False
@@ -108,6 +110,15 @@ class FastForward:
     def attach(self, host: Host) -> None:
         """The guard, which exists by now."""
         self._host = host
+
+    def goes_beyond(self, step: int) -> bool:
+        """Whether this rank's script will be led past the end of `step`, as far as it knows yet."""
+        target = self._target
+        return target is not None and target.step > step and not self._problem and not self._is_settled
+
+    def begin_again(self, reason: str) -> NoReturn:
+        """The script needs what its load left out: the next generation loads everything."""
+        self._refuse(reason)
 
     @property
     def active(self) -> bool:
@@ -248,7 +259,7 @@ class FastForward:
             self._refuse_one(target, str(error))
             self._host.leave_for_restart(f"the memory snapshot of step {target.step} is not loaded: {error}")
         load_s = clock.monotonic() - load_began_at
-        self._leading = False
+        self._leading = self.relies_on_snapshot = False
         if self._trail is not None:
             self._trail.continue_from(self._trail_content, target.step)
         self._trail_content = b""
@@ -263,6 +274,8 @@ class FastForward:
 
     def _do_without(self, problem: str) -> None:
         """Before anything was led: the script goes on from what it loaded by itself. On every rank alike."""
+        if self.relies_on_snapshot:
+            self._refuse(problem)
         self._refuse_all(problem)
         self._note(f"no fast-forward: {problem}; the script goes on from what it loaded by itself")
 

@@ -18,13 +18,13 @@ from tests.integration.harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, la
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 KILL = '[[fault]]\nstep = 54\nrank = 1\nmicro_step = 1\nsite = "process"\nkind = "kill"\n'
-EVERY_STEP = '[snapshot]\ninterval_steps = 1\n[detection]\nstrength = "off"\n'
+EVERY_STEP = '[detection]\nstrength = "off"\n[snapshot]\ninterval_steps = 1\n'
 CLIENT = {name: value for name, value in DEEPSPEED_CONFIG.items() if name != "optimizer"}
 
 
-def run(directory: Path, script: str, *words: str, kill: bool, in_order: bool = True) -> Run:
-    """`in_order`: the script's data come in the same order after a restart."""
-    options: dict[str, Any] = {"faults": KILL, "resilience": EVERY_STEP} if kill else {"plain": True}
+def run(directory: Path, script: str, *words: str, kill: bool, in_order: bool = True, snapshot: str = "") -> Run:
+    """`in_order`: the script's data come in the same order after a restart; `snapshot`: more of that section."""
+    options: dict[str, Any] = {"faults": KILL, "resilience": EVERY_STEP + snapshot} if kill else {"plain": True}
     config = CLIENT if script == "accelerate" else DEEPSPEED_CONFIG
     if script == "accelerate" and in_order:
         words = (*words, "--seedable")
@@ -68,6 +68,7 @@ def test_a_killed_rank_costs_no_step_and_the_script_ends_with_the_same_weights(
     output = struck.output()
     assert f"fast-forward from step {start} to step 53" in output, output[-6000:]
     assert "fast-forwarded to step 53" in output
+    assert ("global_step40: loaded without its optimizer's shards" in output) is (start == 40)
     assert digest(struck.directory, "final") == digest(faultless(script).directory, "final")
     assert said(struck) == said(faultless(script)), "losses, averages and evaluations, in their order"
     assert struck.report()["num_generations"] == 2
@@ -82,6 +83,18 @@ def test_a_script_whose_data_come_in_another_order_begins_from_its_checkpoint_wi
     assert "generation 3 begins on 2 ranks from the last verified checkpoint (step 40)" in struck.output()
     assert "fast-forwarded to" not in struck.output()
     assert "done at step 60" in struck.output()
+
+
+def test_what_was_loaded_without_the_optimizer_is_never_saved(tmp_path: Path) -> None:
+    words = ["--save-every", "40", "--save-first"]
+    struck, not_led = (
+        run(tmp_path / name, "loader", *words, kill=True, snapshot=settings)
+        for name, settings in (("struck", ""), ("not_led", "fast_forward = false\n"))
+    )
+    assert struck.report()["num_generations"] == 3
+    assert "the script saves a checkpoint before it trains" in struck.output()
+    assert "generation 3 begins on 2 ranks from the last verified checkpoint (step 40)" in struck.output()
+    assert digest(struck.directory, "final") == digest(not_led.directory, "final")
 
 
 @pytest.mark.long

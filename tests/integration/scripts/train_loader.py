@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--num-classes", type=int, default=8)
+    parser.add_argument("--save-first", action="store_true", help="save what was begun with before the first step")
     parser.add_argument("--accuracy", action="store_true", help="read the logits in each training step")
     deepspeed.add_config_arguments(parser)
     args = parser.parse_args()
@@ -60,6 +61,8 @@ def main() -> None:
     loader = DataLoader(dataset, batch_size=4, sampler=sampler)
     path, client = engine.load_checkpoint(args.checkpoints) if args.save_every else (None, None)
     average, seen = (client["average"], client["seen"]) if path else (0.0, 0)
+    if args.save_first:
+        engine.save_checkpoint(args.checkpoints, tag="begun", save_latest=False)
     epoch = seen // len(loader)
     while engine.global_steps < args.steps:
         sampler.set_epoch(epoch)

@@ -57,6 +57,15 @@ def test_a_torn_and_a_missing_file_are_found(save: Save) -> None:
     assert found_wrong(tag_dir) == ["deep/er/file.bin is missing", f"{MODEL} has 5 bytes, not {size}"]
 
 
+def test_what_nobody_will_load_is_not_looked_at(save: Save) -> None:
+    tag_dir = save("a")
+    manifest = read_manifest(tag_dir)
+    assert manifest is not None
+    flip(tag_dir / MODEL)
+    assert verify(tag_dir, manifest, leave_out=lambda path: path == MODEL) == ()
+    assert verify(tag_dir, manifest, leave_out=lambda path: path != MODEL) != ()
+
+
 def test_a_stray_file_is_found_once(save: Save) -> None:
     tag_dir = save("a")
     (tag_dir / "mp_rank_01_model_states.pt").write_bytes(b"stray")

@@ -135,6 +135,24 @@ class Alone:
         raise Left(reason)
 
 
+def forwarding(
+    target: Target, on_fact: Callable[[Any], None], host: Alone | None = None, trail: TrailWriter | None = None
+) -> FastForward:
+    engine = StandIn()
+    settings = Settings(config=Config(), run_id="run", generation=2, rank=0, node="a", device="cpu", clock=CLOCK)
+    forward = FastForward(
+        engine,  # type: ignore[arg-type]  # what it uses of an adapter
+        engine,  # type: ignore[arg-type]  # … and of a lead
+        target,
+        settings=settings,
+        reporter=SilentReporter(on_fact=on_fact),
+        trail=trail,
+        place=lambda *_: None,
+    )
+    forward.attach(host or Alone())
+    return forward
+
+
 def led(tmp_path: Path, load: Callable[[], None], trail: TrailWriter | None = None) -> tuple[Alone, list[Fact]]:
     """A script of two steps that is led to a snapshot of the second one."""
     path = tmp_path / "before.bin"
@@ -143,19 +161,9 @@ def led(tmp_path: Path, load: Callable[[], None], trail: TrailWriter | None = No
         past.step_taken(step, deterministic=True)
     assert list(read_trail(path.read_bytes(), after=0, through=2, source="it")) == [1, 2]
     facts: list[Fact] = []
-    engine, host = StandIn(), Alone()
-    settings = Settings(config=Config(), run_id="run", generation=2, rank=0, node="a", device="cpu", clock=CLOCK)
+    host = Alone()
     target = Target(step=2, generation=1, read_trail=path.read_bytes, load=load, all_snapshots=lambda: [(1, 1), (2, 1)])
-    forward = FastForward(
-        engine,  # type: ignore[arg-type]  # what it uses of an adapter
-        engine,  # type: ignore[arg-type]  # … and of a lead
-        target,
-        settings=settings,
-        reporter=SilentReporter(on_fact=facts.append),
-        trail=trail,
-        place=lambda *_: None,
-    )
-    forward.attach(host)
+    forward = forwarding(target, facts.append, host, trail)
     assert forward.active
     forward.step((), {})
     forward.step((), {})
@@ -183,6 +191,28 @@ def test_a_load_that_fails_is_refused_and_the_rank_leaves(tmp_path: Path, error:
         with pytest.raises(Left, match="is not loaded"):
             led(tmp_path, load)
     assert [(f.kind, f.step) for f in refused if isinstance(f, SnapshotFact)] == [(SnapshotKind.REFUSED, 2)]
+
+
+@pytest.mark.parametrize("relies", [False, True])
+def test_a_trail_that_cannot_be_read_matters_to_whoever_relies_on_the_snapshot(tmp_path: Path, relies: bool) -> None:
+    """A script whose load left the optimizer's state out must not train on from there."""
+    refused: list[tuple[int, int]] = []
+
+    def no_trail() -> bytes:
+        raise SnapshotError("no trail was kept")
+
+    target = Target(step=2, generation=1, read_trail=no_trail, load=lambda: None, all_snapshots=lambda: [(1, 1)])
+    forward = forwarding(target, lambda fact: refused.append((fact.step, fact.generation)))
+    assert forward.goes_beyond(1)
+    assert not forward.goes_beyond(2)
+    forward.relies_on_snapshot = relies
+    if relies:
+        with pytest.raises(Left, match="no trail was kept"):
+            _ = forward.active
+    else:
+        assert not forward.active
+    assert refused == [(1, 1), (2, 1)]
+    assert not forward.goes_beyond(1), "what the script does from here on is training"
 
 
 def test_a_full_disk_on_arrival_costs_the_trail_and_not_the_rank(
