@@ -12,9 +12,10 @@ import functools
 import torch
 
 from resilience.abft.gemm import Gemm
+from resilience.abft.sums import sums_of, vectors
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
-from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio
+from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio, worst_ratio_of
 
 __all__ = [
     "MAX_ROWS",
@@ -60,11 +61,16 @@ def screen(
     return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
 
 
-def worst_residual(
-    gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
-) -> float:
-    """The largest ratio of `screen`; waits for the device."""
+def worst_residual(gemm: Gemm, expected: torch.Tensor, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
+    """The largest ratio of `screen` for C = `out`, whose sums are taken here; waits for the device."""
+    dtype = out.dtype
     factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    weights = vectors(out.shape[-1], out)
+    worst = worst_ratio_of(out, weights, expected, factor)
+    if worst is not None:
+        return worst
+    observed = sums_of(out, right=weights).rows
+    assert observed is not None
     return worst_ratio(expected, observed, factor)
 
 

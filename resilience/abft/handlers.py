@@ -156,8 +156,7 @@ class GemmHandlers:
         return checksum.worst_residual(
             expectation.gemm,
             expectation.sums,
-            expectation.observed(out),
-            out.dtype,
+            expectation.oriented(out),
             factor_scale=self._context.scale(call.label.site),
         )
 

@@ -43,14 +43,22 @@ def _vectors(n: int, num_of_each: int, dtype: torch.dtype, device: torch.device)
     return torch.stack([*plain, *weighted]).to(device=device, dtype=dtype).mT
 
 
-def sums_of(matrix: torch.Tensor, *, right: torch.Tensor | None = None, left: torch.Tensor | None = None) -> Sweep:
-    """matrix·right and matrixᵀ·left in one pass; `matrix` of any floating dtype that is checked."""
+def sums_of(
+    matrix: torch.Tensor,
+    *,
+    right: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
+    into: Sweep | None = None,
+) -> Sweep:
+    """matrix·right and matrixᵀ·left in one pass; `matrix` of any floating dtype that is checked. `into`: an earlier
+    result for the same shapes, whose memory may be used again.
+    """
     if matrix.dtype == torch.float64:
         rows = None if right is None else matrix @ right
         return Sweep(rows, None if left is None else matrix.mT @ left)
     # The compiled kernel does not read float16; the one on a GPU does.
     widened = matrix.float() if matrix.dtype == torch.float16 and matrix.is_cpu else matrix
-    return sweep(widened, right, left)
+    return sweep(widened, right, left, into=into)
 
 
 def beside(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -81,9 +89,14 @@ class WeightSums:
     def __init__(self) -> None:
         self._operands: dict[tuple[object, ...], OperandSums] = {}
         self._addends: dict[tuple[object, ...], torch.Tensor] = {}
+        self._last: dict[tuple[object, ...], OperandSums] = {}
+        """Of the last step, by the place of the operand: their memory serves again."""
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything: a step begins, and no graph of an earlier one asks for its sums any more."""
+        self._last = {
+            _place(key): sums for key, sums in self._operands.items() if sums.both is not None and sums.both.dim() == 2
+        }
         self._operands.clear()
         self._addends.clear()
 
@@ -100,7 +113,8 @@ class WeightSums:
         key = _key(right)
         known = self._operands.get(key)
         if known is None or (carried and known.both is None):
-            known = self._operands[key] = _operand_sums(right, carried=carried)
+            last = self._last.pop(_place(key), None) if carried else None
+            known = self._operands[key] = _operand_sums(right, carried=carried, last=last)
         return known
 
     def of_addend(self, addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -114,16 +128,21 @@ class WeightSums:
         return known
 
 
-def _operand_sums(right: torch.Tensor, *, carried: bool) -> OperandSums:
+def _operand_sums(right: torch.Tensor, *, carried: bool, last: OperandSums | None = None) -> OperandSums:
     k, n = right.shape[-2:]
     if not carried:
         rows = sums_of(right, right=vectors(n, right)).rows
         assert rows is not None
         return OperandSums(rows, None, None)
     of_rows = vectors(k, right)
-    rows, columns = sums_of(right, right=vectors(n, right), left=of_rows)
+    into = None if last is None else Sweep(last.right, last.left)
+    rows, columns = sums_of(right, right=vectors(n, right), left=of_rows, into=into)
     assert rows is not None
-    return OperandSums(rows, columns, beside(rows, of_rows))
+    if last is not None and rows is last.right:
+        return last
+    both = beside(rows, of_rows)
+    # Of a single matrix the sums are a part of `both`: in the next step they are written where they stand.
+    return OperandSums(both[:, : rows.shape[-1]] if rows.dim() == 2 else rows, columns, both)
 
 
 def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -137,6 +156,11 @@ def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def _is_parameter(operand: torch.Tensor) -> bool:
     base = operand._base
     return isinstance(operand if base is None else base, torch.nn.Parameter)
+
+
+def _place(key: tuple[object, ...]) -> tuple[object, ...]:
+    """A key without the version of its operand."""
+    return key[0], *key[2:]
 
 
 def _key(operand: torch.Tensor) -> tuple[object, ...]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from resilience.kernels import triton_kernels
+from resilience.kernels.sweep import row_sums_at
 
 try:
     from resilience.kernels import _residual as _compiled
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["TINY", "deferred_worst_ratio", "residual_ratios", "worst_ratio"]
+__all__ = ["TINY", "deferred_worst_ratio", "residual_ratios", "worst_ratio", "worst_ratio_of"]
 
 TINY = 1e-36
 """Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
@@ -44,6 +45,27 @@ def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -
     of_expected, of_observed = _strides(expected), _strides(observed)
     return _compiled.worst(
         expected.data_ptr(), *of_expected, observed.data_ptr(), *of_observed, batches, rows, count, factor, TINY
+    )
+
+
+def worst_ratio_of(matrix: torch.Tensor, right: torch.Tensor, expected: torch.Tensor, factor: float) -> float | None:
+    """`worst_ratio` of `expected` and matrix · right, without a tensor for the latter; None where not compiled for it.
+
+    Args:
+        matrix: (m, n) or (b, m, n), float32 or bfloat16.
+        right: (n, c).
+        expected: (m, c) or (b, m, c), each column contiguous.
+        factor: as in `residual_ratios`.
+    """
+    if _compiled is None or not _fits(expected):
+        return None
+    address = row_sums_at(matrix, right)
+    if not address:
+        return None
+    rows, count = expected.shape[-2:]
+    batches = expected.shape[0] if expected.dim() == 3 else 1
+    return _compiled.worst(
+        expected.data_ptr(), *_strides(expected), address, rows * count, rows, batches, rows, count, factor, TINY
     )
 
 

@@ -7,6 +7,7 @@ products of torch do, with the same results within round-off. No thresholds, no 
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -19,15 +20,17 @@ try:
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "sweep"]
+__all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "row_sums_at", "sweep"]
 
 MAX_COLUMNS = 8
 """Weight vectors a side that one sweep takes."""
 
 _GOMP_PARALLEL = gomp_parallel() if _compiled is not None else 0
 _DTYPES = (torch.float32, torch.bfloat16)
-_NONE: tuple[int, tuple[int, ...], tuple[int, ...]] = (0, (), ())
-"""Address, shape and strides of weights that are not there."""
+_Weights = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Address, shape and strides."""
+_NONE: _Weights = (0, (), ())
+"""Of weights that are not there."""
 
 
 class Sweep(NamedTuple):
@@ -52,7 +55,13 @@ def describe() -> str:
     return f"compiled, {_compiled.instructions()} instructions, {threads}"
 
 
-def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.Tensor | None = None) -> Sweep:
+def sweep(
+    matrix: torch.Tensor,
+    right: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
+    *,
+    into: Sweep | None = None,
+) -> Sweep:
     """Sums of the rows of `matrix` under each column of `right`, and of its columns under each column of `left`.
 
     Args:
@@ -60,6 +69,7 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
             lie contiguous.
         right: (n, c), or (b, n, c) for one set a matrix; float32, c ≤ 8.
         left: (m, c'), or (b, m, c') for one set a matrix; float32, c' ≤ 8.
+        into: an earlier result for the same shapes, whose memory may be used again.
 
     Returns:
         The sums in float32, of products and partial sums in float32; NaN and INF propagate. No gradient flows. The
@@ -67,7 +77,7 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
         threads.
     """
     if _compiled is not None and matrix.is_cpu:
-        swept = _swept(matrix, right, left)
+        swept = _swept(matrix, right, left, into)
         if swept is not None:
             return swept
     kernels = triton_kernels("checksum.sweep", matrix)
@@ -82,30 +92,76 @@ def sweep(matrix: torch.Tensor, right: torch.Tensor | None = None, left: torch.T
     return Sweep(rows, columns)
 
 
-def _swept(matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None) -> Sweep | None:
+def row_sums_at(matrix: torch.Tensor, right: torch.Tensor) -> int:
+    """Address of matrix · right, as `sweep` gives it, in memory that this thread's next call overwrites; 0 where the
+    compiled kernel does not take them. Every product's result is swept once: a fresh tensor each costs more than the
+    sums of a small one.
+    """
+    if _compiled is None or not matrix.is_cpu:
+        return 0
+    weights = _weights(right)
+    if weights is None:
+        return 0
+    shape = matrix.shape
+    address = _scratch.address((shape[0] if len(shape) == 3 else 1) * shape[-2] * right.shape[-1])
+    return address if _run(matrix, weights, _NONE, address, 0) else 0
+
+
+class _Scratch(threading.local):
+    memory = torch.empty(0)
+    start = 0
+
+    def address(self, count: int) -> int:
+        """Of room for `count` numbers in float32."""
+        if count > self.memory.numel():
+            self.memory = torch.empty(count, dtype=torch.float32)
+            self.start = self.memory.data_ptr()
+        return self.start
+
+
+_scratch = _Scratch()
+
+
+def _swept(
+    matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None, into: Sweep | None
+) -> Sweep | None:
     """The sums by the compiled kernel; None for what it does not take. It runs on every small product of a step, so it
     asks each tensor as little as possible; shapes are compared in C.
     """
-    dtype, shape = matrix.dtype, matrix.shape
-    if dtype not in _DTYPES or len(shape) < 2 or matrix.is_neg():
+    shape = matrix.shape
+    if len(shape) < 2:
         return None
-    rows = columns = None
-    from_rows = from_columns = _NONE
+    rows, columns = into if into is not None else (None, None)
+    from_rows: _Weights | None = _NONE
+    from_columns: _Weights | None = _NONE
     to_rows = to_columns = 0
     if right is not None:
-        if right.dtype is not torch.float32 or not right.is_cpu or right.is_neg():
-            return None
-        rows = _empty_sums(shape[:-2], shape[-2], right.shape[-1])
-        from_rows, to_rows = (right.data_ptr(), right.shape, right.stride()), rows.data_ptr()
+        from_rows = _weights(right)
+        rows = _empty_sums(shape[:-2], shape[-2], right.shape[-1]) if rows is None else rows
+        to_rows = rows.data_ptr()
     if left is not None:
-        if left.dtype is not torch.float32 or not left.is_cpu or left.is_neg():
-            return None
-        columns = _empty_sums(shape[:-2], shape[-1], left.shape[-1])
-        from_columns, to_columns = (left.data_ptr(), left.shape, left.stride()), columns.data_ptr()
-    threads = torch.get_num_threads()
-    done = _compiled.sweep(
+        from_columns = _weights(left)
+        columns = _empty_sums(shape[:-2], shape[-1], left.shape[-1]) if columns is None else columns
+        to_columns = columns.data_ptr()
+    if from_rows is None or from_columns is None:
+        return None
+    return Sweep(rows, columns) if _run(matrix, from_rows, from_columns, to_rows, to_columns) else None
+
+
+def _weights(vectors: torch.Tensor) -> _Weights | None:
+    """What the compiled kernel is told of weights; None for what it does not take."""
+    if vectors.dtype is not torch.float32 or not vectors.is_cpu or vectors.is_neg():
+        return None
+    return vectors.data_ptr(), vectors.shape, vectors.stride()
+
+
+def _run(matrix: torch.Tensor, from_rows: _Weights, from_columns: _Weights, to_rows: int, to_columns: int) -> bool:
+    dtype = matrix.dtype
+    if dtype not in _DTYPES or matrix.is_neg():
+        return False
+    return _compiled.sweep(
         matrix.data_ptr(),
-        shape,
+        matrix.shape,
         matrix.stride(),
         dtype is torch.bfloat16,
         *from_rows,
@@ -113,9 +169,8 @@ def _swept(matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor 
         to_rows,
         to_columns,
         _GOMP_PARALLEL,
-        threads,
+        torch.get_num_threads(),
     )
-    return Sweep(rows, columns) if done else None
 
 
 def _empty_sums(batch: tuple[int, ...], length: int, count: int) -> torch.Tensor:

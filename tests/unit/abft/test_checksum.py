@@ -335,6 +335,36 @@ def test_parameters_that_take_turns_in_the_same_memory_keep_their_own_sums() -> 
                 assert float(screen(Gemm(x, right), x @ right, sums).max()) <= 1.0
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (3, 24, 40)], ids=["single", "batched"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_sums_of_the_next_step_are_those_of_its_weights(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """They may stand where those of the last step stood."""
+    weight = torch.nn.Parameter(normal(*shape).to(dtype))
+    sums = WeightSums()
+    with torch.no_grad():
+        for step in range(3):
+            sums.clear()
+            weight.copy_(normal(*shape, seed=step))
+            for right in (weight, weight.mT, weight):
+                found, alone = sums.of_right(right, carried=True), WeightSums().of_right(right, carried=True)
+                for one, other in zip(found, alone, strict=True):
+                    assert one is not None
+                    assert other is not None
+                    assert torch.equal(one, other)
+
+
+def test_sums_of_the_same_weights_are_taken_where_they_stood() -> None:
+    weight = torch.nn.Parameter(normal(64, 128))
+    sums = WeightSums()
+    places = set()
+    for _ in range(4):
+        sums.clear()
+        found = sums.of_right(weight, carried=True)
+        assert found.both is not None
+        places.add((found.right.data_ptr(), found.both.data_ptr()))
+    assert len(places) == 1
+
+
 def test_weight_sums_do_not_keep_a_parameter_alive() -> None:
     weight = torch.nn.Parameter(normal(64, 128))
     sums = WeightSums()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resilience.abft import expectation, sums
+from resilience.abft import checksum, expectation, sums
 from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import WeightSums
@@ -106,14 +106,16 @@ def test_a_training_step_reads_each_tensor_once(
     make: Callable[[], nn.Module], protect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    inner = sums.sums_of
 
-    def counting(matrix: torch.Tensor, **vectors: Any) -> Any:
-        read.append(matrix.numel())
-        return inner(matrix, **vectors)
+    def counting(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(matrix: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            read.append(matrix.numel())
+            return inner(matrix, *args, **kwargs)
 
-    monkeypatch.setattr(sums, "sums_of", counting)
-    monkeypatch.setattr(expectation, "sums_of", counting)
+        return counted
+
+    for module_of, name in ((sums, "sums_of"), (expectation, "sums_of"), (checksum, "worst_ratio_of")):
+        monkeypatch.setattr(module_of, name, counting(getattr(module_of, name)))
     module, x = make(), normal(64, 24, seed=1).requires_grad_()
     protection = protect()
     protection.attach(module)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.kernels import residual
-from resilience.kernels.residual import residual_ratios, worst_ratio
+from resilience.kernels.residual import residual_ratios, worst_ratio, worst_ratio_of
+from resilience.kernels.sweep import sweep
 
 
 def sums(batch: int, rows: int, count: int, seed: int, *, wider: int = 0) -> torch.Tensor:
@@ -53,6 +54,40 @@ def test_what_is_not_finite_is_never_a_small_ratio(
     pair[side] = pair[side].clone()
     pair[side][1, row, 1] = bad
     assert not worst_ratio(**pair, factor=1e-3) <= 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 200),
+    count=st.integers(1, 5),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_sums_that_are_never_a_tensor_are_compared_the_same(
+    batch: int, rows: int, columns: int, count: int, transposed: bool, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (columns, rows) if transposed else (rows, columns)
+    matrix = torch.randn((batch, *lengths) if batch else lengths, generator=generator).to(dtype)
+    matrix = matrix.mT if transposed else matrix
+    weights = torch.randn(count, columns, generator=generator).mT
+    observed = sweep(matrix, weights).rows
+    assert observed is not None
+    expected = observed * 1.001
+    ratio = worst_ratio_of(matrix, weights, expected, 1e-3)
+    assert ratio == worst_ratio(expected, observed, 1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residual, "_compiled", None)
+        assert worst_ratio_of(matrix, weights, expected, 1e-3) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_the_compiled_form_does_not_read_is_left_to_others(dtype: torch.dtype) -> None:
+    matrix, weights = torch.ones(4, 6, dtype=dtype), torch.ones(2, 6).mT
+    assert worst_ratio_of(matrix, weights, torch.ones(2, 4).mT, 1e-3) is None
 
 
 def test_sums_of_nothing_are_nothing() -> None:
