@@ -115,12 +115,14 @@ def _threads(number: int) -> Iterator[None]:
 def show(results: list[dict[str, Any]]) -> None:
     """Print what was measured."""
     table = Table(title=results[0]["machine"])
-    for heading in ("case", "checks", "share", "plain step", "protected ÷ plain", "least", "most", "pair by pair"):
+    headings = ("case", "checks", "share", "plain step", "protected ÷ plain", "least", "most", "of quartiles")
+    for heading in (*headings, "pair by pair"):
         table.add_column(heading)
     for result in results:
         for row in result["rows"]:
             ratios = row["ratios"]
-            spread = [f"{value:.3f}" for value in (row["median_ratio"], min(ratios), max(ratios))]
+            found = row["median_ratio"], min(ratios), max(ratios), row["quartile_ratio"]
+            spread = [f"{value:.3f}" for value in found]
             pairs = " ".join(f"{ratio:.3f}" for ratio in ratios)
             share = str(row.get("share", 1))
             if "coverage" in row:
@@ -128,9 +130,10 @@ def show(results: list[dict[str, Any]]) -> None:
             table.add_row(result["name"], row["strength"], share, f"{row['plain_step_ms']:.0f} ms", *spread, pairs)
     Console(width=150).print(table)
     print(
-        "Ratios are medians. Protected is all that happens in a rank: recording, checks, screens, the vote. Heartbeats"
+        "Ratios are medians over pairs of blocks; of quartiles: the lower quartile of all protected steps by that of\n"
+        "all plain ones. Protected is all that happens in a rank: recording, checks, screens, the vote. Heartbeats\n"
+        "leave from another thread, twice a second, and are not in it."
     )
-    print("leave from another thread, twice a second, and are not in it.")
 
 
 def main(words: list[str]) -> int:

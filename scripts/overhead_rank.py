@@ -7,6 +7,7 @@ what else the machine does and how far training is meet both alike. The first st
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -40,15 +41,17 @@ class Trainer:
             self.engine.backward(self._loss(self.engine, step, micro_step))
             self.engine.step()
 
-    def seconds_per_step(self, num_steps: int, *, num_untimed: int = 1) -> float:
+    def seconds(self, num_steps: int, *, num_untimed: int = 1) -> list[float]:
+        """Of each step."""
         for _ in range(num_untimed):
             self.step()
         self._wait()
-        started_at = time.perf_counter()
+        ends = [time.perf_counter()]
         for _ in range(num_steps):
             self.step()
-        self._wait()
-        return (time.perf_counter() - started_at) / num_steps
+            self._wait()
+            ends.append(time.perf_counter())
+        return [end - begin for begin, end in itertools.pairwise(ends)]
 
     def _wait(self) -> None:
         if torch.cuda.is_available():
@@ -57,7 +60,9 @@ class Trainer:
 
 
 def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_steps: int) -> dict[str, Any]:
-    """Ratios of protected to plain seconds per step, one for each pair of neighbouring blocks."""
+    """Ratios of protected to plain seconds per step: one for each pair of neighbouring blocks, and of the lower
+    quartiles of all steps, which is what they take where nothing else is in their way.
+    """
     config = Config.model_validate(
         # Determinism is measured once in a run, at its start.
         {"detection": detection, "guard": GuardConfig(measure_determinism=False)}
@@ -67,33 +72,41 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
     num_untimed = MEASURED_STEPS + 1 if config.detection.share == "adaptive" else 1
     coverages = []
 
-    def plain() -> float:
-        return trainer.seconds_per_step(num_steps)
+    def plain() -> list[float]:
+        return trainer.seconds(num_steps)
 
-    def protected() -> float:
+    def protected() -> list[float]:
         hook.protect(trainer.engine, config)
         try:
-            seconds = trainer.seconds_per_step(num_steps, num_untimed=num_untimed)
+            seconds = trainer.seconds(num_steps, num_untimed=num_untimed)
             coverages.append(coverage(trainer.engine))
             return seconds
         finally:
             hook.release(trainer.engine)
 
-    plain_seconds, ratios = [], []
+    plain_seconds: list[float] = []
+    protected_seconds: list[float] = []
+    ratios = []
     for pair in range(num_pairs):
         if pair % 2 == 0:
             without, with_protection = plain(), protected()
         else:
             with_protection, without = protected(), plain()
-        plain_seconds.append(without)
-        ratios.append(with_protection / without)
+        plain_seconds += without
+        protected_seconds += with_protection
+        ratios.append(sum(with_protection) / sum(without))
     return {
         **detection,
         **({"coverage": min(coverages)} if num_untimed > 1 else {}),
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
+        "quartile_ratio": _lower_quartile(protected_seconds) / _lower_quartile(plain_seconds),
         "plain_step_ms": 1000 * statistics.median(plain_seconds),
     }
+
+
+def _lower_quartile(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
 
 
 def coverage(engine: Any) -> float:
