@@ -42,11 +42,11 @@ def _visit_keys(
     state, q, d_o, lse2, delta, k, v, facts, stride_kt, stride_vt,
     first, last, rows, length_k, scale_log2, strikes, block, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` … `last` − 1, in tiles, for one tile of queries."""
-    dq, checked, mass, k_norm_max, v_norm_max, k_norm = state
-    k_columns, k_norms, v_norms = facts
+    dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
+    k_columns, v_sums, k_norms, v_norms = facts
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
@@ -78,19 +78,24 @@ def _visit_keys(
             checked = tl.dot(rounded, columns, checked)
             mass += tl.sum(probs, 1)
             tile = start // BLOCK_N
-            k_norm += tl.load(k_norms + tile * 2) + tl.load(v_norms + tile * 2)
+            k_norm += tl.load(k_norms + tile * 2)
+            v_norm += tl.load(v_norms + tile * 2)
             k_norm_max = tl.maximum(k_norm_max, tl.load(k_norms + tile * 2 + 1))
             v_norm_max = tl.maximum(v_norm_max, tl.load(v_norms + tile * 2 + 1))
-    return dq, checked, mass, k_norm_max, v_norm_max, k_norm
+            if LINEAR:
+                # Not masked: a sum over the whole tile is linear in V.
+                dp_sums += tl.sum(d_probs, 1)
+                v_sum += tl.load(v_sums + tile * D_PAD + tl.arange(0, D_PAD))
+    return dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max
 
 
 @triton.jit
 def _hold_dq(
     state, q, d_o, doubt, valid, empty, num_keys, scale_log2, tolerance_scale,
-    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr,
+    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr, LINEAR: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
-    dq, checked, mass, k_norm_max, v_norm_max, k_norm = state
+    dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
     q_norm = tl.sqrt(tl.sum(q * q, 1))
     do_norm = tl.sqrt(tl.sum(d_o * d_o, 1))
     size = do_norm * v_norm_max
@@ -104,20 +109,27 @@ def _hold_dq(
     checks = tl.where(mass_ratio <= 1.0, 0, 8)
     checks += tl.where(ds_ratio <= 1.0, 0, 16)
     checks += tl.where(dq_ratio <= 1.0, 0, 32)
-    inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + doubt < float("inf")), 1, 0), 0)
-    return checks, tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio), inputs
+    ratio = tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio)
+    if LINEAR:
+        dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1),
+                         do_norm * v_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+        checks += tl.where(dp_ratio <= 1.0, 0, 1024)
+        ratio = tl.maximum(ratio, dp_ratio)
+    inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + v_norm + doubt < float("inf")), 1, 0), 0)
+    return checks, ratio, inputs
 
 
 @triton.jit(do_not_specialize=["attempt", "last_attempt", "sequence", "layer", "capacity"])
 def attention_dq_kernel(
     q, k, v, d_o, lse, delta, dq, cu_q, cu_k,
-    k_columns, k_norms, v_norms, status, ring, cursor, strikes,
+    k_columns, v_sums, k_norms, v_norms, status, ring, cursor, strikes,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_db, stride_dh, stride_dt, stride_gb, stride_gh, stride_gt,
     heads, group, length_q, length_k, tiles_k, max_q, scale, tolerance_scale,
     capacity, attempt, last_attempt, sequence, layer,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, INJECT: tl.constexpr, SM_KNOWN: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    SM_KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, batch·heads)."""
     tile = tl.program_id(0)
@@ -137,7 +149,8 @@ def attention_dq_kernel(
     k = operand(k, batch, key_head, start_k, stride_kb, stride_kh, stride_kt)
     v = operand(v, batch, key_head, start_k, stride_vb, stride_vh, stride_vt)
     first_row = (batch * (heads // group) + key_head) * tiles_k
-    facts = (k_columns + first_row * (BLOCK_N * NUM_COLUMNS), k_norms + first_row * 2, v_norms + first_row * 2)
+    facts = (k_columns + first_row * (BLOCK_N * NUM_COLUMNS), v_sums + first_row * D_PAD,
+             k_norms + first_row * 2, v_norms + first_row * 2)  # fmt: skip
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = rows < length_q
     q_tile = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
@@ -149,14 +162,15 @@ def attention_dq_kernel(
     scale_log2 = scale * _LOG2_E
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     columns = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
-    state = (acc, columns, tl.zeros([BLOCK_M], tl.float32), 0.0, 0.0, 0.0)
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    state = (acc, columns, sums, sums, tl.zeros([D_PAD], tl.float32), 0.0, 0.0, 0.0, 0.0)
     end, whole = seen(tile, length_q, length_k, BLOCK_M, BLOCK_N, CAUSAL)
     state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, 0, whole,
                         rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
-                        False, CHECKED, INJECT)  # fmt: skip
+                        False, CHECKED, LINEAR, INJECT)  # fmt: skip
     state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, whole, end,
                         rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
-                        True, CHECKED, INJECT)  # fmt: skip
+                        True, CHECKED, LINEAR, INJECT)  # fmt: skip
     store_tile(dq, state[0] * scale, rows, length_q, stride_gt, D, D_PAD)
 
     if CHECKED:
@@ -165,7 +179,7 @@ def attention_dq_kernel(
         do_wide = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
         doubt = (delta_rows + tl.where(empty, 0.0, lse_rows)) * 0.0
         checks, ratio, inputs = _hold_dq(state, q_wide, do_wide, doubt, valid, empty, end, scale_log2, tolerance_scale,
-                                         D_PAD, dq.dtype.element_ty == tl.bfloat16)  # fmt: skip
+                                         D_PAD, dq.dtype.element_ty == tl.bfloat16, LINEAR)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip
 

@@ -84,5 +84,6 @@ def residuals(
         "dv": run.dv.sum(-1) - shared((run.probs.mT @ d_out.sum(-1, keepdim=True)).squeeze(-1)),
         "dk": run.dk.sum(-1) - scale * shared((run.d_scores.mT @ q.sum(-1, keepdim=True)).squeeze(-1)),
         "scores_again": shared(run.scores.sum(-2)) - (k * shared(q.sum(2))[:, :, None]).sum(-1),
+        "dp_rows": run.d_probs.sum(-1) - (d_out * wide_v.sum(2, keepdim=True)).sum(-1),
         "dp": shared(run.d_probs.sum(-2)) - (v * shared(d_out.sum(2))[:, :, None]).sum(-1),
     }

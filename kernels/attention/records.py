@@ -38,6 +38,8 @@ class CheckBit(enum.IntFlag):
     """dkdv: column sums of S = k·Σq."""
     DP = 512
     """dkdv: column sums of dP = v·ΣdO."""
+    DP_ROWS = 1024
+    """dq: row sums of dP = dO·Σv."""
 
 
 class Verdict(enum.IntEnum):

@@ -40,7 +40,7 @@ def count(body: list[str], word: str) -> int:
     ("target", "kernel", "head_dim", "spilled_bytes"),
     [
         ("sm_90", "forward", 128, 0),
-        ("sm_90", "dq", 128, 16),
+        ("sm_90", "dq", 128, 24),
         ("sm_90", "dkdv", 128, 400),
         ("sm_90", "dkdv", 256, 400),
         ("sm_80", "forward", 64, 128),

@@ -33,7 +33,7 @@ IN_FORWARD = {
 IN_DQ = {
     Site.SCORES: CheckBit.MASS,
     Site.PROBS: CheckBit.MASS,
-    Site.DP: CheckBit.DS,
+    Site.DP: CheckBit.DP_ROWS,
     Site.DS: CheckBit.DS,
     Site.DQ: CheckBit.DQ,
 }

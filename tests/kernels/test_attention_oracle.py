@@ -53,7 +53,7 @@ def test_every_identity_holds_to_round_off(case: str) -> None:
         ("scores", {"scores", "scores_again"}),
         ("out", {"context"}),
         ("probs", {"context", "mass", "dv"}),
-        ("d_probs", {"dp"}),
+        ("d_probs", {"dp", "dp_rows"}),
         ("d_scores", {"ds", "dq", "dk"}),
         ("dq", {"dq"}),
         ("dk", {"dk"}),
