@@ -38,6 +38,15 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _no_keys(BLOCK_M: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+    """dQ, its checksum columns, sums of P and dP, Σv, Σ‖k‖, Σ‖v‖, max‖k‖, max‖v‖ before any key."""
+    sums = tl.zeros([BLOCK_M], tl.float32)
+    row = tl.zeros([D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    return acc, tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32), sums, sums, row, 0.0, 0.0, 0.0, 0.0
+
+
+@triton.jit
 def _visit_keys(
     state, q, d_o, lse2, delta, k, v, facts, stride_kt, stride_vt,
     first, last, rows, length_k, scale_log2, strikes, block, attempt,
@@ -160,10 +169,7 @@ def attention_dq_kernel(
     empty = lse_rows == float("-inf")
     lse2 = tl.where(empty, float("inf"), lse_rows * _LOG2_E)
     scale_log2 = scale * _LOG2_E
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    columns = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
-    sums = tl.zeros([BLOCK_M], tl.float32)
-    state = (acc, columns, sums, sums, tl.zeros([D_PAD], tl.float32), 0.0, 0.0, 0.0, 0.0)
+    state = _no_keys(BLOCK_M, D_PAD, NUM_COLUMNS)
     end, whole = seen(tile, length_q, length_k, BLOCK_M, BLOCK_N, CAUSAL)
     state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, 0, whole,
                         rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
@@ -185,7 +191,7 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _nothing(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
+def _no_queries(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
     """dK, dV, their checksum columns, sums of S and dP, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before any query."""
     acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     columns = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
@@ -319,7 +325,7 @@ def attention_dkdv_kernel(
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
     v_tile = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
-    state = _nothing(BLOCK_N, D_PAD, NUM_COLUMNS)
+    state = _no_queries(BLOCK_N, D_PAD, NUM_COLUMNS)
     end = tl.where(tile * BLOCK_N < length_k, length_q, 0)
     # Under a causal mask, queries before `first` see none of these keys, those from `whole` on all of them.
     first = tl.minimum(tile * BLOCK_N // BLOCK_M * BLOCK_M, end)
