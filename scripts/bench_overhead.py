@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 SCRIPTS = Path(__file__).parent
 CHECKSUM = {"strength": "checksum"}
-ADAPTIVE = {"strength": "checksum", "share": "adaptive", "overhead_budget_ratio": 0.02}
+ADAPTIVE = {"strength": "checksum", "share": "adaptive", "overhead_budget_ratio": 0.01}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
