@@ -55,7 +55,10 @@ def capture(engine: Any) -> list[dict[str, Any]] | None:
 def restore(engine: Any, groups: list[dict[str, Any]]) -> None:
     """Give the optimizer's groups the hyperparameters that `capture` found, read back from JSON."""
     for group, saved in zip(engine.optimizer.param_groups, groups, strict=True):
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        for name, value in saved.items():
+            # JSON knows no tuples; DeepSpeed's own optimizers keep the lists of its configuration.
+            of_torch = isinstance(value, list) and not isinstance(group.get(name), list)
+            group[name] = tuple(value) if of_torch else value
 
 
 @contextlib.contextmanager
@@ -69,6 +72,6 @@ def without_shards(engine: Any) -> Iterator[None]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return all(isinstance(item, _SCALARS) for item in value)
     return isinstance(value, _SCALARS)

@@ -11,9 +11,11 @@ the next generation does without the snapshot, because every snapshot of the run
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -45,6 +47,8 @@ class Target:
     """Put its state, counters and random states into the engine, verified; raises SnapshotError. Collective."""
     all_snapshots: Callable[[], Iterable[tuple[int, int]]]
     """(step, generation) of every snapshot that the run has: where one cannot be reached, none can."""
+    full_loads: Path
+    """Made where a load that left something out did not end at the snapshot; where it is, loads leave nothing out."""
 
 
 class Host(Protocol):
@@ -102,6 +106,8 @@ class FastForward:
         self._leading = False
         self._trail_content = b""
         self._steps: dict[int, LedStep] = {}
+        self._read_after: int | None = None
+        """Step after which `_steps` begin."""
         self._num_forwards = 0
         self._first_step = 0
         self._has_matched = False
@@ -112,13 +118,19 @@ class FastForward:
         self._host = host
 
     def goes_beyond(self, step: int) -> bool:
-        """Whether this rank's script will be led past the end of `step`, as far as it knows yet."""
+        """Whether this rank's script can be led from the end of `step` to the snapshot, as far as it knows yet, and
+        its load may leave out what the snapshot brings.
+        """
         target = self._target
-        return target is not None and target.step > step and not self._problem and not self._is_settled
+        if target is None or target.step <= step or self._problem or self._is_settled or target.full_loads.exists():
+            return False
+        return not self._read(target, step)
 
     def begin_again(self, reason: str) -> NoReturn:
-        """The script needs what its load left out: the next generation loads everything."""
-        self._refuse(reason)
+        """The script needs what its load left out: the next generation loads everything, and is led from there."""
+        assert self._host is not None
+        self._ask_for_full_loads()
+        self._host.leave_for_restart(f"{reason}, and its load left the optimizer's state out")
 
     @property
     def active(self) -> bool:
@@ -126,12 +138,16 @@ class FastForward:
         if not self._is_settled:
             self._is_settled = True
             self._leading = self._agree()
+        if self.relies_on_snapshot and not self._leading:
+            self._refuse("the script trains on without having reached it")  # whatever else it was that failed
         return self._leading
 
     def ended(self) -> None:
         """The process ends. A script that does so on the way would do it again."""
         if self._leading:
             self._refuse_all("the script ended before it was led to the snapshot's step")
+        elif self.relies_on_snapshot and not self._is_settled:
+            self._ask_for_full_loads()  # maybe it looked for what was left out
 
     # ------ in the place of the engine
 
@@ -213,8 +229,15 @@ class FastForward:
         self._reporter.heartbeat(state="fast_forwarding", step=start, micro_step=0)
         return True
 
+    def _ask_for_full_loads(self) -> None:
+        if self._target is not None:
+            with contextlib.suppress(OSError):  # without it the next generation does as this one
+                self._target.full_loads.touch()
+
     def _read(self, target: Target, start: int) -> str:
         """Read the trail; why it does not serve, in words."""
+        if start == self._read_after:
+            return ""
         try:
             self._trail_content = target.read_trail()
             self._steps = read_trail(
@@ -222,6 +245,7 @@ class FastForward:
             )
         except (SnapshotError, OSError) as error:
             return str(error)
+        self._read_after = start
         return ""
 
     def _step(self) -> LedStep:
@@ -253,6 +277,7 @@ class FastForward:
         self._lead.end()
         clock = self._settings.clock
         load_began_at = clock.monotonic()
+        self.relies_on_snapshot = True  # until it is there, the engine is nothing to save
         try:
             target.load()
         except (CheckpointError, SnapshotError, OSError) as error:

@@ -135,6 +135,7 @@ def _target(folder: Path, arena: Arena, settings: Settings, loader: _Loader) -> 
         read_trail=lambda: _read_trail(folder / f"trail-{settings.rank}.bin", part),
         load=lambda: loader.load(folder, manifest),
         all_snapshots=lambda: _published(arena),
+        full_loads=arena.full_loads,
     )
     return target, ""
 

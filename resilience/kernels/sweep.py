@@ -114,7 +114,7 @@ class _Scratch(threading.local):
     def address(self, count: int) -> int:
         """Of room for `count` numbers in float32."""
         if count > self.memory.numel():
-            self.memory = torch.empty(count, dtype=torch.float32)
+            self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
             self.start = self.memory.data_ptr()
         return self.start
 
@@ -177,8 +177,8 @@ def _empty_sums(batch: tuple[int, ...], length: int, count: int) -> torch.Tensor
     """Memory for (length, count) or (b, length, count) sums, each vector of `length` contiguous."""
     if batch:
         size, stride = (batch[0], length, count), (length * count, 1, length)
-        return torch.empty_strided(size, stride, dtype=torch.float32)
-    return torch.empty_strided((length, count), (1, length), dtype=torch.float32)
+        return torch.empty_strided(size, stride, dtype=torch.float32, device="cpu")
+    return torch.empty_strided((length, count), (1, length), dtype=torch.float32, device="cpu")
 
 
 def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,12 @@ class Arena:
         """Folder that is prepared for the ranks of a generation."""
         return self.path / f"restore-g{generation}"
 
+    @property
+    def full_loads(self) -> Path:
+        """Is there once a rank ended between a load without the optimizer's shards and the snapshot: load all from then
+        on."""
+        return self.path / "full-loads"
+
     def ranks(self) -> list[int]:
         """Ranks that have a folder here."""
         return sorted(int(match[1]) for name in _names(self.path) if (match := _RANK.match(name)))

@@ -22,9 +22,9 @@ EVERY_STEP = '[detection]\nstrength = "off"\n[snapshot]\ninterval_steps = 1\n'
 CLIENT = {name: value for name, value in DEEPSPEED_CONFIG.items() if name != "optimizer"}
 
 
-def run(directory: Path, script: str, *words: str, kill: bool, in_order: bool = True, snapshot: str = "") -> Run:
-    """`in_order`: the script's data come in the same order after a restart; `snapshot`: more of that section."""
-    options: dict[str, Any] = {"faults": KILL, "resilience": EVERY_STEP + snapshot} if kill else {"plain": True}
+def run(directory: Path, script: str, *words: str, kill: bool, in_order: bool = True) -> Run:
+    """`in_order`: the script's data come in the same order after a restart."""
+    options: dict[str, Any] = {"faults": KILL, "resilience": EVERY_STEP} if kill else {"plain": True}
     config = CLIENT if script == "accelerate" else DEEPSPEED_CONFIG
     if script == "accelerate" and in_order:
         words = (*words, "--seedable")
@@ -87,14 +87,13 @@ def test_a_script_whose_data_come_in_another_order_begins_from_its_checkpoint_wi
 
 def test_what_was_loaded_without_the_optimizer_is_never_saved(tmp_path: Path) -> None:
     words = ["--save-every", "40", "--save-first"]
-    struck, not_led = (
-        run(tmp_path / name, "loader", *words, kill=True, snapshot=settings)
-        for name, settings in (("struck", ""), ("not_led", "fast_forward = false\n"))
-    )
+    struck = run(tmp_path / "struck", "loader", *words, kill=True)
+    faultless = run(tmp_path / "faultless", "loader", *words, kill=False)
     assert struck.report()["num_generations"] == 3
     assert "the script saves a checkpoint before it trains" in struck.output()
-    assert "generation 3 begins on 2 ranks from the last verified checkpoint (step 40)" in struck.output()
-    assert digest(struck.directory, "final") == digest(not_led.directory, "final")
+    assert struck.output().count("loaded without its optimizer's shards") == 1, "not again"
+    assert "fast-forwarded to step 53" in struck.output(), "nothing is lost"
+    assert digest(struck.directory, "final") == digest(faultless.directory, "final")
 
 
 @pytest.mark.long

@@ -37,9 +37,18 @@ def test_hyperparameters_come_back_bit_for_bit_and_parameters_stay() -> None:
     assert fresh.param_groups[1]["params"][0] is weights[1]
 
 
+def test_lists_stay_lists_where_the_optimizer_has_them() -> None:
+    """As DeepSpeed's own optimizers do, whose betas come from its configuration."""
+    content = json.loads(json.dumps(light_load.capture(engine({"params": [], "betas": [0.9, 0.95], "lr": 0.5}))))
+    fresh = engine({"params": [], "betas": [0.9, 0.999], "lr": 0.1})
+    light_load.restore(fresh, content)
+    assert fresh.optimizer.param_groups == [{"params": [], "betas": [0.9, 0.95], "lr": 0.5}]
+
+
 def test_what_is_no_number_and_no_word_is_not_kept() -> None:
     assert light_load.capture(engine({"params": [], "lr": torch.tensor(0.1)})) is None
     assert light_load.capture(engine({"params": [], "betas": (0.9, object())})) is None
+    assert light_load.capture(engine({"params": [], "betas": [0.9, object()]})) is None
 
 
 @pytest.mark.parametrize(

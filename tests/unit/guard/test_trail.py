@@ -153,17 +153,28 @@ def forwarding(
     return forward
 
 
-def led(tmp_path: Path, load: Callable[[], None], trail: TrailWriter | None = None) -> tuple[Alone, list[Fact]]:
-    """A script of two steps that is led to a snapshot of the second one."""
+def trail_of_two_steps(tmp_path: Path) -> Callable[[], bytes]:
     path = tmp_path / "before.bin"
     past = writer(path, [])
     for step in (1, 2):
         past.step_taken(step, deterministic=True)
     assert list(read_trail(path.read_bytes(), after=0, through=2, source="it")) == [1, 2]
+    return path.read_bytes
+
+
+def target(tmp_path: Path, read: Callable[[], bytes], load: Callable[[], None] = lambda: None) -> Target:
+    """The snapshot of step 2."""
+    return Target(
+        step=2, generation=1, read_trail=read, load=load, all_snapshots=lambda: [(1, 1), (2, 1)],
+        full_loads=tmp_path / "full-loads",
+    )  # fmt: skip
+
+
+def led(tmp_path: Path, load: Callable[[], None], trail: TrailWriter | None = None) -> tuple[Alone, list[Fact]]:
+    """A script of two steps that is led to a snapshot of the second one."""
     facts: list[Fact] = []
     host = Alone()
-    target = Target(step=2, generation=1, read_trail=path.read_bytes, load=load, all_snapshots=lambda: [(1, 1), (2, 1)])
-    forward = forwarding(target, facts.append, host, trail)
+    forward = forwarding(target(tmp_path, trail_of_two_steps(tmp_path), load), facts.append, host, trail)
     assert forward.active
     forward.step((), {})
     forward.step((), {})
@@ -193,26 +204,52 @@ def test_a_load_that_fails_is_refused_and_the_rank_leaves(tmp_path: Path, error:
     assert [(f.kind, f.step) for f in refused if isinstance(f, SnapshotFact)] == [(SnapshotKind.REFUSED, 2)]
 
 
+def no_trail() -> bytes:
+    raise SnapshotError("no trail was kept")
+
+
 @pytest.mark.parametrize("relies", [False, True])
 def test_a_trail_that_cannot_be_read_matters_to_whoever_relies_on_the_snapshot(tmp_path: Path, relies: bool) -> None:
-    """A script whose load left the optimizer's state out must not train on from there."""
+    """A script whose load left the optimizer's state out must not train on from there, whatever it catches."""
     refused: list[tuple[int, int]] = []
-
-    def no_trail() -> bytes:
-        raise SnapshotError("no trail was kept")
-
-    target = Target(step=2, generation=1, read_trail=no_trail, load=lambda: None, all_snapshots=lambda: [(1, 1)])
-    forward = forwarding(target, lambda fact: refused.append((fact.step, fact.generation)))
-    assert forward.goes_beyond(1)
-    assert not forward.goes_beyond(2)
+    forward = forwarding(target(tmp_path, no_trail), lambda fact: refused.append((fact.step, fact.generation)))
+    assert not forward.goes_beyond(1), "it could not be led from there"
     forward.relies_on_snapshot = relies
     if relies:
-        with pytest.raises(Left, match="no trail was kept"):
-            _ = forward.active
+        for reason in ("no trail was kept", "without having reached it"):
+            with pytest.raises(Left, match=reason):
+                _ = forward.active
     else:
         assert not forward.active
-    assert refused == [(1, 1), (2, 1)]
-    assert not forward.goes_beyond(1), "what the script does from here on is training"
+    assert refused[:2] == [(1, 1), (2, 1)]
+
+
+def test_a_load_may_leave_out_what_the_snapshot_brings(tmp_path: Path) -> None:
+    forward = forwarding(target(tmp_path, trail_of_two_steps(tmp_path)), lambda fact: None)
+    assert forward.goes_beyond(0)
+    assert forward.goes_beyond(1)
+    assert not forward.goes_beyond(2)
+    assert forward.active
+    assert not forward.goes_beyond(0), "what the script does from here on is training"
+
+
+@pytest.mark.parametrize("how", ["save", "end"])
+def test_after_a_light_load_that_came_to_nothing_loads_leave_nothing_out(tmp_path: Path, how: str) -> None:
+    """The next generation is led all the same: no snapshot is refused."""
+    facts: list[Fact] = []
+    aim = target(tmp_path, trail_of_two_steps(tmp_path))
+    forward = forwarding(aim, facts.append)
+    assert forward.goes_beyond(1)
+    forward.relies_on_snapshot = True
+    if how == "save":
+        with pytest.raises(Left, match="the script saves"):
+            forward.begin_again("the script saves a checkpoint before it trains")
+    else:
+        forward.ended()
+    again = forwarding(aim, facts.append)
+    assert not again.goes_beyond(1)
+    assert again.active
+    assert not facts
 
 
 def test_a_full_disk_on_arrival_costs_the_trail_and_not_the_rank(
