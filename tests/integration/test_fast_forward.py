@@ -52,7 +52,7 @@ def faultless(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
 @pytest.mark.parametrize(
     ("script", "words", "start"),
     [
-        ("loader", [], 0),
+        pytest.param("loader", [], 0, marks=pytest.mark.long),
         pytest.param("loader", ["--save-every", "40"], 40, marks=pytest.mark.long),
         pytest.param("trainer", [], 0, marks=pytest.mark.long),
         ("trainer", ["--save-every", "40"], 40),
