@@ -5,8 +5,9 @@ forward's inputs are held against their recorded mark. At the end of the snapsho
 there on everything is as if the script had never been interrupted.
 
 If it cannot be done at all, that is known at the first forward, and the script goes on from what it loaded by itself:
-all ranks agree on it. If it turns out on the way, this rank says why and leaves; its agent ends the other ranks, and
-the next generation does without the snapshot, because every snapshot of the run was refused with the reason.
+all ranks agree on it. If it turns out on the way, or that load was a light one (`resilience/deepspeed/light_load.py`),
+this rank says why and leaves; its agent ends the other ranks, and the next generation does without the snapshot,
+because every snapshot of the run was refused with the reason.
 """
 
 from __future__ import annotations
