@@ -45,6 +45,20 @@ class _Held:
             self.version = held._version
 
 
+class _Output:
+    """The value of an output until its cotangent has come. Only the hook that waits for it holds this, and dies with
+    the script's graph: logits that the script has dropped take no memory through the backward pass.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value: torch.Tensor | None = value
+
+    def take(self) -> torch.Tensor | None:
+        """The value; None from the second time on."""
+        value, self._value = self._value, None
+        return value
+
+
 @dataclasses.dataclass(slots=True)
 class ForwardEvent:
     """One training forward of the engine."""
@@ -59,8 +73,8 @@ class ForwardEvent:
     buffers: dict[str, torch.Tensor]
     training: tuple[bool, ...]
     autocast: tuple[bool, torch.dtype, bool]
-    pending: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
-    """Differentiable outputs whose cotangent has not come yet."""
+    pending: list[bool] = dataclasses.field(default_factory=list)
+    """Whether the cotangent of each differentiable output may still come."""
     handed_out: list[_Held] = dataclasses.field(default_factory=list)
     """What the script got in their place, in their order."""
     returned_losses: list[tuple[int, _Held]] = dataclasses.field(default_factory=list)
@@ -179,13 +193,14 @@ class Recorder:
         window = self._window
 
         def hand_out(place: int, output: torch.Tensor) -> torch.Tensor:
-            event.pending.append(output.detach())
+            event.pending.append(True)
+            waiting = _Output(output.detach())
             # A scalar may be changed in place by the script, which a view of a module's output would not survive.
             handed = output.clone() if output.dim() == 0 else output.view_as(output)
             tapped: Any = handed  # torch leaves register_hook untyped
             # By number: a graph that the script keeps must not keep the inputs of a step that is over.
             index = event.index
-            tapped.register_hook(lambda cotangent: self._on_cotangent(window, index, place, cotangent))
+            tapped.register_hook(lambda cotangent: self._on_cotangent(window, index, place, waiting, cotangent))
             event.handed_out.append(_Held.of(handed))
             return handed
 
@@ -201,8 +216,9 @@ class Recorder:
                     forward.returned_losses.append((place, _Held.of(returned, divisor)))
                     return
 
-    def _on_cotangent(self, window: int, index: int, place: int, cotangent: torch.Tensor) -> None:
+    def _on_cotangent(self, window: int, index: int, place: int, waiting: _Output, cotangent: torch.Tensor) -> None:
         """Runs inside a backward pass, before any of DeepSpeed's own hooks."""
+        output = waiting.take()
         forward = next((forward for forward in reversed(self._forwards()) if forward.index == index), None)
         if window != self._window or forward is None:
             self.unavailable = self.unavailable or "a backward pass belongs to an earlier step or a forgotten forward"
@@ -211,8 +227,8 @@ class Recorder:
         event = self.events[-1] if self.events else None
         if not isinstance(event, BackwardEvent) or event.graph_task != task:
             event = self._begin_backward(task)
-        output, forward.pending[place] = forward.pending[place], None
-        if output is None or forward.graph_task not in (None, task):
+        is_pending, forward.pending[place] = forward.pending[place], False
+        if output is None or not is_pending or forward.graph_task not in (None, task):
             self.unavailable = self.unavailable or "outputs of one forward were sent backward twice (retain_graph)"
             return
         forward.graph_task = task
@@ -245,10 +261,10 @@ class Recorder:
         return [event for event in self.events if isinstance(event, ForwardEvent)]
 
     def _let_go(self) -> None:
-        """A new forward begins: outputs that have been through their backward pass (logits!) are held no longer."""
+        """A new forward begins: no cotangent is expected for the outputs of one that went through its backward pass."""
         for event in self._forwards():
             if event.graph_task is not None:
-                event.pending = [None] * len(event.pending)
+                event.pending = [False] * len(event.pending)
         last = self.events[-1] if self.events else None
         if isinstance(last, ForwardEvent) and last.can_be_forgotten:
             self.events.pop()

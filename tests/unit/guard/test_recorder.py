@@ -128,17 +128,33 @@ def test_a_forward_in_evaluation_mode_is_forgotten() -> None:
     assert len(recorded.recorder.events) == 2
 
 
-def test_logits_are_not_held_beyond_their_backward() -> None:
+def memory_of(tensor: torch.Tensor) -> weakref.ref[torch.UntypedStorage]:
+    return weakref.ref(tensor.untyped_storage())
+
+
+def test_logits_that_the_script_does_not_use_are_freed_before_the_backward() -> None:
     recorded = Recorded()
-    recorded.forward(torch.ones(2, 4))["loss"].backward()
-    (event,) = (event for event in recorded.recorder.events if isinstance(event, ForwardEvent))
-    held = event.pending[1]
-    assert held is not None
-    storage = weakref.ref(held)
-    del held
-    recorded.forward(torch.ones(2, 4))
-    gc.collect()
-    assert storage() is None
+    outputs = recorded.forward(torch.ones(2, 4))
+    logits = memory_of(outputs["logits"])
+    loss = outputs["loss"]
+    assert logits() is not None
+    del outputs
+    assert logits() is None
+    loss.backward()
+
+
+def test_logits_that_the_script_made_its_loss_of_are_held_until_their_cotangent_came() -> None:
+    recorded = Recorded()
+    outputs = recorded.forward(torch.ones(2, 4))
+    logits = memory_of(outputs["logits"])
+    loss = outputs["logits"].sum()  # keeps no value for its own backward
+    del outputs
+    assert logits() is not None
+    loss.backward()
+    assert logits() is None
+    backward = recorded.recorder.events[-1]
+    assert isinstance(backward, BackwardEvent)
+    assert backward.cotangents[0][3] is not None
 
 
 def test_an_input_that_cannot_be_kept_makes_the_step_unrepeatable() -> None:
