@@ -42,8 +42,8 @@ class Checks:
     """How often a failing block is run again; each costs one launch that is empty when nothing is wrong."""
     tolerance_scale: float = 1.0
     """Factor on every tolerance."""
-    linear: bool = True
-    """Whether backward also checks its dP, and dK/dV the S that it computes again, not only the accumulators."""
+    inner: bool = True
+    """Whether backward also checks what lies between: its S, dP, P and dS, not only the accumulators."""
 
 
 class Ring:
@@ -311,13 +311,13 @@ def attention_backward(
     grid = (triton.cdiv(geometry.max_q, launch_q.block_m), geometry.batch * geometry.heads)
     in_dq = _Checked.of(checks, ring, grid, q.device, strikes, "dq")
     of_keys = (keys.columns[0], keys.sums[1], *keys.norms) if keys else (lse,) * 4
-    linear = checks is not None and checks.linear
+    inner = checks is not None and checks.inner
     for attempt in in_dq.attempts:
         attention_dq_kernel[grid](
             q, k, v, d_out, lse, delta, dq, cu_q, cu_k, *of_keys, *in_dq.buffers,
             *geometry.strides(q, k, v, d_out, dq), *common, keys.tiles if keys else 0, *tail,
             in_dq.tolerance_scale, in_dq.capacity, attempt, in_dq.attempts[-1], *order, CAUSAL=causal,
-            LINEAR=linear, **geometry.constants(launch_q), **in_dq.constants,
+            INNER=inner, **geometry.constants(launch_q), **in_dq.constants,
         )  # fmt: skip
 
     grid = (triton.cdiv(geometry.max_k, launch_k.block_n), geometry.batch * geometry.key_heads)
@@ -329,7 +329,7 @@ def attention_backward(
             q, k, v, d_out, lse, delta, dk, dv, cu_q, cu_k, *of_queries, *in_dkdv.buffers,
             *geometry.strides(q, k, v, d_out, dk, dv), *common, queries.tiles if queries else 0, *tail,
             in_dkdv.tolerance_scale, in_dkdv.capacity, attempt, in_dkdv.attempts[-1], *order, CAUSAL=causal,
-            LINEAR=linear, **geometry.constants(launch_k), **in_dkdv.constants,
+            INNER=inner, **geometry.constants(launch_k), **in_dkdv.constants,
         )  # fmt: skip
     return Gradients(dq, dk, dv, in_dq.status, in_dkdv.status)
 

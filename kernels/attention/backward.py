@@ -13,7 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import load_tile, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh
+from .device import (
+    load_tile, of_products, of_sums, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh,
+)  # fmt: skip
 
 __all__ = ["attention_dkdv_kernel", "attention_dq_kernel"]
 
@@ -26,24 +28,29 @@ _DK = tl.constexpr(8)
 _DV = tl.constexpr(9)
 
 # Tolerances, each from a measurement and a bound: README.md.
-_TOLERANCE_SCORES = tl.constexpr(5e-7)
 _TOLERANCE_MASS = tl.constexpr(5e-5)
 _TOLERANCE_EXPONENT = tl.constexpr(5e-7)
 _TOLERANCE_DS = tl.constexpr(2.5e-3)
-_TOLERANCE_DQ = tl.constexpr(2e-6)
-_TOLERANCE_DV = tl.constexpr(3e-5)
-_TOLERANCE_DK = tl.constexpr(2e-6)
+_TOLERANCE_GRADIENT = tl.constexpr(2e-6)
+_GROWTH_GRADIENT = tl.constexpr(2e-10)
+_LEAST_EXPONENT = tl.constexpr(-64.0)
 _FLOOR_HALF = tl.constexpr(1.2e-7)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _of_gradient(length):
+    """Tolerance of dQ or dK, a sum of `length` rows, relative to its bound."""
+    return _TOLERANCE_GRADIENT + _GROWTH_GRADIENT * length
+
+
+@triton.jit
 def _no_keys(BLOCK_M: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """dQ, its checksum columns, sums of P and dP, Σv, Σ‖k‖, Σ‖v‖, max‖k‖, max‖v‖ before any key."""
+    """dQ, its checksum columns, sums of P, dS − P∘dP and dP, Σv, Σ‖k‖, Σ‖v‖, max‖k‖, max‖v‖ before any key."""
     sums = tl.zeros([BLOCK_M], tl.float32)
     row = tl.zeros([D_PAD], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    return acc, tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32), sums, sums, row, 0.0, 0.0, 0.0, 0.0
+    return acc, tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32), sums, sums, sums, row, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -51,10 +58,10 @@ def _visit_keys(
     state, q, d_o, lse2, delta, k, v, facts, stride_kt, stride_vt,
     first, last, rows, length_k, scale_log2, strikes, block, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` … `last` − 1, in tiles, for one tile of queries."""
-    dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
+    dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
     k_columns, v_sums, k_norms, v_norms = facts
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -91,20 +98,21 @@ def _visit_keys(
             v_norm += tl.load(v_norms + tile * 2)
             k_norm_max = tl.maximum(k_norm_max, tl.load(k_norms + tile * 2 + 1))
             v_norm_max = tl.maximum(v_norm_max, tl.load(v_norms + tile * 2 + 1))
-            if LINEAR:
+            if INNER:
+                ds_sums += tl.sum(d_scores - probs * d_probs, 1)
                 # Not masked: a sum over the whole tile is linear in V.
                 dp_sums += tl.sum(d_probs, 1)
                 v_sum += tl.load(v_sums + tile * D_PAD + tl.arange(0, D_PAD))
-    return dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max
+    return dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max
 
 
 @triton.jit
 def _hold_dq(
-    state, q, d_o, doubt, valid, empty, num_keys, scale_log2, tolerance_scale,
-    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr, LINEAR: tl.constexpr,
+    state, q, d_o, delta, doubt, valid, empty, num_keys, scale_log2, tolerance_scale,
+    D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WIDE_RANGE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
-    dq, checked, mass, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
+    dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
     q_norm = tl.sqrt(tl.sum(q * q, 1))
     do_norm = tl.sqrt(tl.sum(d_o * d_o, 1))
     size = do_norm * v_norm_max
@@ -114,16 +122,19 @@ def _hold_dq(
     mass_ratio = weigh(mass - tl.where(empty, 0.0, 1.0), mass_tolerance * tolerance_scale, valid & ~empty)
     ds_ratio = weigh(reference_column(checked, 4), (size * _TOLERANCE_DS + floor * num_keys) * tolerance_scale, valid)
     dq_ratio = weigh(tl.sum(dq, 1) / D_PAD - reference_column(checked, 0),
-                     size * (k_norm_max * _TOLERANCE_DQ / D_PAD + 2.0 * floor) * tolerance_scale, valid)  # fmt: skip
+                     size * (k_norm_max * _of_gradient(num_keys) / D_PAD + 2.0 * floor) * tolerance_scale,
+                     valid)  # fmt: skip
     checks = tl.where(mass_ratio <= 1.0, 0, 8)
     checks += tl.where(ds_ratio <= 1.0, 0, 16)
     checks += tl.where(dq_ratio <= 1.0, 0, 32)
     ratio = tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio)
-    if LINEAR:
-        dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1),
-                         do_norm * v_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+    if INNER:
+        tolerance = of_sums(num_keys / BLOCK_N) * tolerance_scale
+        dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1), do_norm * v_norm * tolerance, valid)
         checks += tl.where(dp_ratio <= 1.0, 0, 1024)
-        ratio = tl.maximum(ratio, dp_ratio)
+        product_ratio = weigh(ds_sums + delta * mass, 2.0 * size * tolerance, valid)
+        checks += tl.where(product_ratio <= 1.0, 0, 2048)
+        ratio = tl.maximum(ratio, tl.maximum(dp_ratio, product_ratio))
     inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + v_norm + doubt < float("inf")), 1, 0), 0)
     return checks, ratio, inputs
 
@@ -137,7 +148,7 @@ def attention_dq_kernel(
     heads, group, length_q, length_k, tiles_k, max_q, scale, tolerance_scale,
     capacity, attempt, last_attempt, sequence, layer,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
     SM_KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, batch·heads)."""
@@ -173,10 +184,10 @@ def attention_dq_kernel(
     end, whole = seen(tile, length_q, length_k, BLOCK_M, BLOCK_N, CAUSAL)
     state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, 0, whole,
                         rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
-                        False, CHECKED, LINEAR, INJECT)  # fmt: skip
+                        False, CHECKED, INNER, INJECT)  # fmt: skip
     state = _visit_keys(state, q_tile, do_tile, lse2, delta_rows, k, v, facts, stride_kt, stride_vt, whole, end,
                         rows, length_k, scale_log2, strikes, block, attempt, D, D_PAD, BLOCK_N, NUM_COLUMNS, CAUSAL,
-                        True, CHECKED, LINEAR, INJECT)  # fmt: skip
+                        True, CHECKED, INNER, INJECT)  # fmt: skip
     store_tile(dq, state[0] * scale, rows, length_q, stride_gt, D, D_PAD)
 
     if CHECKED:
@@ -184,20 +195,21 @@ def attention_dq_kernel(
         q_wide = load_tile(q, rows, length_q, stride_qt, D, D_PAD).to(tl.float32)
         do_wide = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD).to(tl.float32)
         doubt = (delta_rows + tl.where(empty, 0.0, lse_rows)) * 0.0
-        checks, ratio, inputs = _hold_dq(state, q_wide, do_wide, doubt, valid, empty, end, scale_log2, tolerance_scale,
-                                         D_PAD, dq.dtype.element_ty == tl.bfloat16, LINEAR)  # fmt: skip
+        checks, ratio, inputs = _hold_dq(state, q_wide, do_wide, delta_rows, doubt, valid, empty, end, scale_log2,
+                                         tolerance_scale, D_PAD, BLOCK_N, dq.dtype.element_ty == tl.bfloat16,
+                                         INNER)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip
 
 
 @triton.jit
 def _no_queries(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """dK, dV, their checksum columns, sums of S and dP, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before any query."""
+    """dK, dV, their checksum columns, sums of S, dP and dS ÷ P, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖, ΣD before any query."""
     acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     columns = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)
     row = tl.zeros([D_PAD], tl.float32)
-    return acc, acc, columns, columns, sums, sums, row, row, 0.0, 0.0, 0.0
+    return acc, acc, columns, columns, sums, sums, sums, row, row, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -205,10 +217,11 @@ def _visit_queries(
     state, k, v, of_head, stride_qt, stride_dt,
     first, last, keys, length_q, scale_log2, strikes, block, first_tile, attempt,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    MASKED: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
-    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max = state
+    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
+     delta_sum) = state  # fmt: skip
     q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms = of_head
     depth = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_M):
@@ -224,11 +237,13 @@ def _visit_queries(
         scores = tl.dot(k, tl.trans(q_tile))
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, first_tile + tile, attempt)
-        probs = tl.exp2(scores * scale_log2 - lse2[None, :])
+        # Bounded, so that 1 ÷ P is a number; 5e-20 is nothing beside the other P of a row, which sum to 1.
+        probs = tl.exp2(tl.maximum(scores * scale_log2 - lse2[None, :], _LEAST_EXPONENT))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
         if MASKED:
-            probs = tl.where(keys[:, None] <= rows[None, :], probs, 0.0)
+            visible = keys[:, None] <= rows[None, :]
+            probs = tl.where(visible, probs, 0.0)
         rounded_probs = probs.to(do_tile.dtype)
         dv = tl.dot(rounded_probs, do_tile, dv)
         if INJECT == _DV:
@@ -250,20 +265,30 @@ def _visit_queries(
             q_norm += tl.load(q_norms + tile * 2)
             do_norm += tl.load(do_norms + tile * 2)
             q_norm_max = tl.maximum(q_norm_max, tl.load(q_norms + tile * 2 + 1))
-            if LINEAR:
+            if INNER:
                 score_sums += tl.sum(scores, 1)
                 dp_sums += tl.sum(d_probs, 1)
+                inverse = tl.exp2(tl.minimum(lse2[None, :] - scores * scale_log2, -_LEAST_EXPONENT))
+                quotient = d_scores * inverse
+                if MASKED:
+                    # The other side sums over all queries of the tile.
+                    quotient += tl.where(visible, 0.0, d_probs - delta_rows[None, :])
+                quotients += tl.sum(quotient, 1)
+                delta_sum += tl.load(do_norms + tile * 2 + 1)
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
-    return dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max
+    return (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
+            delta_sum)  # fmt: skip
 
 
 @triton.jit
 def _hold_dkdv(
-    state, k_tile, v_tile, v_norm_max, valid, tolerance_scale, D_PAD: tl.constexpr, LINEAR: tl.constexpr,
+    state, k_tile, v_tile, v_norm_max, valid, num_queries, tolerance_scale,
+    D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of keys."""
-    dk, dv, dk_checked, dv_checked, score_sums, dp_sums, q_sum, do_sum, q_norm, do_norm, q_norm_max = state
+    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
+     delta_sum) = state  # fmt: skip
     k = k_tile.to(tl.float32)
     v = v_tile.to(tl.float32)
     k_norm = tl.sqrt(tl.sum(k * k, 1))
@@ -271,23 +296,26 @@ def _hold_dkdv(
     floor: tl.constexpr = 0.0 if k_tile.dtype == tl.bfloat16 else _FLOOR_HALF
     mass = reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4)
     dv_ratio = weigh(tl.sum(dv, 1) / D_PAD - reference_column(dv_checked, 0),
-                     (_TOLERANCE_DV * reference_column(dv_checked, 3) + floor * reference_column(dv_checked, 4))
-                     * tolerance_scale, valid)  # fmt: skip
+                     (of_products(num_queries) * reference_column(dv_checked, 3)
+                      + floor * reference_column(dv_checked, 4)) * tolerance_scale, valid)  # fmt: skip
     # P of dS is not rounded: in float16 it may be there where that of dV has become zero.
     size = 2.0 * v_norm_max * (mass * D_PAD + floor * do_norm)
     dk_ratio = weigh(tl.sum(dk, 1) / D_PAD - reference_column(dk_checked, 0),
-                     size * (q_norm_max * _TOLERANCE_DK / D_PAD + floor) * tolerance_scale, valid)  # fmt: skip
+                     size * (q_norm_max * _of_gradient(num_queries) / D_PAD + floor) * tolerance_scale,
+                     valid)  # fmt: skip
     checks = tl.where(dv_ratio <= 1.0, 0, 64)
     checks += tl.where(dk_ratio <= 1.0, 0, 128)
     ratio = tl.maximum(dv_ratio, dk_ratio)
-    if LINEAR:
-        score_ratio = weigh(score_sums - tl.sum(k * q_sum[None, :], 1),
-                            k_norm * q_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
-        dp_ratio = weigh(dp_sums - tl.sum(v * do_sum[None, :], 1),
-                         v_norm * do_norm * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+    if INNER:
+        tolerance = of_sums(num_queries / BLOCK_M) * tolerance_scale
+        score_ratio = weigh(score_sums - tl.sum(k * q_sum[None, :], 1), k_norm * q_norm * tolerance, valid)
+        dp_ratio = weigh(dp_sums - tl.sum(v * do_sum[None, :], 1), v_norm * do_norm * tolerance, valid)
         checks += tl.where(score_ratio <= 1.0, 0, 256)
         checks += tl.where(dp_ratio <= 1.0, 0, 512)
-        ratio = tl.maximum(ratio, tl.maximum(score_ratio, dp_ratio))
+        quotient_size = tl.where(valid, 2.0 * v_norm_max * do_norm, 0.0)
+        quotient_ratio = weigh(quotients - (dp_sums - delta_sum), quotient_size * tolerance, valid)
+        checks += tl.where(quotient_ratio <= 1.0, 0, 4096)
+        ratio = tl.maximum(ratio, tl.maximum(tl.maximum(score_ratio, dp_ratio), quotient_ratio))
     inputs = tl.max(tl.where(valid & ~(k_norm + v_norm + q_norm + do_norm < float("inf")), 1, 0), 0)
     return checks, ratio, inputs
 
@@ -301,7 +329,7 @@ def attention_dkdv_kernel(
     heads, group, length_q, length_k, tiles_q, max_q, scale, tolerance_scale,
     capacity, attempt, last_attempt, sequence, layer,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, LINEAR: tl.constexpr, INJECT: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
     SM_KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, batch·key heads). Strides x are those of dk, y of dv. v_norm_max: (batch·key heads,)."""
@@ -339,10 +367,10 @@ def attention_dkdv_kernel(
         if CAUSAL:
             state = _visit_queries(state, k_tile, v_tile, of_head, stride_qt, stride_dt, first, whole, keys, length_q,
                                    scale * _LOG2_E, strikes, block, member * tiles_q, attempt, D, D_PAD, BLOCK_M,
-                                   NUM_COLUMNS, True, CHECKED, LINEAR, INJECT)  # fmt: skip
+                                   NUM_COLUMNS, True, CHECKED, INNER, INJECT)  # fmt: skip
         state = _visit_queries(state, k_tile, v_tile, of_head, stride_qt, stride_dt, whole, end, keys, length_q,
                                scale * _LOG2_E, strikes, block, member * tiles_q, attempt, D, D_PAD, BLOCK_M,
-                               NUM_COLUMNS, False, CHECKED, LINEAR, INJECT)  # fmt: skip
+                               NUM_COLUMNS, False, CHECKED, INNER, INJECT)  # fmt: skip
     store_tile(dk, state[0] * scale, keys, length_k, stride_xt, D, D_PAD)
     store_tile(dv, state[1], keys, length_k, stride_yt, D, D_PAD)
     if CHECKED:
@@ -350,6 +378,6 @@ def attention_dkdv_kernel(
         k_again = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
         v_again = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
         checks, ratio, inputs = _hold_dkdv(state, k_again, v_again, tl.load(v_norm_max + pair), keys < length_k,
-                                           tolerance_scale, D_PAD, LINEAR)  # fmt: skip
+                                           group * end, tolerance_scale, D_PAD, BLOCK_M, INNER)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

@@ -82,7 +82,7 @@ def _measure(shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
     of_k = (shape.batch, shape.key_heads, shape.length, shape.head_dim)
     q, k, v, d_out = (torch.randn(size, device="cuda", dtype=dtype) for size in (of_q, of_k, of_k, of_q))
     ring, checks = api.Ring("cuda"), api.Checks()
-    economical = dataclasses.replace(checks, linear=False)
+    economical = dataclasses.replace(checks, inner=False)
     once = dataclasses.replace(checks, max_repairs=1)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     grouped = shape.heads != shape.key_heads

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "load_tile", "operand", "reference_column", "seen", "sequence_of", "settle", "store_tile", "strike", "weigh",
+    "load_tile", "of_products", "of_sums", "operand", "reference_column", "seen", "sequence_of", "settle", "store_tile",
+    "strike", "weigh",
 ]  # fmt: skip
 
 _COLUMN_NORM = tl.constexpr(3)
@@ -86,6 +87,18 @@ def reference_column(columns, COLUMN: tl.constexpr):
     if COLUMN == 0:
         return tl.sum(tl.where(index < 3, columns, 0.0), 1)
     return tl.sum(tl.where(index == COLUMN, columns, 0.0), 1)
+
+
+@triton.jit
+def of_sums(num_tiles):
+    """Tolerance of a sum of float32 numbers, tile after tile, relative to the sum of their bounds."""
+    return 1e-6 + 2.5e-9 * num_tiles
+
+
+@triton.jit
+def of_products(length):
+    """Tolerance of a sum of `length` weighted rows on a matrix unit, relative to the weighted sum of their norms."""
+    return 3e-5 + 2.5e-9 * length
 
 
 @triton.jit

@@ -12,7 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import load_tile, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh
+from .device import (
+    load_tile, of_products, of_sums, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh,
+)  # fmt: skip
 
 __all__ = ["attention_forward_kernel"]
 
@@ -22,8 +24,6 @@ _ROW_SUM = tl.constexpr(3)
 _CONTEXT = tl.constexpr(4)
 
 # Tolerances, each from a measurement and a bound: README.md.
-_TOLERANCE_SCORES = tl.constexpr(5e-7)
-_TOLERANCE_CONTEXT = tl.constexpr(3e-5)
 _TOLERANCE_ROW_SUM = tl.constexpr(8e-3)
 _FLOOR_HALF = tl.constexpr(1.2e-7)
 
@@ -79,15 +79,15 @@ def _visit(
 
 @triton.jit
 def _hold(
-    q, k_sum, k_norm, v_norm, score_sums, out, inverse, row_sum, checked, valid, tolerance_scale,
-    D_PAD: tl.constexpr, WIDE_RANGE: tl.constexpr,
+    q, k_sum, k_norm, v_norm, score_sums, out, inverse, row_sum, checked, valid, num_keys, tolerance_scale,
+    D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WIDE_RANGE: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
     score_scale = tl.sqrt(tl.sum(q * q, 1)) * k_norm
     score_ratio = weigh(score_sums - tl.sum(q * k_sum[None, :], 1),
-                        score_scale * (_TOLERANCE_SCORES * tolerance_scale), valid)  # fmt: skip
+                        score_scale * (of_sums(num_keys / BLOCK_N) * tolerance_scale), valid)  # fmt: skip
     floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
-    context_scale = (_TOLERANCE_CONTEXT * reference_column(checked, 3)) * inverse + floor
+    context_scale = (of_products(num_keys) * reference_column(checked, 3)) * inverse + floor
     context_ratio = weigh(tl.sum(out, 1) / D_PAD - reference_column(checked, 0) * inverse,
                           context_scale * tolerance_scale, valid)  # fmt: skip
     rounded_sum = reference_column(checked, 4)
@@ -155,7 +155,7 @@ def attention_forward_kernel(
         # Read again: registers that hold the tile through the loop would be spilled.
         q_wide = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
         checks, ratio, inputs = _hold(q_wide.to(tl.float32), k_sum, k_norm, v_norm, score_sums, out, inverse, row_sum,
-                                      checked, rows < length_q, tolerance_scale, D_PAD,
+                                      checked, rows < length_q, end, tolerance_scale, D_PAD, BLOCK_N,
                                       o.dtype.element_ty == tl.bfloat16)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

@@ -71,6 +71,10 @@ def residuals(
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     seen = run.visible.any(-1).to(q.dtype) * (run.lse > -math.inf)
 
+    d_rows = (d_out * run.out).sum(-1, keepdim=True)
+    inverse = (run.lse[..., None] - scale * run.scores).exp()
+    quotient = torch.where(run.visible, run.d_scores * inverse - (run.d_probs - d_rows), 0.0)
+
     def shared(of_query_heads: torch.Tensor) -> torch.Tensor:
         batch, _, *rest = of_query_heads.shape
         return of_query_heads.reshape(batch, k.shape[1], group, *rest).sum(2)
@@ -85,5 +89,7 @@ def residuals(
         "dk": run.dk.sum(-1) - scale * shared((run.d_scores.mT @ q.sum(-1, keepdim=True)).squeeze(-1)),
         "scores_again": shared(run.scores.sum(-2)) - (k * shared(q.sum(2))[:, :, None]).sum(-1),
         "dp_rows": run.d_probs.sum(-1) - (d_out * wide_v.sum(2, keepdim=True)).sum(-1),
+        "ds_rows": (run.d_scores - run.probs * run.d_probs).sum(-1) + (run.probs * d_rows).sum(-1),
+        "quotient": shared(quotient.sum(-2)),
         "dp": shared(run.d_probs.sum(-2)) - (v * shared(d_out.sum(2))[:, :, None]).sum(-1),
     }

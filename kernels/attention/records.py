@@ -40,6 +40,10 @@ class CheckBit(enum.IntFlag):
     """dkdv: column sums of dP = v·ΣdO."""
     DP_ROWS = 1024
     """dq: row sums of dP = dO·Σv."""
+    DS_ROWS = 2048
+    """dq: Σ_j dS_ij = Σ_j P_ij dP_ij − D_i Σ_j P_ij."""
+    QUOTIENT = 4096
+    """dkdv: Σ_i dS_ij ÷ P_ij = Σ_i (dP_ij − D_i), with 1 ÷ P from another exponential."""
 
 
 class Verdict(enum.IntEnum):

@@ -1,9 +1,9 @@
 """What the checks need to know of the operands, in one pass over each: row sums, tile sums, norms; and D = dO·O.
 
 Shapes, per (batch, head) pair: columns (tiles·BLOCK, c) in the operand's dtype, [hi, mid, lo of x·1 ÷ D_PAD, ‖x‖ ÷
-D_PAD, 1, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile. The
-three parts of x·1 carry it to about 2⁻²⁴ through a matrix unit that takes 8 (or 11) bits. Division by D_PAD, a power
-of two, keeps float16 from overflowing. Rows behind the end count as zero.
+D_PAD, 1, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile, of dO
+Σ‖dO‖ and Σ D. The three parts of x·1 carry it to about 2⁻²⁴ through a matrix unit that takes 8 (or 11) bits. Division
+by D_PAD, a power of two, keeps float16 from overflowing. Rows behind the end count as zero.
 """
 
 # Triton has no types, and reads arguments of kernels by its own rules.
@@ -24,7 +24,10 @@ def _summarise(
     x, rows, num_rows, stride_t, columns, sums, norms, tile, doubt,
     D: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns, sums and norms of one tile; the pointers are those of its (batch, head) pair. `doubt` is 0, or NaN."""
+    """Columns, sums and Σ‖x‖ + `doubt` of one tile; the pointers are those of its (batch, head) pair.
+
+    Returns max‖x‖.
+    """
     stored = load_tile(x, rows, num_rows, stride_t, D, D_PAD)
     values = stored.to(tl.float32)
     depth = tl.arange(0, D_PAD)
@@ -40,7 +43,7 @@ def _summarise(
     tl.store(columns + rows[:, None] * NUM_COLUMNS + index, block.to(stored.dtype))
     tl.store(sums + tile * D_PAD + depth, tl.sum(values, 0))
     tl.store(norms + tile * 2, tl.sum(norm, 0) + doubt)
-    tl.store(norms + tile * 2 + 1, tl.max(norm, 0))
+    return tl.max(norm, 0)
 
 
 @triton.jit
@@ -62,10 +65,14 @@ def summarise_keys(
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     first_row = pair.to(tl.int64) * tiles
     columns = first_row * (BLOCK * NUM_COLUMNS)
-    _summarise(k, rows, length_k, stride_kt, k_columns + columns, k_sums + first_row * D_PAD, k_norms + first_row * 2,
-               tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
-    _summarise(v, rows, length_k, stride_vt, v_columns + columns, v_sums + first_row * D_PAD, v_norms + first_row * 2,
-               tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+    k_norms += first_row * 2
+    v_norms += first_row * 2
+    k_max = _summarise(k, rows, length_k, stride_kt, k_columns + columns, k_sums + first_row * D_PAD, k_norms, tile,
+                       0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+    v_max = _summarise(v, rows, length_k, stride_vt, v_columns + columns, v_sums + first_row * D_PAD, v_norms, tile,
+                       0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+    tl.store(k_norms + tile * 2 + 1, k_max)
+    tl.store(v_norms + tile * 2 + 1, v_max)
 
 
 @triton.jit
@@ -94,10 +101,14 @@ def summarise_queries(
     if CHECKED:
         first_row = pair.to(tl.int64) * tiles
         columns = first_row * (BLOCK * NUM_COLUMNS)
-        _summarise(q, rows, length_q, stride_qt, q_columns + columns, q_sums + first_row * D_PAD,
-                   q_norms + first_row * 2, tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        q_norms += first_row * 2
+        do_norms += first_row * 2
+        q_max = _summarise(q, rows, length_q, stride_qt, q_columns + columns, q_sums + first_row * D_PAD, q_norms,
+                           tile, 0.0, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        tl.store(q_norms + tile * 2 + 1, q_max)
         # What is not a number in D or in the log-sum-exp is a bad input of every key that these queries see.
         log_sums = tl.load(lse + pair.to(tl.int64) * max_q + rows, mask=rows < length_q, other=0.0)
         doubt = tl.sum((weights + tl.where(log_sums == float("-inf"), 0.0, log_sums)) * 0.0, 0)
-        _summarise(d_o, rows, length_q, stride_dt, do_columns + columns, do_sums + first_row * D_PAD,
-                   do_norms + first_row * 2, tile, doubt, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        _summarise(d_o, rows, length_q, stride_dt, do_columns + columns, do_sums + first_row * D_PAD, do_norms, tile,
+                   doubt, D, D_PAD, NUM_COLUMNS)  # fmt: skip
+        tl.store(do_norms + tile * 2 + 1, tl.sum(weights, 0))

@@ -43,8 +43,8 @@ _SM90 = {
     256: Tiling(forward=Launch(128, 32, 8, 2), dq=Launch(64, 32, 8, 2), dkdv=Launch(16, 64, 8, 2), num_columns=8),
 }
 _SM80 = {
-    64: Tiling(forward=Launch(128, 64, 4, 3), dq=Launch(128, 64, 8, 2), dkdv=Launch(64, 128, 8, 2), num_columns=8),
-    128: Tiling(forward=Launch(128, 64, 8, 2), dq=Launch(128, 32, 8, 2), dkdv=Launch(32, 128, 8, 2), num_columns=8),
+    64: Tiling(forward=Launch(128, 64, 4, 3), dq=Launch(128, 64, 8, 2), dkdv=Launch(32, 128, 8, 2), num_columns=8),
+    128: Tiling(forward=Launch(128, 64, 8, 2), dq=Launch(128, 32, 8, 2), dkdv=Launch(16, 128, 8, 2), num_columns=8),
     256: Tiling(forward=Launch(64, 32, 8, 2), dq=Launch(64, 32, 8, 2), dkdv=Launch(16, 64, 8, 2), num_columns=8),
 }
 _HIP = {

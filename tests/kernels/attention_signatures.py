@@ -30,7 +30,7 @@ def compile_attention(
     head_dim: int,
     *,
     checked: bool = True,
-    linear: bool = True,
+    inner: bool = True,
     causal: bool = True,
     packed: bool = False,
     inject: int = 0,
@@ -52,7 +52,7 @@ def compile_attention(
         "CAUSAL": causal,
         "VARLEN": packed,
         "CHECKED": checked,
-        "LINEAR": linear,
+        "INNER": inner,
         "INJECT": inject,
         "SM_KNOWN": backend == "cuda",
     }

@@ -44,6 +44,7 @@ def count(body: list[str], word: str) -> int:
         ("sm_90", "dkdv", 128, 400),
         ("sm_90", "dkdv", 256, 400),
         ("sm_80", "forward", 64, 128),
+        ("sm_80", "dkdv", 64, 128),
         ("sm_80", "dkdv", 128, 400),
     ],
 )

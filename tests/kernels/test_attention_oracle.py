@@ -50,11 +50,11 @@ def test_every_identity_holds_to_round_off(case: str) -> None:
 @pytest.mark.parametrize(
     ("faulty", "seen_by"),
     [
-        ("scores", {"scores", "scores_again"}),
-        ("out", {"context"}),
-        ("probs", {"context", "mass", "dv"}),
-        ("d_probs", {"dp", "dp_rows"}),
-        ("d_scores", {"ds", "dq", "dk"}),
+        ("scores", {"scores", "scores_again", "quotient"}),
+        ("out", {"context", "ds_rows", "quotient"}),
+        ("probs", {"context", "mass", "ds_rows", "dv"}),
+        ("d_probs", {"dp", "dp_rows", "ds_rows", "quotient"}),
+        ("d_scores", {"ds", "ds_rows", "quotient", "dq", "dk"}),
         ("dq", {"dq"}),
         ("dk", {"dk"}),
         ("dv", {"dv"}),
