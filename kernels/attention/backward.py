@@ -31,8 +31,6 @@ _DV = tl.constexpr(9)
 _TOLERANCE_MASS = tl.constexpr(5e-5)
 _TOLERANCE_EXPONENT = tl.constexpr(5e-7)
 _TOLERANCE_DS = tl.constexpr(2.5e-3)
-_TOLERANCE_GRADIENT = tl.constexpr(2e-6)
-_GROWTH_GRADIENT = tl.constexpr(2e-10)
 _LEAST_EXPONENT = tl.constexpr(-64.0)
 _FLOOR_HALF = tl.constexpr(1.2e-7)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,7 +39,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _of_gradient(length):
     """Tolerance of dQ or dK, a sum of `length` rows, relative to its bound."""
-    return _TOLERANCE_GRADIENT + _GROWTH_GRADIENT * length
+    return 2e-6 + 2e-10 * length
 
 
 @triton.jit

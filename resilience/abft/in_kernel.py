@@ -41,19 +41,22 @@ REPLACED_OPERATORS = (
 _RING_CAPACITY = 4096
 """Records kept between two drains; 40 bytes each."""
 
-_SITES = (
-    "attention.scores",
-    "attention.context",
-    "attention.probs",
-    "attention.probs",
-    "attention.ds",
-    "attention.dq",
-    "attention.dv",
-    "attention.dk",
-    "attention.scores",
-    "attention.dp",
-)
-"""Site of the fault plan that a check holds, by the number of its bit in a record."""
+_SITES = {
+    "SCORES": "attention.scores",
+    "CONTEXT": "attention.context",
+    "ROW_SUM": "attention.probs",
+    "MASS": "attention.probs",
+    "DS": "attention.ds",
+    "DQ": "attention.dq",
+    "DV": "attention.dv",
+    "DK": "attention.dk",
+    "SCORES_AGAIN": "attention.scores",
+    "DP": "attention.dp",
+    "DP_ROWS": "attention.dp",
+    "DS_ROWS": "attention.ds",
+    "QUOTIENT": "attention.ds",
+}
+"""Site of the fault plan that a check holds, by its name in `CheckBit` (kernels/attention/records.py)."""
 
 Packer = Callable[[dict[str, Any], torch.Tensor, torch.Tensor], tuple[Any, ...]]
 """Makes the results of an operator from its arguments, O and the log-sum-exp (b, h, tq)."""
@@ -186,8 +189,8 @@ class InKernelAttention:
         """One finding for all blocks of a call that failed the same check with the same end."""
         groups: defaultdict[tuple[int, Label, str], list[float]] = defaultdict(list)
         for record in records:
-            lowest = (int(record.checks) & -int(record.checks)).bit_length() - 1
-            groups[record.sequence, Label(_SITES[lowest], record.layer), record.verdict.name].append(record.ratio)
+            first = next(iter(record.checks))
+            groups[record.sequence, Label(_SITES[first.name], record.layer), record.verdict.name].append(record.ratio)
         for (_, label, verdict), ratios in groups.items():
             self._alarm(label, max(ratios), mended=verdict == "REPAIRED", inputs_bad=verdict == "INPUTS")
 

@@ -27,7 +27,7 @@ from resilience.clock import SystemClock
 from resilience.config import DetectionConfig
 from resilience.events import DetectionKind
 from resilience.kernels.attention import api
-from resilience.kernels.attention.records import Site
+from resilience.kernels.attention.records import CheckBit, Site
 from tests.kernels.attention_cases import SMALL, bits_of
 
 ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
@@ -135,6 +135,30 @@ def test_what_backward_sees_of_the_forward_asks_for_a_replay(wire: Wire) -> None
     attention.drain()
     (finding,) = record.drain()
     assert (finding.site, finding.mended, finding.inputs_bad) == ("attention.probs", False, False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "struck", "site"),
+    [
+        ("dq", Site.DP, "attention.dp"),
+        ("dq", Site.DS, "attention.ds"),
+        ("dkdv", Site.PROBS, "attention.ds"),
+        ("dkdv", Site.DS, "attention.ds"),
+    ],
+)
+def test_what_only_an_inner_check_sees_is_a_mended_finding_of_its_site(
+    wire: Wire, kernel: str, struck: Site, site: str
+) -> None:
+    order = api.Strike(kernel=kernel, site=struck, block=1, tile=0, row=2, column=5, kind=2, bits=bits_of(1.25))
+    attention, record, gate = wire(order)
+    step(gate, operands())
+    attention.drain()
+    (finding,) = record.drain()
+    assert (finding.site, finding.mended) == (site, True)
+
+
+def test_every_check_of_the_kernels_belongs_to_a_site() -> None:
+    assert set(in_kernel._SITES) == {check.name for check in CheckBit}
 
 
 def test_bad_inputs_make_one_finding_a_call_that_blames_nobody(wire: Wire) -> None:

@@ -1,0 +1,135 @@
+"""Round-off of the kernels' sums over long sequences, on a matrix unit that rounds towards zero: below the tolerances.
+
+Emulated in float64: Triton's interpreter multiplies with rounding to nearest, and takes minutes for these lengths. The
+operands have a common mean, which is the worst case: all partial sums grow, and round-off with them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from resilience.kernels.attention.backward import _of_gradient
+from resilience.kernels.attention.device import of_products, of_sums
+
+NUM_ROWS = 16
+TILE = 64
+MEAN = 4.0
+"""Of every operand, in its standard deviations."""
+DEPTH_OF_UNIT = 16
+"""Products that a matrix unit adds at once."""
+
+
+def towards_zero(exact: torch.Tensor) -> torch.Tensor:
+    """Rounded to float32 towards zero, as float64."""
+    nearest = exact.float()
+    beyond = nearest.double().abs() > exact.abs()
+    return torch.where(beyond, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest).double()
+
+
+def product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """a·b + total, (m, k) by (k, n), as a matrix unit accumulates it."""
+    for start in range(0, a.shape[1], DEPTH_OF_UNIT):
+        stop = start + DEPTH_OF_UNIT
+        total = towards_zero(total + a[:, start:stop] @ b[start:stop])
+    assert isinstance(total, torch.Tensor)
+    return total
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.float().bfloat16().double()
+
+
+def columns(x: torch.Tensor) -> torch.Tensor:
+    """x·1 ÷ D in three parts, and ‖x‖ ÷ D, as summary.py stores them."""
+    total = x.sum(1) / x.shape[1]
+    hi = rounded(total)
+    mid = rounded(total - hi)
+    return torch.stack([hi, mid, rounded(total - hi - mid), rounded(x.norm(dim=1) / x.shape[1])], 1)
+
+
+def drawn(length: int, depth: int) -> torch.Tensor:
+    return rounded(torch.randn(length, depth) + MEAN)
+
+
+def seen_by(sums: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """|Σ of a row − what its checksum columns say|."""
+    return (total.sum(1) / total.shape[1] - sums[:, :3].sum(1)).abs()
+
+
+def of_queries(length: int, depth: int) -> dict[str, torch.Tensor]:
+    """Residual ÷ tolerance of what the forward and the dQ kernel sum over `length` keys."""
+    k, v, q, d_out = (drawn(rows, depth) for rows in (length, length, NUM_ROWS, NUM_ROWS))
+    scale = 1.0 / math.sqrt(depth)
+    lse = torch.logsumexp(scale * q @ k.mT, 1)
+    delta = (d_out * rounded(torch.softmax(scale * q @ k.mT, 1) @ v)).sum(1).float().double()
+    score_sums, dp_sums, ds_sums, mass = (torch.zeros(NUM_ROWS) for _ in range(4))
+    k_sum, v_sum = torch.zeros(depth), torch.zeros(depth)
+    out, dq = (torch.zeros(NUM_ROWS, depth, dtype=torch.float64) for _ in range(2))
+    of_out, of_dq = (torch.zeros(NUM_ROWS, 4, dtype=torch.float64) for _ in range(2))
+    for k_tile, v_tile in zip(k.split(TILE), v.split(TILE), strict=True):
+        scores = product(q, k_tile.mT)
+        score_sums, k_sum = score_sums + scores.float().sum(1), k_sum + k_tile.float().sum(0)
+        probs = (scale * scores - lse[:, None]).exp().float().double()
+        out, of_out = product(rounded(probs), v_tile, out), product(rounded(probs), columns(v_tile), of_out)
+        d_probs = product(d_out, v_tile.mT)
+        dp_sums, v_sum = dp_sums + d_probs.float().sum(1), v_sum + v_tile.float().sum(0)
+        d_scores = (probs * (d_probs - delta[:, None]).float()).float()
+        dq, of_dq = product(rounded(d_scores), k_tile, dq), product(rounded(d_scores), columns(k_tile), of_dq)
+        ds_sums = ds_sums + (d_scores - probs.float() * d_probs.float()).sum(1)
+        mass = mass + probs.float().sum(1)
+    sums, norms, size = of_sums.fn(length / TILE), k.norm(dim=1), d_out.norm(dim=1) * v.norm(dim=1).max()
+    return {
+        "scores": (score_sums - (q.float() * k_sum).sum(1)).abs() / (sums * q.norm(dim=1) * norms.sum()),
+        "dp_rows": (dp_sums - (d_out.float() * v_sum).sum(1)).abs() / (sums * d_out.norm(dim=1) * v.norm(dim=1).sum()),
+        "ds_rows": (ds_sums + delta * mass).abs() / (2 * sums * size),
+        "context": seen_by(of_out, out) / (of_products.fn(length) * of_out[:, 3]),
+        "dq": seen_by(of_dq, dq) / (_of_gradient.fn(length) * size * norms.max() / depth),
+    }
+
+
+def of_keys(length: int, depth: int) -> dict[str, torch.Tensor]:
+    """Residual ÷ tolerance of what the dK/dV kernel sums over `length` queries, for keys of twice the others' value."""
+    k, v = drawn(NUM_ROWS, depth), 2 * drawn(NUM_ROWS, depth)
+    scale = 1.0 / math.sqrt(depth)
+    score_sums, dp_sums, quotients, delta_sum = (torch.zeros(NUM_ROWS) for _ in range(4))
+    q_sum, do_sum = torch.zeros(depth), torch.zeros(depth)
+    dk, dv = (torch.zeros(NUM_ROWS, depth, dtype=torch.float64) for _ in range(2))
+    of_dk, of_dv = (torch.zeros(NUM_ROWS, 4, dtype=torch.float64) for _ in range(2))
+    q, d_out = drawn(length, depth), drawn(length, depth)
+    for q_tile, do_tile in zip(q.split(TILE), d_out.split(TILE), strict=True):
+        scores = product(k, q_tile.mT)
+        score_sums, q_sum = score_sums + scores.float().sum(1), q_sum + q_tile.float().sum(0)
+        exponents = (scale * scores - MEAN**2 * math.sqrt(depth) - 8).float()
+        probs = torch.exp2(exponents.clamp(min=-64)).double()
+        d_probs, delta = product(v, do_tile.mT), (MEAN**2 * depth + torch.randn(TILE)).double()
+        dp_sums, do_sum = dp_sums + d_probs.float().sum(1), do_sum + do_tile.float().sum(0)
+        d_scores = (probs * (d_probs - delta).float()).float()
+        quotients = quotients + (d_scores * torch.exp2((-exponents).clamp(max=64))).sum(1)
+        delta_sum = delta_sum + delta.float().sum()
+        dv, of_dv = product(rounded(probs), do_tile, dv), product(rounded(probs), columns(do_tile), of_dv)
+        dk, of_dk = product(rounded(d_scores), q_tile, dk), product(rounded(d_scores), columns(q_tile), of_dk)
+    sums, norms, v_norm_max = of_sums.fn(length / TILE), d_out.norm(dim=1).sum(), v.norm(dim=1).max()
+    size = 2 * v_norm_max * of_dv[:, 3] * q.norm(dim=1).max()
+    return {
+        "scores": (score_sums - (k.float() * q_sum).sum(1)).abs()
+        / (sums * k.norm(dim=1) * q.norm(dim=1).sum()),
+        "dp": (dp_sums - (v.float() * do_sum).sum(1)).abs() / (sums * v.norm(dim=1) * norms),
+        "quotient": (quotients - (dp_sums - delta_sum)).abs() / (2 * sums * v_norm_max * norms),
+        "dv": seen_by(of_dv, dv) / (of_products.fn(length) * of_dv[:, 3]),
+        "dk": seen_by(of_dk, dk) / (_of_gradient.fn(length) * size),
+    }  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("depth", [64, 128])
+@pytest.mark.parametrize("length", [2048, 16384, 131072])
+@pytest.mark.parametrize("ratios", [of_queries, of_keys], ids=["queries", "keys"])
+def test_round_off_of_long_sums_stays_below_the_tolerances(ratios, length: int, depth: int) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    for name, ratio in ratios(length, depth).items():
+        print(f"{length} {depth} {name} {float(ratio.max()):.3f}")
+        assert ratio.max() <= 0.6, name
