@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 
 from .device import (
-    load_tile, of_products, of_sums, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh,
-)  # fmt: skip
+    load_tile,
+    of_products,
+    of_sums,
+    operand,
+    reference_column,
+    seen,
+    sequence_of,
+    settle,
+    store_tile,
+    strike,
+    weigh,
+)
 
 __all__ = ["attention_dkdv_kernel", "attention_dq_kernel"]
 
@@ -211,6 +221,29 @@ def _no_queries(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.cons
 
 
 @triton.jit
+def _load_statistics(lse, delta, rows, length_q):
+    """(LSE in base 2, D) of some queries; those that see no key, and those behind the end, have no P."""
+    valid = rows < length_q
+    lse_rows = tl.load(lse + rows, mask=valid, other=float("inf"))
+    lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * _LOG2_E)
+    return lse2, tl.load(delta + rows, mask=valid, other=0.0)
+
+
+@triton.jit
+def _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta, keys, rows, MASKED: tl.constexpr):
+    """Σ dS ÷ P over the queries of a tile, 1 ÷ P from an exponential of its own.
+
+    The other side of the check sums dP − D over all queries of the tile: those that do not see a key are added here.
+    The exponents of P and of 1 ÷ P are fused, and so rounded alike: exact opposites.
+    """
+    exponents = tl.fma(scores, -scale_log2, lse2[None, :])
+    quotients = d_scores * tl.exp2(tl.minimum(exponents, -_LEAST_EXPONENT))
+    if MASKED:
+        quotients += tl.where(keys[:, None] <= rows[None, :], 0.0, d_probs - delta[None, :])
+    return tl.sum(quotients, 1)
+
+
+@triton.jit
 def _visit_queries(
     state, k, v, of_head, stride_qt, stride_dt,
     first, last, keys, length_q, scale_log2, strikes, block, first_tile, attempt,
@@ -225,23 +258,18 @@ def _visit_queries(
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         tile = start // BLOCK_M
-        valid = rows < length_q
         q_tile = load_tile(q, rows, length_q, stride_qt, D, D_PAD)
         do_tile = load_tile(d_o, rows, length_q, stride_dt, D, D_PAD)
-        lse_rows = tl.load(lse + rows, mask=valid, other=float("inf"))
-        # Queries that see no key, and those behind the end, get P = 0.
-        lse2 = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows * _LOG2_E)
-        delta_rows = tl.load(delta + rows, mask=valid, other=0.0)
+        lse2, delta_rows = _load_statistics(lse, delta, rows, length_q)
         scores = tl.dot(k, tl.trans(q_tile))
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, first_tile + tile, attempt)
         # Bounded, so that 1 ÷ P is a number; 5e-20 is nothing beside the other P of a row, which sum to 1.
-        probs = tl.exp2(tl.maximum(scores * scale_log2 - lse2[None, :], _LEAST_EXPONENT))
+        probs = tl.exp2(tl.maximum(tl.fma(scores, scale_log2, -lse2[None, :]), _LEAST_EXPONENT))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
         if MASKED:
-            visible = keys[:, None] <= rows[None, :]
-            probs = tl.where(visible, probs, 0.0)
+            probs = tl.where(keys[:, None] <= rows[None, :], probs, 0.0)
         rounded_probs = probs.to(do_tile.dtype)
         dv = tl.dot(rounded_probs, do_tile, dv)
         if INJECT == _DV:
@@ -266,12 +294,8 @@ def _visit_queries(
             if INNER:
                 score_sums += tl.sum(scores, 1)
                 dp_sums += tl.sum(d_probs, 1)
-                inverse = tl.exp2(tl.minimum(lse2[None, :] - scores * scale_log2, -_LEAST_EXPONENT))
-                quotient = d_scores * inverse
-                if MASKED:
-                    # The other side sums over all queries of the tile.
-                    quotient += tl.where(visible, 0.0, d_probs - delta_rows[None, :])
-                quotients += tl.sum(quotient, 1)
+                quotients += _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows,
+                                            MASKED)  # fmt: skip
                 delta_sum += tl.load(do_norms + tile * 2 + 1)
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)

@@ -125,8 +125,8 @@ def _measure(shape: Shape, dtype: torch.dtype) -> list[dict[str, Any]]:
 def measure() -> list[dict[str, Any]]:
     """Two rows a shape, forward and backward, in bfloat16.
 
-    `checked` is the default; `one_repair` launches one repair instead of two, `economical` leaves out dkdv's checks of
-    S and dP. `num_false_alarms`, over all runs of a shape, should be 0.
+    `checked` is the default; `one_repair` launches one repair instead of two, `economical` leaves out backward's inner
+    checks. `num_false_alarms`, over all runs of a shape, should be 0.
     """
     return [row for shape in SHAPES for row in _measure(shape, torch.bfloat16)]
 

@@ -13,8 +13,18 @@ import triton
 import triton.language as tl
 
 from .device import (
-    load_tile, of_products, of_sums, operand, reference_column, seen, sequence_of, settle, store_tile, strike, weigh,
-)  # fmt: skip
+    load_tile,
+    of_products,
+    of_sums,
+    operand,
+    reference_column,
+    seen,
+    sequence_of,
+    settle,
+    store_tile,
+    strike,
+    weigh,
+)
 
 __all__ = ["attention_forward_kernel"]
 

@@ -15,6 +15,7 @@ import torch
 
 from resilience.kernels.attention import api
 from resilience.kernels.attention.records import Site
+from resilience.kernels.attention.tiling import Launch, Tiling
 from tests.kernels.attention_cases import Case, bits_of
 
 PRODUCTS = {
@@ -26,11 +27,30 @@ PRODUCTS = {
 ELEMENTWISE = {"forward": (Site.PROBS,), "dq": (Site.PROBS, Site.DS), "dkdv": (Site.PROBS, Site.DS)}
 """What is computed from it."""
 
-LENGTH, DEPTH, TILE = 32, 32, 16
 LARGE = 1e-2
-NUM_CASES = 10
-NUM_TRIALS = 40
-"""Of each site in each case."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    length: int
+    depth: int
+    tile: int
+    num_cases: int
+    num_trials: int
+    """Of each site in each case."""
+
+    def case(self, device: torch.device, number: int) -> Case:
+        launch = Launch(self.tile, self.tile, 4, 1)
+        tiling = Tiling(forward=launch, dq=launch, dkdv=launch, num_columns=8)
+        return Case.random(
+            device, length_q=self.length, head_dim=self.depth, causal=number % 2 == 1, seed=number, tiling=tiling
+        )
+
+
+SETTINGS = {
+    "32": Setting(length=32, depth=32, tile=16, num_cases=10, num_trials=40),
+    "512": Setting(length=512, depth=64, tile=128, num_cases=4, num_trials=15),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +62,18 @@ class Trial:
     """By the backward pass that follows a faulty forward."""
 
 
-def random_strike(kernel: str, site: Site, draw: random.Random) -> api.Strike:
+def random_strike(setting: Setting, kernel: str, site: Site, draw: random.Random) -> api.Strike:
     """Anywhere; ×1.5, zero, or any bit but the lowest dozen."""
     bit = draw.randrange(12, 32)
     kind, bits = draw.choice(
         [(2, bits_of(1.5)), (0, 0), (1, -(1 << 31) if bit == 31 else 1 << bit), (1, 1 << draw.randrange(12, 31))]
     )
     of_result = site in (Site.CONTEXT, Site.DQ, Site.DK, Site.DV)
+    num_tiles = setting.length // setting.tile
     return api.Strike(
-        kernel=kernel, site=site, block=draw.randrange(LENGTH // TILE), tile=draw.randrange(LENGTH // TILE),
-        row=draw.randrange(TILE), column=draw.randrange(DEPTH if of_result else TILE), kind=kind, bits=bits,
+        kernel=kernel, site=site, block=draw.randrange(num_tiles), tile=draw.randrange(num_tiles),
+        row=draw.randrange(setting.tile), column=draw.randrange(setting.depth if of_result else setting.tile),
+        kind=kind, bits=bits,
     )  # fmt: skip
 
 
@@ -80,20 +102,21 @@ def strike(case: Case, forward: api.Forward, gradients: api.Gradients, order: ap
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
-def test_faults_above_a_hundredth_are_seen(device: torch.device) -> None:
+@pytest.mark.parametrize("length", SETTINGS)
+def test_faults_above_a_hundredth_are_seen(device: torch.device, length: str) -> None:
     from tests.kernels.interpreter import interpreting
 
-    draw = random.Random(0)
+    setting, draw = SETTINGS[length], random.Random(0)
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     with interpreting():
-        for number in range(NUM_CASES):
-            case = Case.random(device, length_q=LENGTH, head_dim=DEPTH, causal=number % 2 == 1, seed=number)
+        for number in range(setting.num_cases):
+            case = setting.case(device, number)
             forward = case.forward()
             gradients = case.backward(forward)
             for sites in (PRODUCTS, ELEMENTWISE):
                 for kernel, site in [(kernel, site) for kernel, members in sites.items() for site in members]:
-                    for _ in range(NUM_TRIALS):
-                        trial = strike(case, forward, gradients, random_strike(kernel, site, draw))
+                    for _ in range(setting.num_trials):
+                        trial = strike(case, forward, gradients, random_strike(setting, kernel, site, draw))
                         size = "large" if trial.change >= LARGE else "small" if trial.change > 0 else "none"
                         of_site = found[kernel, site.name.lower()]
                         of_site[size] += 1
@@ -106,7 +129,7 @@ def test_faults_above_a_hundredth_are_seen(device: torch.device) -> None:
     for sites in (PRODUCTS, ELEMENTWISE):
         struck = [found[kernel, site.name.lower()] for kernel, members in sites.items() for site in members]
         large, detected = (sum(of_site[name] for of_site in struck) for name in ("large", "large detected"))
-        assert large > 1000
+        assert large > 0.25 * sum(map(len, sites.values())) * setting.num_cases * setting.num_trials
         assert detected >= 0.999 * large
     # An exponential of the forward alone is seen by nothing but the backward pass.
     late = {struck for struck, of_site in found.items() if of_site["late"]}
