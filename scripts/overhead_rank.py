@@ -15,11 +15,12 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from overhead_models import MODELS, Trained, build
+from own_time import OwnTime
 
 from resilience.abft.frequency import MEASURED_STEPS
 from resilience.config import Config, GuardConfig
@@ -28,12 +29,26 @@ from resilience.deepspeed import hook
 SEED = 2025
 
 
+class Timed(NamedTuple):
+    """One optimizer step."""
+
+    seconds: float
+    own_seconds: float
+    """Spent in protection's own code."""
+
+    @property
+    def own_ratio(self) -> float:
+        """Protection's own code ÷ all else."""
+        return self.own_seconds / (self.seconds - self.own_seconds)
+
+
 class Trainer:
     """A training loop, a block of steps at a time."""
 
-    def __init__(self, engine: Any, trained: Trained) -> None:
+    def __init__(self, engine: Any, trained: Trained, own: OwnTime) -> None:
         self.engine = engine
         self._loss = trained.loss
+        self._own = own
 
     def step(self) -> None:
         step = self.engine.global_steps + 1
@@ -41,17 +56,17 @@ class Trainer:
             self.engine.backward(self._loss(self.engine, step, micro_step))
             self.engine.step()
 
-    def seconds(self, num_steps: int, *, num_untimed: int = 1) -> list[float]:
-        """Of each step."""
+    def timed(self, num_steps: int, *, num_untimed: int = 1) -> list[Timed]:
+        """Each step of a block."""
         for _ in range(num_untimed):
             self.step()
         self._wait()
-        ends = [time.perf_counter()]
+        ends = [(time.perf_counter(), self._own.seconds)]
         for _ in range(num_steps):
             self.step()
             self._wait()
-            ends.append(time.perf_counter())
-        return [end - begin for begin, end in itertools.pairwise(ends)]
+            ends.append((time.perf_counter(), self._own.seconds))
+        return [Timed(end - begin, own - before) for (begin, before), (end, own) in itertools.pairwise(ends)]
 
     def _wait(self) -> None:
         if torch.cuda.is_available():
@@ -61,7 +76,8 @@ class Trainer:
 
 def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_steps: int) -> dict[str, Any]:
     """Ratios of protected to plain seconds per step: one for each pair of neighbouring blocks, and of the lower
-    quartiles of all steps, which is what they take where nothing else is in their way.
+    quartiles of all steps, which is what they take where nothing else is in their way. Beside them what protection's
+    own code takes of a protected step.
     """
     config = Config.model_validate(
         # Determinism is measured once in a run, at its start.
@@ -72,40 +88,44 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
     num_untimed = MEASURED_STEPS + 1 if config.detection.share == "adaptive" else 1
     coverages = []
 
-    def plain() -> list[float]:
-        return trainer.seconds(num_steps)
+    def plain() -> list[Timed]:
+        return trainer.timed(num_steps)
 
-    def protected() -> list[float]:
+    def protected() -> list[Timed]:
         hook.protect(trainer.engine, config)
         try:
-            seconds = trainer.seconds(num_steps, num_untimed=num_untimed)
+            steps = trainer.timed(num_steps, num_untimed=num_untimed)
             coverages.append(coverage(trainer.engine))
-            return seconds
+            return steps
         finally:
             hook.release(trainer.engine)
 
-    plain_seconds: list[float] = []
-    protected_seconds: list[float] = []
+    plain_steps: list[Timed] = []
+    protected_steps: list[Timed] = []
     ratios = []
     for pair in range(num_pairs):
         if pair % 2 == 0:
             without, with_protection = plain(), protected()
         else:
             with_protection, without = protected(), plain()
-        plain_seconds += without
-        protected_seconds += with_protection
-        ratios.append(sum(with_protection) / sum(without))
+        plain_steps += without
+        protected_steps += with_protection
+        ratios.append(sum(step.seconds for step in with_protection) / sum(step.seconds for step in without))
+    own_ratios = [step.own_ratio for step in protected_steps]
     return {
         **detection,
         **({"coverage": min(coverages)} if num_untimed > 1 else {}),
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
-        "quartile_ratio": _lower_quartile(protected_seconds) / _lower_quartile(plain_seconds),
-        "plain_step_ms": 1000 * statistics.median(plain_seconds),
+        "quartile_ratio": _lower_quartile(protected_steps) / _lower_quartile(plain_steps),
+        "own_ratio": statistics.median(own_ratios),
+        "own_ratio_range": [min(own_ratios), max(own_ratios)],
+        "plain_step_ms": 1000 * statistics.median(step.seconds for step in plain_steps),
     }
 
 
-def _lower_quartile(seconds: list[float]) -> float:
+def _lower_quartile(steps: list[Timed]) -> float:
+    seconds = [step.seconds for step in steps]
     return statistics.quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
 
 
@@ -138,6 +158,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True)
     arguments = deepspeed.add_config_arguments(parser).parse_args()
     torch.manual_seed(SEED)
+    own = OwnTime()
+    own.watch()
     trained = build(
         arguments.model,
         attention=arguments.attention,
@@ -147,7 +169,7 @@ def main() -> None:
     )
     model = trained.model
     engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
-    trainer = Trainer(engine, trained)
+    trainer = Trainer(engine, trained, own)
     for _ in range(3):
         trainer.step()  # an engine's first steps pay for its memory
     rows = [

@@ -41,6 +41,7 @@ _DV = tl.constexpr(9)
 _TOLERANCE_MASS = tl.constexpr(5e-5)
 _TOLERANCE_EXPONENT = tl.constexpr(5e-7)
 _TOLERANCE_DS = tl.constexpr(2.5e-3)
+_TOLERANCE_QUOTIENT = tl.constexpr(2e-6)
 _LEAST_EXPONENT = tl.constexpr(-64.0)
 _FLOOR_HALF = tl.constexpr(1.2e-7)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -140,7 +141,7 @@ def _hold_dq(
         tolerance = of_sums(num_keys / BLOCK_N) * tolerance_scale
         dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1), do_norm * v_norm * tolerance, valid)
         checks += tl.where(dp_ratio <= 1.0, 0, 1024)
-        product_ratio = weigh(ds_sums + delta * mass, 2.0 * size * tolerance, valid)
+        product_ratio = weigh(ds_sums + delta * mass, size * tolerance, valid)
         checks += tl.where(product_ratio <= 1.0, 0, 2048)
         ratio = tl.maximum(ratio, tl.maximum(dp_ratio, product_ratio))
     inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + v_norm + doubt < float("inf")), 1, 0), 0)
@@ -212,12 +213,14 @@ def attention_dq_kernel(
 
 @triton.jit
 def _no_queries(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """dK, dV, their checksum columns, sums of S, dP and dS ÷ P, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖, ΣD before any query."""
+    """dK, dV, their checksum columns, sums of S and dP, worst residual of dS ÷ P, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before
+    any query.
+    """
     acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     columns = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)
     row = tl.zeros([D_PAD], tl.float32)
-    return acc, acc, columns, columns, sums, sums, sums, row, row, 0.0, 0.0, 0.0, 0.0
+    return acc, acc, columns, columns, sums, sums, sums, row, row, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -251,8 +254,8 @@ def _visit_queries(
     MASKED: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
-    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
-     delta_sum) = state  # fmt: skip
+    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
+     q_norm_max) = state  # fmt: skip
     q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms = of_head
     depth = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_M):
@@ -289,18 +292,20 @@ def _visit_queries(
             dv_checked = tl.dot(rounded_probs, tl.load(do_columns + index), dv_checked)
             dk_checked = tl.dot(rounded_scores, tl.load(q_columns + index), dk_checked)
             q_norm += tl.load(q_norms + tile * 2)
-            do_norm += tl.load(do_norms + tile * 2)
+            do_norm_here = tl.load(do_norms + tile * 2)
+            do_norm += do_norm_here
             q_norm_max = tl.maximum(q_norm_max, tl.load(q_norms + tile * 2 + 1))
             if INNER:
                 score_sums += tl.sum(scores, 1)
-                dp_sums += tl.sum(d_probs, 1)
-                quotients += _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows,
-                                            MASKED)  # fmt: skip
-                delta_sum += tl.load(do_norms + tile * 2 + 1)
+                dp_sum = tl.sum(d_probs, 1)
+                dp_sums += dp_sum
+                residual = _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows, MASKED)
+                residual -= dp_sum - tl.load(do_norms + tile * 2 + 1)
+                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (do_norm_here + 1e-30)),
+                                      propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
-    return (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
-            delta_sum)  # fmt: skip
+    return dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm, q_norm_max
 
 
 @triton.jit
@@ -309,8 +314,8 @@ def _hold_dkdv(
     D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of keys."""
-    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotients, q_sum, do_sum, q_norm, do_norm, q_norm_max,
-     delta_sum) = state  # fmt: skip
+    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
+     q_norm_max) = state  # fmt: skip
     k = k_tile.to(tl.float32)
     v = v_tile.to(tl.float32)
     k_norm = tl.sqrt(tl.sum(k * k, 1))
@@ -334,8 +339,8 @@ def _hold_dkdv(
         dp_ratio = weigh(dp_sums - tl.sum(v * do_sum[None, :], 1), v_norm * do_norm * tolerance, valid)
         checks += tl.where(score_ratio <= 1.0, 0, 256)
         checks += tl.where(dp_ratio <= 1.0, 0, 512)
-        quotient_size = tl.where(valid, 2.0 * v_norm_max * do_norm, 0.0)
-        quotient_ratio = weigh(quotients - (dp_sums - delta_sum), quotient_size * tolerance, valid)
+        quotient_tolerance = tl.where(valid, v_norm_max * (_TOLERANCE_QUOTIENT * tolerance_scale), 0.0)
+        quotient_ratio = weigh(quotient, quotient_tolerance, valid)
         checks += tl.where(quotient_ratio <= 1.0, 0, 4096)
         ratio = tl.maximum(ratio, tl.maximum(tl.maximum(score_ratio, dp_ratio), quotient_ratio))
     inputs = tl.max(tl.where(valid & ~(k_norm + v_norm + q_norm + do_norm < float("inf")), 1, 0), 0)

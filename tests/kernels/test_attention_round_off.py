@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from resilience.kernels.attention.backward import _of_gradient
+from resilience.kernels.attention.backward import _TOLERANCE_QUOTIENT, _of_gradient
 from resilience.kernels.attention.device import of_products, of_sums
 
 NUM_ROWS = 16
@@ -84,7 +84,7 @@ def of_queries(length: int, depth: int) -> dict[str, torch.Tensor]:
     return {
         "scores": (score_sums - (q.float() * k_sum).sum(1)).abs() / (sums * q.norm(dim=1) * norms.sum()),
         "dp_rows": (dp_sums - (d_out.float() * v_sum).sum(1)).abs() / (sums * d_out.norm(dim=1) * v.norm(dim=1).sum()),
-        "ds_rows": (ds_sums + delta * mass).abs() / (2 * sums * size),
+        "ds_rows": (ds_sums + delta * mass).abs() / (sums * size),
         "context": seen_by(of_out, out) / (of_products.fn(length) * of_out[:, 3]),
         "dq": seen_by(of_dq, dq) / (_of_gradient.fn(length) * size * norms.max() / depth),
     }
@@ -94,7 +94,7 @@ def of_keys(length: int, depth: int) -> dict[str, torch.Tensor]:
     """Residual ÷ tolerance of what the dK/dV kernel sums over `length` queries, for keys of twice the others' value."""
     k, v = drawn(NUM_ROWS, depth), 2 * drawn(NUM_ROWS, depth)
     scale = 1.0 / math.sqrt(depth)
-    score_sums, dp_sums, quotients, delta_sum = (torch.zeros(NUM_ROWS) for _ in range(4))
+    score_sums, dp_sums, quotient = (torch.zeros(NUM_ROWS) for _ in range(3))
     q_sum, do_sum = torch.zeros(depth), torch.zeros(depth)
     dk, dv = (torch.zeros(NUM_ROWS, depth, dtype=torch.float64) for _ in range(2))
     of_dk, of_dv = (torch.zeros(NUM_ROWS, 4, dtype=torch.float64) for _ in range(2))
@@ -107,8 +107,9 @@ def of_keys(length: int, depth: int) -> dict[str, torch.Tensor]:
         d_probs, delta = product(v, do_tile.mT), (MEAN**2 * depth + torch.randn(TILE)).double()
         dp_sums, do_sum = dp_sums + d_probs.float().sum(1), do_sum + do_tile.float().sum(0)
         d_scores = (probs * (d_probs - delta).float()).float()
-        quotients = quotients + (d_scores * torch.exp2((-exponents).clamp(max=64))).sum(1)
-        delta_sum = delta_sum + delta.float().sum()
+        inverses = torch.exp2((-exponents).clamp(max=64))
+        residual = (d_scores * inverses).sum(1) - (d_probs.float().sum(1) - delta.float().sum())
+        quotient = torch.maximum(quotient, residual.abs() / do_tile.norm(dim=1).sum())
         dv, of_dv = product(rounded(probs), do_tile, dv), product(rounded(probs), columns(do_tile), of_dv)
         dk, of_dk = product(rounded(d_scores), q_tile, dk), product(rounded(d_scores), columns(q_tile), of_dk)
     sums, norms, v_norm_max = of_sums.fn(length / TILE), d_out.norm(dim=1).sum(), v.norm(dim=1).max()
@@ -117,7 +118,7 @@ def of_keys(length: int, depth: int) -> dict[str, torch.Tensor]:
         "scores": (score_sums - (k.float() * q_sum).sum(1)).abs()
         / (sums * k.norm(dim=1) * q.norm(dim=1).sum()),
         "dp": (dp_sums - (v.float() * do_sum).sum(1)).abs() / (sums * v.norm(dim=1) * norms),
-        "quotient": (quotients - (dp_sums - delta_sum)).abs() / (2 * sums * v_norm_max * norms),
+        "quotient": quotient / (_TOLERANCE_QUOTIENT.value * v_norm_max),
         "dv": seen_by(of_dv, dv) / (of_products.fn(length) * of_dv[:, 3]),
         "dk": seen_by(of_dk, dk) / (_of_gradient.fn(length) * size),
     }  # fmt: skip
