@@ -66,7 +66,14 @@ class OwnTime:
         run_shut = Gate.run_shut
 
         def run(gate: Gate, handler: _Function, original: _Function, args: Any, kwargs: Any) -> Any:
-            return run_shut(gate, handler, self._switched(original, is_own=False), args, kwargs)
+            def run_original(*again: Any, **keywords: Any) -> Any:
+                before = self._switch(False)
+                try:
+                    return original(*again, **keywords)
+                finally:
+                    self._switch(before)
+
+            return run_shut(gate, handler, run_original, args, kwargs)
 
         Gate.run_shut = self._switched(run, is_own=True)  # type: ignore[method-assign]
 

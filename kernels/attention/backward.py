@@ -49,8 +49,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _of_gradient(length):
-    """Tolerance of dQ or dK, a sum of `length` rows, relative to its bound."""
-    return 2e-6 + 2e-10 * length
+    """Tolerance of dQ or dK, a sum of `length` rows, relative to its bound; see `of_products`."""
+    return 2e-6 + 2.5e-8 * length
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _hold_dq(
     checks += tl.where(dq_ratio <= 1.0, 0, 32)
     ratio = tl.maximum(tl.maximum(mass_ratio, ds_ratio), dq_ratio)
     if INNER:
-        tolerance = of_sums(num_keys / BLOCK_N) * tolerance_scale
+        tolerance = of_sums(D_PAD, num_keys / BLOCK_N) * tolerance_scale
         dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1), do_norm * v_norm * tolerance, valid)
         checks += tl.where(dp_ratio <= 1.0, 0, 1024)
         product_ratio = weigh(ds_sums + delta * mass, size * tolerance, valid)
@@ -233,14 +233,19 @@ def _load_statistics(lse, delta, rows, length_q):
 
 
 @triton.jit
+def _at_least(exponents):
+    """Bounded from below; what is no number stays so, which the instruction for a maximum does not do by itself."""
+    return tl.maximum(exponents, _LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta, keys, rows, MASKED: tl.constexpr):
     """Σ dS ÷ P over the queries of a tile, 1 ÷ P from an exponential of its own.
 
     The other side of the check sums dP − D over all queries of the tile: those that do not see a key are added here.
     The exponents of P and of 1 ÷ P are fused, and so rounded alike: exact opposites.
     """
-    exponents = tl.fma(scores, -scale_log2, lse2[None, :])
-    quotients = d_scores * tl.exp2(tl.minimum(exponents, -_LEAST_EXPONENT))
+    quotients = d_scores * tl.exp2(-_at_least(-tl.fma(scores, -scale_log2, lse2[None, :])))
     if MASKED:
         quotients += tl.where(keys[:, None] <= rows[None, :], 0.0, d_probs - delta[None, :])
     return tl.sum(quotients, 1)
@@ -268,7 +273,7 @@ def _visit_queries(
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, first_tile + tile, attempt)
         # Bounded, so that 1 ÷ P is a number; 5e-20 is nothing beside the other P of a row, which sum to 1.
-        probs = tl.exp2(tl.maximum(tl.fma(scores, scale_log2, -lse2[None, :]), _LEAST_EXPONENT))
+        probs = tl.exp2(_at_least(tl.fma(scores, scale_log2, -lse2[None, :])))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
         if MASKED:
@@ -301,7 +306,7 @@ def _visit_queries(
                 dp_sums += dp_sum
                 residual = _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows, MASKED)
                 residual -= dp_sum - tl.load(do_norms + tile * 2 + 1)
-                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (do_norm_here + 1e-30)),
+                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (do_norm_here + 1e-24)),
                                       propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
@@ -334,7 +339,7 @@ def _hold_dkdv(
     checks += tl.where(dk_ratio <= 1.0, 0, 128)
     ratio = tl.maximum(dv_ratio, dk_ratio)
     if INNER:
-        tolerance = of_sums(num_queries / BLOCK_M) * tolerance_scale
+        tolerance = of_sums(D_PAD, num_queries / BLOCK_M) * tolerance_scale
         score_ratio = weigh(score_sums - tl.sum(k * q_sum[None, :], 1), k_norm * q_norm * tolerance, valid)
         dp_ratio = weigh(dp_sums - tl.sum(v * do_sum[None, :], 1), v_norm * do_norm * tolerance, valid)
         checks += tl.where(score_ratio <= 1.0, 0, 256)
@@ -405,6 +410,6 @@ def attention_dkdv_kernel(
         k_again = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
         v_again = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
         checks, ratio, inputs = _hold_dkdv(state, k_again, v_again, tl.load(v_norm_max + pair), keys < length_k,
-                                           group * end, tolerance_scale, D_PAD, BLOCK_M, INNER)  # fmt: skip
+                                           group * (end - first), tolerance_scale, D_PAD, BLOCK_M, INNER)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

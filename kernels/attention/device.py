@@ -90,22 +90,24 @@ def reference_column(columns, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def of_sums(num_tiles):
-    """Tolerance of a sum of float32 numbers, tile after tile, relative to the sum of their bounds."""
-    return 1e-6 + 2.5e-9 * num_tiles
+def of_sums(depth, num_tiles):
+    """Tolerance of a sum of products of `depth` numbers each, tile after tile, relative to the sum of their bounds."""
+    # A matrix unit truncates each product; equal tiles (padding) round the same way each time.
+    return 5e-7 + 2e-8 * depth + 2e-8 * num_tiles
 
 
 @triton.jit
 def of_products(length):
     """Tolerance of a sum of `length` weighted rows on a matrix unit, relative to the weighted sum of their norms."""
-    # A matrix unit that rounds towards zero loses up to 2⁻²³ of the sum for every 16 rows.
-    return 3e-5 + 7.5e-9 * length
+    # A matrix unit that truncates eight products, aligned with the sum so far, loses about 3e-7 of it.
+    return 3e-5 + 4e-8 * length
 
 
 @triton.jit
 def weigh(residual, tolerance, valid):
     """Worst |residual| ÷ tolerance over the valid rows; infinite where one is not finite, or tolerance < 0."""
-    ratio = tl.abs(residual) / (tolerance + 1e-30)
+    # Below 1e-19 the squares in a norm are zero.
+    ratio = tl.abs(residual) / (tolerance + 1e-24)
     usable = (ratio == ratio) & (tolerance >= 0.0) & (tolerance < float("inf"))
     return tl.max(tl.where(valid, tl.where(usable, ratio, float("inf")), 0.0), 0)
 

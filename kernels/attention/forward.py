@@ -95,7 +95,7 @@ def _hold(
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
     score_scale = tl.sqrt(tl.sum(q * q, 1)) * k_norm
     score_ratio = weigh(score_sums - tl.sum(q * k_sum[None, :], 1),
-                        score_scale * (of_sums(num_keys / BLOCK_N) * tolerance_scale), valid)  # fmt: skip
+                        score_scale * (of_sums(D_PAD, num_keys / BLOCK_N) * tolerance_scale), valid)  # fmt: skip
     floor: tl.constexpr = 0.0 if WIDE_RANGE else _FLOOR_HALF
     context_scale = (of_products(num_keys) * reference_column(checked, 3)) * inverse + floor
     context_ratio = weigh(tl.sum(out, 1) / D_PAD - reference_column(checked, 0) * inverse,

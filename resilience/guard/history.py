@@ -210,7 +210,7 @@ def _let_go(events: Sequence[ForwardEvent | BackwardEvent]) -> list[tuple[KeptTe
     for event in events:
         event.rng = last = _shared(event.rng, last)
         if isinstance(event, ForwardEvent):
-            event.pending = [False] * len(event.pending)
+            event.expect_no_more()
             kept = [each for each in _kept((event.args, event.kwargs)) if each.version is not None]
         else:
             kept = [each for _, _, each, _ in event.cotangents if each.version is not None]

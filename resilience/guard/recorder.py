@@ -48,15 +48,25 @@ class _Held:
 class _Output:
     """The value of an output until its cotangent has come. Only the hook that waits for it holds this, and dies with
     the script's graph: logits that the script has dropped take no memory through the backward pass.
+
+    Args:
+        value: shares its memory and version with what the script got.
+        changed: called where the hook dies because the script wrote into the output: its cotangent will not come.
     """
 
-    def __init__(self, value: torch.Tensor) -> None:
+    def __init__(self, value: torch.Tensor, changed: Callable[[], None]) -> None:
         self._value: torch.Tensor | None = value
+        self._version = value._version
+        self._changed = changed
 
     def take(self) -> torch.Tensor | None:
         """The value; None from the second time on."""
         value, self._value = self._value, None
         return value
+
+    def __del__(self) -> None:
+        if self._value is not None and self._value._version != self._version:
+            self._changed()
 
 
 @dataclasses.dataclass(slots=True)
@@ -75,12 +85,22 @@ class ForwardEvent:
     autocast: tuple[bool, torch.dtype, bool]
     pending: list[bool] = dataclasses.field(default_factory=list)
     """Whether the cotangent of each differentiable output may still come."""
+    waiting: list[weakref.ref[_Output]] = dataclasses.field(default_factory=list)
+    """Their values, as long as the script has a graph to them."""
     handed_out: list[_Held] = dataclasses.field(default_factory=list)
     """What the script got in their place, in their order."""
     returned_losses: list[tuple[int, _Held]] = dataclasses.field(default_factory=list)
     """What `engine.backward` returned for an output: (place of the output, tensor)."""
     graph_task: int | None = None
     """The backward pass that its outputs were sent to."""
+
+    def expect_no_more(self) -> None:
+        """No cotangent is expected any more: a graph that the script keeps must not keep the outputs' values."""
+        self.pending = [False] * len(self.pending)
+        for output in (reference() for reference in self.waiting):
+            if output is not None:
+                output.take()
+        self.waiting.clear()
 
     @property
     def can_be_forgotten(self) -> bool:
@@ -121,6 +141,7 @@ class Recorder:
         self.copy_inputs = False
         """Whether inputs are copied, however large: the script writes into the tensors that it passes."""
         self._window = 0
+        self.events: list[ForwardEvent | BackwardEvent] = []
         self.on_backward: Callable[[int], None] = lambda graph_task: None
         """Called inside a backward pass that begins, with its number; set by the transaction."""
         self.clear()
@@ -128,7 +149,9 @@ class Recorder:
     def clear(self) -> None:
         """Begin a new step: forget the last one's record."""
         self._window += 1
-        self.events: list[ForwardEvent | BackwardEvent] = []
+        for event in self._forwards():
+            event.expect_no_more()
+        self.events = []
         self.num_backwards = 0
         self._num_forwards = 0
         self.unavailable = ""
@@ -192,9 +215,14 @@ class Recorder:
             self.unavailable = self.unavailable or problem
         window = self._window
 
+        def changed() -> None:
+            if window == self._window:
+                self.unavailable = self.unavailable or "the script changed an output of the model in place"
+
         def hand_out(place: int, output: torch.Tensor) -> torch.Tensor:
             event.pending.append(True)
-            waiting = _Output(output.detach())
+            waiting = _Output(output.detach(), changed)
+            event.waiting.append(weakref.ref(waiting))
             # A scalar may be changed in place by the script, which a view of a module's output would not survive.
             handed = output.clone() if output.dim() == 0 else output.view_as(output)
             tapped: Any = handed  # torch leaves register_hook untyped
@@ -264,7 +292,7 @@ class Recorder:
         """A new forward begins: no cotangent is expected for the outputs of one that went through its backward pass."""
         for event in self._forwards():
             if event.graph_task is not None:
-                event.pending = [False] * len(event.pending)
+                event.expect_no_more()
         last = self.events[-1] if self.events else None
         if isinstance(last, ForwardEvent) and last.can_be_forgotten:
             self.events.pop()

@@ -7,6 +7,7 @@ into ones that cannot be compiled ahead of time.
 Wrong in Triton 3.7.1 with NumPy 2.4, and mended within:
 - float32 to bfloat16 truncates (a cast without a rounding mode) or rounds halves away from zero, not to even;
 - `tl.dot` of bfloat16 multiplies the bit patterns, as unsigned integers;
+- `tl.maximum` and `tl.minimum` keep what is not a number, which a GPU does only if it is asked to (`propagate_nan`);
 - a call from kernel to kernel leaves `triton.language` patched.
 Loop bounds that are arguments of the kernel, broken in earlier versions, work.
 """
@@ -55,6 +56,14 @@ def _dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> TensorHandle:
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _larger(builder: Any, left: Any, right: Any) -> Any:
+    return builder.binary_op(left, right, np.fmax)
+
+
+def _smaller(builder: Any, left: Any, right: Any) -> Any:
+    return builder.binary_op(left, right, np.fmin)
+
+
 def _call(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
     scope = interpreter._patch_lang(function.fn)
     try:
@@ -78,6 +87,8 @@ def interpreting() -> Iterator[None]:
     with (
         mock.patch.object(interpreter, "_convert_float", _convert),
         mock.patch.object(builder, "create_dot", _dot),
+        mock.patch.object(builder, "create_maxnumf", _larger),
+        mock.patch.object(builder, "create_minnumf", _smaller),
         mock.patch.object(JITFunction, "__call__", _call),
         mock.patch.object(JITFunction, "run", _run),
     ):

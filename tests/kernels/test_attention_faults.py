@@ -152,7 +152,7 @@ def test_a_faulty_exponential_of_the_forward_is_seen_in_backward(device: torch.d
     assert records[0].verdict is Verdict.UNREPAIRED
 
 
-@pytest.mark.parametrize("site", [Site.PROBS, Site.DS], ids=lambda site: site.name.lower())
+@pytest.mark.parametrize("site", [Site.SCORES, Site.PROBS, Site.DS], ids=lambda site: site.name.lower())
 def test_without_inner_checks_dkdv_holds_its_elements_against_extremes_only(
     device: torch.device, case: Case, clean: tuple[api.Forward, api.Gradients], site: Site
 ) -> None:

@@ -23,6 +23,14 @@ def _product(left, right, out, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _bounded(values, out, SIZE: tl.constexpr):
+    lanes = tl.arange(0, SIZE)
+    found = tl.load(values + lanes)
+    tl.store(out + lanes, tl.maximum(found, 0.5))
+    tl.store(out + SIZE + lanes, tl.maximum(found, 0.5, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _doubled(values):
     return values + values
 
@@ -54,6 +62,14 @@ def test_products_are_of_values_not_of_bit_patterns(dtype: torch.dtype, device: 
     out = torch.empty(16, 16, device=device)
     _product[(1,)](left, right, out, SIZE=16)
     torch.testing.assert_close(out.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_maximum_is_a_number_unless_it_is_asked_to_be_none(device: torch.device) -> None:
+    values = torch.tensor([float("nan"), -1.0, 2.0, float("nan")], device=device)
+    out = torch.empty(8, device=device)
+    _bounded[(1,)](values, out, SIZE=4)
+    assert out[:4].tolist() == [0.5, 0.5, 2.0, 0.5]
+    assert out[4:].isnan().tolist() == [True, False, False, True]
 
 
 def test_loop_bounds_are_arguments_and_kernels_call_kernels(device: torch.device) -> None:

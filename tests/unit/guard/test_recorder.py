@@ -157,6 +157,27 @@ def test_logits_that_the_script_made_its_loss_of_are_held_until_their_cotangent_
     assert backward.cotangents[0][3] is not None
 
 
+def test_logits_whose_graph_the_script_keeps_are_freed_with_the_step() -> None:
+    recorded = Recorded()
+    outputs = recorded.forward(torch.ones(2, 4))
+    total, logits = outputs["logits"].sum(), memory_of(outputs["logits"])
+    outputs["loss"].backward()
+    del outputs
+    assert logits() is not None
+    recorded.recorder.clear()
+    assert logits() is None
+    assert total.grad_fn is not None
+
+
+def test_an_output_that_the_script_changed_in_place_makes_the_step_unrepeatable() -> None:
+    recorded = Recorded()
+    outputs = recorded.forward(torch.ones(2, 4))
+    changed = outputs["logits"].div_(3)
+    (outputs["loss"] + changed.square().mean()).backward()
+    del outputs, changed
+    assert recorded.recorder.why_unavailable() == "the script changed an output of the model in place"
+
+
 def test_an_input_that_cannot_be_kept_makes_the_step_unrepeatable() -> None:
     recorded = Recorded()
     recorded.forward(torch.ones(2, 4, requires_grad=True))["loss"].backward()
