@@ -233,19 +233,14 @@ def _load_statistics(lse, delta, rows, length_q):
 
 
 @triton.jit
-def _at_least(exponents):
-    """Bounded from below; what is no number stays so, which the instruction for a maximum does not do by itself."""
-    return tl.maximum(exponents, _LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta, keys, rows, MASKED: tl.constexpr):
     """Σ dS ÷ P over the queries of a tile, 1 ÷ P from an exponential of its own.
 
     The other side of the check sums dP − D over all queries of the tile: those that do not see a key are added here.
     The exponents of P and of 1 ÷ P are fused, and so rounded alike: exact opposites.
     """
-    quotients = d_scores * tl.exp2(-_at_least(-tl.fma(scores, -scale_log2, lse2[None, :])))
+    exponents = tl.fma(scores, -scale_log2, lse2[None, :])
+    quotients = d_scores * tl.exp2(tl.minimum(exponents, -_LEAST_EXPONENT))
     if MASKED:
         quotients += tl.where(keys[:, None] <= rows[None, :], 0.0, d_probs - delta[None, :])
     return tl.sum(quotients, 1)
@@ -273,7 +268,9 @@ def _visit_queries(
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, first_tile + tile, attempt)
         # Bounded, so that 1 ÷ P is a number; 5e-20 is nothing beside the other P of a row, which sum to 1.
-        probs = tl.exp2(_at_least(tl.fma(scores, scale_log2, -lse2[None, :])))
+        exponents = tl.fma(scores, scale_log2, -lse2[None, :])
+        # Of its own accord the instruction for a maximum drops what is no number.
+        probs = tl.exp2(tl.maximum(exponents, _LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
         if MASKED:
