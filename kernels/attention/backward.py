@@ -267,9 +267,8 @@ def _visit_queries(
         scores = tl.dot(k, tl.trans(q_tile))
         if INJECT == _SCORES:
             scores = strike(scores, strikes, block, first_tile + tile, attempt)
-        # Bounded, so that 1 ÷ P is a number; 5e-20 is nothing beside the other P of a row, which sum to 1.
+        # Bounded, so that 1 ÷ P is a number: 5e-20 is nothing beside the row's other P. By itself a maximum drops NaN.
         exponents = tl.fma(scores, scale_log2, -lse2[None, :])
-        # Of its own accord the instruction for a maximum drops what is no number.
         probs = tl.exp2(tl.maximum(exponents, _LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
