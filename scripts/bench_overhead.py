@@ -131,7 +131,8 @@ def show(results: list[dict[str, Any]]) -> None:
     Console(width=150).print(table)
     print(
         "Ratios are medians over pairs of blocks; of quartiles: the lower quartile of all protected steps by that of\n"
-        "all plain ones; own: 1 + the part of a protected step in protection's own code, by timers (median).\n"
+        "all plain ones; own: 1 + seconds in protection's own code ÷ all other seconds of a protected step, by timers\n"
+        "(median).\n"
         "Protected is all that happens in a rank: recording, checks, screens, the vote. Heartbeats leave from another\n"
         "thread, twice a second, and are not in it."
     )

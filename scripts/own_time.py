@@ -2,13 +2,12 @@
 themselves, and DeepSpeed's methods.
 
 A ratio of two steps scatters with everything that happens on a machine; this share of one step does not. It leaves out
-what is felt elsewhere (caches, memory) and what costs nothing to speak of (hooks that name modules). On a GPU it is the
-host's time only.
+what is felt elsewhere (caches, memory) and what costs nothing to speak of (hooks that name modules). With several ranks
+waiting for the others at the vote is in it. On a GPU it is the host's time only.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +44,6 @@ class OwnTime:
         self._watch_engine()
 
     def _switched(self, function: _Function, *, is_own: bool) -> _Function:
-        @functools.wraps(function)
         def switched(*args: Any, **kwargs: Any) -> Any:
             before = self._switch(is_own)
             try:
@@ -66,14 +64,7 @@ class OwnTime:
         run_shut = Gate.run_shut
 
         def run(gate: Gate, handler: _Function, original: _Function, args: Any, kwargs: Any) -> Any:
-            def run_original(*again: Any, **keywords: Any) -> Any:
-                before = self._switch(False)
-                try:
-                    return original(*again, **keywords)
-                finally:
-                    self._switch(before)
-
-            return run_shut(gate, handler, run_original, args, kwargs)
+            return run_shut(gate, handler, self._switched(original, is_own=False), args, kwargs)
 
         Gate.run_shut = self._switched(run, is_own=True)  # type: ignore[method-assign]
 

@@ -141,9 +141,9 @@ def _hold_dq(
         tolerance = of_sums(D_PAD, num_keys / BLOCK_N) * tolerance_scale
         dp_ratio = weigh(dp_sums - tl.sum(d_o * v_sum[None, :], 1), do_norm * v_norm * tolerance, valid)
         checks += tl.where(dp_ratio <= 1.0, 0, 1024)
-        product_ratio = weigh(ds_sums + delta * mass, size * tolerance, valid)
-        checks += tl.where(product_ratio <= 1.0, 0, 2048)
-        ratio = tl.maximum(ratio, tl.maximum(dp_ratio, product_ratio))
+        ds_rows_ratio = weigh(ds_sums + delta * mass, size * tolerance, valid)
+        checks += tl.where(ds_rows_ratio <= 1.0, 0, 2048)
+        ratio = tl.maximum(ratio, tl.maximum(dp_ratio, ds_rows_ratio))
     inputs = tl.max(tl.where(valid & ~(q_norm + do_norm + k_norm + v_norm + doubt < float("inf")), 1, 0), 0)
     return checks, ratio, inputs
 

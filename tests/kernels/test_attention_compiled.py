@@ -70,6 +70,21 @@ def test_a_tile_of_the_forward_grows_by_a_quarter_at_most() -> None:
     assert len(ours) <= 1.25 * len(theirs)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_checks_less_than_double_the_instructions(kernel: str, head_dim: int) -> None:
+    """Prints the rows of the table in kernels/attention/README.md."""
+    variants: list[dict[str, bool]] = [{"checked": False}, {}, {"inner": False}]
+    whole, masked = zip(
+        *(sorted(loops(compile_attention("sm_90", kernel, head_dim, **each)), key=len) for each in variants),
+        strict=True,
+    )
+    spills = [count(body, "LDL") + count(body, "STL") for body in (whole[1], masked[1])]
+    print(f"{kernel} {head_dim}: plain, checked, not inner {[len(body) for body in whole]}, spills {spills}")
+    assert len(whole[1]) < 2 * len(whole[0])
+
+
 @pytest.mark.parametrize(("kernel", "head_dim"), [("forward", 128), ("dkdv", 64)])
 def test_amd_matrix_units_are_used_without_spills(kernel: str, head_dim: int) -> None:
     usage = compile_attention("gfx942", kernel, head_dim)
