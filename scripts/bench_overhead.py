@@ -52,12 +52,18 @@ CASES = (
     ),
     *(Case(name=f"{model}-eager-fp32", model=model) for model in FOUR),
     # SDPA has no GPT-Neo in transformers.
-    *(Case(name=f"{model}-sdpa-fp32", model=model, attention="sdpa") for model in FOUR if model != "gpt-neo"),
+    *(
+        Case(name=f"{model}-{attention}-fp32", model=model, attention=attention)
+        for attention in ("sdpa", "fused")
+        for model in FOUR
+        if model != "gpt-neo"
+    ),
     Case(name="gpt2-checkpointing-fp32", model="gpt2", checkpointing=True),
     Case(name="gpt2-adaptive-fp32", model="gpt2", detections=(ADAPTIVE,)),
     Case(name="bert-adaptive-fp32", model="bert", detections=(ADAPTIVE,)),
     Case(name="gpt2-eager-bf16", model="gpt2", precision="bf16"),
     Case(name="gpt2-sdpa-bf16", model="gpt2", attention="sdpa", precision="bf16"),
+    Case(name="gpt2-fused-bf16", model="gpt2", attention="fused", precision="bf16"),
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["MODELS", "SEQUENCE", "WIDTH", "Trained", "build"]
+__all__ = ["ATTENTIONS", "MODELS", "SEQUENCE", "WIDTH", "Trained", "build"]
 
 WIDTH = 768
 SEQUENCE = 512
@@ -81,10 +81,21 @@ def _gpt_neo(*, num_hidden_layers: int, **options: Any) -> torch.nn.Module:
 
 _MAKERS = {"bert": _bert, "gpt2": _gpt2, "gpt-neo": _gpt_neo, "roberta": _roberta}
 MODELS = ("demo", *_MAKERS)
+ATTENTIONS = ("eager", "sdpa", "fused")
+"""PyTorch's SDPA has no fused kernel with dropout on a CPU: `fused` is SDPA without dropout in attention."""
+
+_WITHOUT_DROPOUT = {
+    "bert": {"attention_probs_dropout_prob": 0.0},
+    "gpt2": {"attn_pdrop": 0.0},
+    "roberta": {"attention_probs_dropout_prob": 0.0},
+}
+"""In attention, by model."""
 
 
 def _hugging_face(name: str, attention: str, num_layers: int, batch_size: int, checkpointing: bool) -> Trained:
-    model = _MAKERS[name](num_hidden_layers=num_layers, attn_implementation=attention)
+    options = _WITHOUT_DROPOUT[name] if attention == "fused" else {}
+    implementation = "eager" if attention == "eager" else "sdpa"
+    model = _MAKERS[name](num_hidden_layers=num_layers, attn_implementation=implementation, **options)
     if checkpointing:
         model.gradient_checkpointing_enable()
 

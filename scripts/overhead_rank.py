@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from overhead_models import MODELS, Trained, build
+from overhead_models import ATTENTIONS, MODELS, Trained, build
 from own_time import OwnTime
 
 from resilience.abft.frequency import MEASURED_STEPS
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--attention", choices=["eager", "sdpa"], default="eager")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="eager")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")

@@ -146,11 +146,10 @@ def _operand_sums(right: torch.Tensor, *, carried: bool, last: OperandSums | Non
 
 
 def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    of_columns = vectors(out.shape[-1], out)
-    addend = addend.to(of_columns.dtype)
-    if addend.dim() == 0 or addend.shape[-1] != out.shape[-1]:
-        addend = addend.expand(*addend.shape[:-1], out.shape[-1])
-    return addend @ of_columns
+    matrix = addend.expand(*addend.shape[:-2], addend.shape[-2] if addend.dim() > 1 else 1, out.shape[-1])
+    rows = sums_of(matrix, right=vectors(out.shape[-1], out)).rows
+    assert rows is not None
+    return rows
 
 
 def _is_parameter(operand: torch.Tensor) -> bool:

@@ -184,7 +184,7 @@ class GradientScreen:
         gradient = gradient.detach()
         if gradient.is_sparse:
             gradient = gradient.coalesce().values()
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        norm = _norm(gradient)
         self._places.append((self.micro_step(), index))
         if norm.device.type == "cpu":
             value = norm.item()
@@ -212,3 +212,12 @@ class GradientScreen:
             micro_step=reading.micro_step,
             detected_at=self._clock.wall(),
         )
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    """2-norm, a scalar in float32 or wider; INF and NaN come through."""
+    if gradient.is_cpu and gradient.is_contiguous() and gradient.dtype in (torch.float32, torch.float64):
+        # vector_norm gives all of one result to one thread.
+        flat = gradient.view(-1)
+        return torch.dot(flat, flat).sqrt_()
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
