@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,9 +29,11 @@ from campaign.models import DTYPES, Setting, Subject, batches, build, optimizer_
 from campaign.outcomes import Outcome, is_harmless, outcomes
 from campaign.report import LARGE, cells, curve, outcome_summary, show
 from campaign.trials import Schedule, Trial, Trials
+from result_file import result_file
 
 from resilience.abft.protection import Protection
 from resilience.config import DetectionConfig
+from resilience.launch.processes import die_with_parent
 
 EVERYWHERE = ("attention.q", "attention.out", "linear.out", "linear.dgrad", "linear.wgrad")
 """Sites that all four forms of a dtype have; every other site is in two of them."""
@@ -133,8 +136,15 @@ def _tallies(arguments: argparse.Namespace) -> Iterator[Tally]:
     if arguments.jobs == 1:
         yield from (run_setting(number, arguments) for number in numbers)
         return
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+    # Where this process is ended, its workers must not go on for a quarter of an hour.
+    ends_too = {"initializer": _end_with, "initargs": (os.getpid(),)}
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn"), **ends_too) as pool:
         yield from pool.map(run_setting, numbers, [arguments] * len(numbers))
+
+
+def _end_with(parent_pid: int) -> None:
+    if not die_with_parent(signal.SIGKILL, parent_pid=parent_pid):
+        sys.exit("the campaign was ended")
 
 
 def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -186,8 +196,8 @@ def main(words: list[str]) -> int:
                         "unseen ones (default: 40)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each (default: 1)")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
-    parser.add_argument("--picture", type=Path, help="write a heat map here (PNG)")
+    parser.add_argument("--json", type=result_file, help="write the result here, too")
+    parser.add_argument("--picture", type=result_file, help="write a heat map here (PNG)")
     arguments = parser.parse_args(words)
     if min(arguments.trials, arguments.clean_checks, arguments.outcomes, arguments.jobs) < 1:
         parser.error("--trials, --clean-checks, --outcomes and --jobs must be at least 1")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launching import LaunchError, launch
+from result_file import result_file
 from rich.console import Console
 from rich.table import Table
 
@@ -154,7 +155,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step of those models (default: 4)")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks (default: 6)")
     parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps in a block (default: 2)")
-    parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--json", type=result_file, help="write the results here, too")
     arguments = parser.parse_args(words)
     cases = [case for case in CASES if arguments.only in case.name]
     if not cases:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import result_file
+
 from resilience.launch.shared_memory import remove_buffers
 
 SCRIPT = Path(__file__).parent / "recovery_rank.py"
@@ -257,7 +259,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints (default: 10)")
     parser.add_argument("--snapshot-every", default="auto", help="steps between two snapshots (default: auto)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a rank in a step (default: 4)")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=result_file, help="write the results there")
     arguments = parser.parse_args(words)
     results: dict[str, dict[str, Any]] = {}
     try:

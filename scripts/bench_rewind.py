@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_recovery import DEEPSPEED, BenchError, Launch, launched
+from result_file import result_file
 
 _FIRST, _EVERY = 8, 4
 _PARAMETERS = {"demo": "head.weight", "gpt2": "transformer.h.3.mlp.c_fc.weight"}
@@ -80,7 +81,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench rewind", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(_PARAMETERS), default=list(_PARAMETERS))
     parser.add_argument("--repeats", type=int, default=10, help="rewinds of each model (default: 10)")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=result_file, help="write the results there")
     arguments = parser.parse_args(words)
     results = {}
     try:

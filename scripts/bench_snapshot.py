@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import result_file
+
 __all__ = ["main"]
 
 WIDTH = 1024
@@ -453,7 +455,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--arena", type=Path, default=Path("/dev/shm"), help="folder on tmpfs (default: /dev/shm)")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="folder on a disk")
     parser.add_argument("--site", type=Path, help="further folder with packages, for TorchSnapshot")
-    parser.add_argument("--json", type=Path, help="write the results here, too")
+    parser.add_argument("--json", type=result_file, help="write the results here, too")
     arguments = parser.parse_args(words)
     if min(arguments.mib, arguments.batch, arguments.rounds, arguments.pairs or 1) < 1:
         parser.error("--mib, --batch, --rounds and --pairs must be at least 1")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import result_file
 from rich.console import Console
 from rich.table import Table
 
@@ -191,7 +192,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__)
     parser.add_argument("--parts", default=",".join(every), help="some of these (default: %(default)s)")
     parser.add_argument("--overhead-cases", default="gpt2", help="cases of `scripts/bench overhead` (default: gpt2)")
-    parser.add_argument("--json", type=Path, default=Path("gpu-check.json"), help="result (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=result_file, default=Path("gpu-check.json"), help="result (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     arguments.parts = arguments.parts.split(",")
     unknown = sorted({*arguments.parts} - {*every})
