@@ -19,6 +19,9 @@ __all__ = ["MAX_PARTS", "MIN_ROWS", "energy_kernel", "ratio_kernel", "worst_rati
 _NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)
 """As an integer above every other: an ordinary maximum lets a NaN through."""
 
+_LARGEST: tl.constexpr = tl.constexpr(1e15)
+"""Sums beyond it count as not finite: their squares, added up over all rows, may be."""
+
 MAX_PARTS = 1024
 """Blocks of the first launch; each program of the second one adds up all of them."""
 
@@ -61,7 +64,7 @@ def ratio_kernel(
     expected_b, expected_m, expected_c, observed_b, observed_m, observed_c,
     NUM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """result[0] = largest ratio, NaN if one is; result[1] = 1 if an expected sum is not finite."""
+    """result[0] = largest ratio, NaN if one is; result[1] = 1 if an expected sum is not finite or too large."""
     lanes = tl.arange(0, PARTS)
     mean = tl.sum(tl.load(parts + lanes, mask=lanes < num_parts, other=0.0), axis=0) / total_rows
     first = tl.program_id(0) * rows_per_program
@@ -76,10 +79,10 @@ def ratio_kernel(
         difference = tl.sum((e - o) * (e - o), axis=1)
         squared = difference / (factor * factor * (tl.sum(e * e, axis=1) + mean) + tiny)
         ratio = tl.sqrt(squared)
-        bits = tl.where(ratio != ratio, _NAN_BITS, ratio.to(tl.int32, bitcast=True))
+        too_large = tl.max(tl.where(tl.abs(e) < _LARGEST, 0, 1), axis=1)
+        bits = tl.where((ratio != ratio) | (too_large > 0), _NAN_BITS, ratio.to(tl.int32, bitcast=True))
         largest = tl.maximum(largest, tl.where(inside, bits, 0))
-        finite = tl.abs(e) < float("inf")
-        bad = tl.maximum(bad, tl.max(tl.where(finite, 0, 1), axis=1))
+        bad = tl.maximum(bad, too_large)
     # Ratios are not negative, so their order is that of their bits.
     bits_of_result = result.to(tl.pointer_type(tl.int32), bitcast=True)
     tl.atomic_max(bits_of_result, tl.max(largest, axis=0))
@@ -88,6 +91,8 @@ def ratio_kernel(
 
 def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float, tiny: float) -> torch.Tensor:
     """(largest ratio, 1 if an expected sum is not finite), (2,) float32 on the device; the ratio is NaN if one is.
+
+    Sums above 1e15 count as not finite.
 
     Args:
         expected: (m, c) or (b, m, c) float32, not empty, any strides.

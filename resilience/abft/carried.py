@@ -20,6 +20,7 @@ import torch
 from resilience.abft.checksum import operand_roundoff
 from resilience.abft.gemm import Gemm
 from resilience.abft.thresholds import Precision, carried_variance_factors
+from resilience.kernels.precision import float32_precision
 
 __all__ = ["NUM_SIGNS", "Carried", "Encoded", "encode", "encode_gemm", "line_weights", "product"]
 
@@ -37,12 +38,13 @@ def line_weights(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     errors at 2 and 4 look like one twice as large at 3. The signs can; and Σ over them of squared sums ÷ NUM_SIGNS
     estimates the sum of squares of a line (a Rademacher sketch).
     """
-    position = torch.arange(n, dtype=torch.int64)
+    position = torch.arange(n, dtype=torch.int64, device="cpu")
     mixed = (position + 1) * 0x9E3779B1 & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
-    signs = ((mixed.unsqueeze(1) >> torch.arange(8, 8 + NUM_SIGNS)) & 1) * 2 - 1
-    return torch.cat([torch.ones(n, 1), (position + 1).unsqueeze(1), signs], dim=1).to(device=device, dtype=dtype)
+    signs = ((mixed.unsqueeze(1) >> torch.arange(8, 8 + NUM_SIGNS, device="cpu")) & 1) * 2 - 1
+    columns = [torch.ones_like(position).unsqueeze(1), (position + 1).unsqueeze(1), signs]
+    return torch.cat(columns, dim=1).to(device=device, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ def _through(
     """Sums of the lines of near·Far (…, L, n) from those of Far: near (…, L, k), far over k lines."""
     wide = far.sums.dtype
     k = near.shape[-1]
-    factors = carried_variance_factors(_precision(stored, wide), k=k, n=n, num_roundings=1 if addend is None else 2)
+    precision = _precision(stored, wide, float32_precision(near.device.type))
+    factors = carried_variance_factors(precision, k=k, n=n, num_roundings=1 if addend is None else 2)
     near = near.to(wide) * alpha
     sums = near @ far.sums
     squares = near.square()
@@ -178,13 +181,13 @@ def _through(
 
 
 @functools.cache
-def _precision(stored: torch.dtype, wide: torch.dtype) -> Precision:
+def _precision(stored: torch.dtype, wide: torch.dtype, matmul_precision: str) -> Precision:
     arithmetic = torch.float64 if stored == torch.float64 else torch.float32
     return Precision(
         stored=torch.finfo(stored).eps / 2,
         accumulated=torch.finfo(arithmetic).eps / 2,
         checked=torch.finfo(wide).eps / 2,
-        operand=operand_roundoff(torch.get_float32_matmul_precision()) if stored == torch.float32 else 0.0,
+        operand=operand_roundoff(matmul_precision) if stored == torch.float32 else 0.0,
     )
 
 

@@ -15,6 +15,7 @@ from resilience.abft.gemm import Gemm
 from resilience.abft.sums import sums_of, vectors
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
+from resilience.kernels.precision import float32_precision
 from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio, worst_ratio_of
 
 __all__ = [
@@ -57,14 +58,14 @@ def screen(
 
     `not (ratio <= 1)` is an alarm.
     """
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
     return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
 
 
 def worst_residual(gemm: Gemm, expected: torch.Tensor, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
     """The largest ratio of `screen` for C = `out`, whose sums are taken here; waits for the device."""
     dtype = out.dtype
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
     weights = vectors(out.shape[-1], out)
     worst = worst_ratio_of(out, weights, expected, factor)
     if worst is not None:
@@ -78,7 +79,7 @@ def deferred_residual(
     gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
 ) -> torch.Tensor:
     """(largest ratio of `screen`, whether a sum that the inputs give is not finite), (2,), without waiting for it."""
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(dtype), gemm.k, gemm.n, expected.shape[-1])
+    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
     return deferred_worst_ratio(expected, observed, factor)
 
 
@@ -87,8 +88,8 @@ def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, co
     return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
 
 
-def _matmul_precision(dtype: torch.dtype) -> str:
-    return torch.get_float32_matmul_precision() if dtype == torch.float32 else "highest"
+def _matmul_precision(matrix: torch.Tensor) -> str:
+    return float32_precision(matrix.device.type) if matrix.dtype == torch.float32 else "ieee"
 
 
 @functools.cache
@@ -103,8 +104,8 @@ def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
 
 
 def operand_roundoff(matmul_precision: str) -> float:
-    """Unit round-off of float32 operands under `torch.set_float32_matmul_precision`."""
-    return {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}[matmul_precision]
+    """Unit round-off of float32 operands where products are as precise as `float32_precision` says."""
+    return {"ieee": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}[matmul_precision]
 
 
 # --- second stage -----------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def _suspects(ratio: torch.Tensor, *, everything: bool) -> list[tuple[int | None
     """(batch, rows) of the rows over their tolerance, at most `MAX_ROWS` of them unless `everything` is suspect."""
     flat = torch.where(ratio.isnan(), torch.inf, ratio).flatten()
     if everything:
-        chosen = torch.arange(flat.numel())
+        chosen = torch.arange(flat.numel(), device=flat.device)
     else:
         chosen = torch.nonzero(~(flat <= 1.0)).flatten()
         if chosen.numel() > MAX_ROWS:
@@ -171,7 +172,7 @@ def _faulty(
     """Kind of the worst element of `stored` (r, n) that round-off does not explain, or None. Operands in float64."""
     limits = torch.finfo(stored.dtype)
     factors = element_factors(
-        _precision(stored.dtype, _matmul_precision(stored.dtype)),
+        _precision(stored.dtype, _matmul_precision(stored)),
         k=left.shape[1],
         smallest_normal=limits.smallest_normal,
     )

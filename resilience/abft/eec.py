@@ -235,7 +235,7 @@ def rebuild(encoded: Encoded, *, tolerance_scale: float = 1.0) -> Repair:
     flat = value.unsqueeze(0) if value.dim() == 2 else value
     sides = [None if side is None else side.of_batch(flat.shape[:-2]) for side in (rows, columns)]
     ratios = [
-        torch.zeros(0)
+        torch.zeros(0, device=flat.device)
         if side is None
         else residual_ratio(flat if which == 0 else flat.mT, side, tolerance_scale=tolerance_scale)
         for which, side in enumerate(sides)

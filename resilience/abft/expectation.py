@@ -18,7 +18,7 @@ import dataclasses
 import torch
 
 from resilience.abft.gemm import Gemm
-from resilience.abft.sums import WeightSums, sums_of, vectors
+from resilience.abft.sums import WeightSums, is_parameter, sums_of, vectors
 
 __all__ = ["Expectation", "Expectations"]
 
@@ -35,6 +35,10 @@ class Expectation:
     transposed: bool
     sums: torch.Tensor
     """E, (m, c) or (b, m, c) in float32 (float64 for float64)."""
+    unknown: torch.Tensor | None = None
+    """Rows, broadcastable to (…, m, 1), in which an addend like −∞ has swallowed elements of the product: their sums
+    are 0 in E and in O.
+    """
 
     def oriented(self, out: torch.Tensor) -> torch.Tensor:
         """`out` in the orientation that is checked."""
@@ -45,7 +49,7 @@ class Expectation:
         out = self.oriented(out)
         sums = sums_of(out, right=vectors(out.shape[-1], out)).rows
         assert sums is not None
-        return sums
+        return sums if self.unknown is None else sums.masked_fill(self.unknown, 0.0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -61,7 +65,7 @@ class _Carried:
     of_right: torch.Tensor
     """Bᵀ·U, (n, c)"""
     waiting: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
-    """Row sums of the gradient that comes second: by which gradient it is, and the dC that they are of."""
+    """Row sums of the gradient that comes second: by which gradient it is, the pass, and the dC that they are of."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ class Expectations:
         )
         if len(self._carried) > _MAX_CARRIED:
             del self._carried[next(iter(self._carried))]
-        return Expectation(gemm, False, self._complete(gemm, out, sums[..., :num_vectors]))
+        return self._complete(gemm, out, sums[..., :num_vectors])
 
     def backward(self, gemm: Gemm, out: torch.Tensor, node: int) -> Expectation:
         """Expectation of a gradient of the product under `node`."""
@@ -132,7 +136,9 @@ class Expectations:
         if role.transposed:
             gemm = Gemm(gemm.right.mT, gemm.left.mT, alpha=gemm.alpha, repeatable=gemm.repeatable)
         d_out = gemm.left if role.of_left else gemm.left.mT
-        place = d_out.data_ptr(), d_out.shape, d_out.stride()
+        # The next backward pass through the same graph may have another dC at the same address.
+        task = torch._C._current_graph_task_id()
+        place = task, d_out.data_ptr(), d_out.shape, d_out.stride()
         sums = carried.waiting.pop((role.of_left, *place), None)
         if sums is not None:
             del self._carried[node]  # both gradients are done
@@ -149,7 +155,7 @@ class Expectations:
         operand = self._sums.of_right(gemm.right)
         sums = sums_of(gemm.left, right=operand.right).rows
         assert sums is not None
-        return Expectation(gemm, False, self._complete(gemm, out, sums))
+        return self._complete(gemm, out, sums)
 
     def discard(self, gemm: Gemm, node: int) -> None:
         """Forget what was kept of a product's operands: it may be stale."""
@@ -158,12 +164,30 @@ class Expectations:
             if operand is not None:
                 self._sums.discard(operand)
 
-    def _complete(self, gemm: Gemm, out: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    def _complete(self, gemm: Gemm, out: torch.Tensor, sums: torch.Tensor) -> Expectation:
         if gemm.alpha != 1.0:
             sums = sums * gemm.alpha
         if gemm.addend is None:
-            return sums
-        return torch.add(sums, self._sums.of_addend(gemm.addend, out), alpha=gemm.beta)
+            return Expectation(gemm, False, sums)
+        sums = torch.add(sums, self._sums.of_addend(gemm.addend, out), alpha=gemm.beta)
+        if _is_settled_at_once(out) or is_parameter(gemm.addend):
+            return Expectation(gemm, False, sums)
+        unknown = _swallows(gemm.addend)
+        return Expectation(gemm, False, sums.masked_fill(unknown, 0.0), unknown)
+
+
+_MASKED = 1e15
+"""Elements of an addend beyond it, infinite or not, leave nothing of the product beside them."""
+
+
+def _swallows(addend: torch.Tensor) -> torch.Tensor:
+    """Rows of an addend in which a mask stands, (…, m, 1) or (1,)."""
+    return (addend.abs() > _MASKED).any(-1, keepdim=True)
+
+
+def _is_settled_at_once(out: torch.Tensor) -> bool:
+    """Whether a suspicion is settled by another computation, to which a mask is nothing special."""
+    return out.is_cpu
 
 
 def _role(gemm: Gemm, carried: _Carried) -> _Role | None:

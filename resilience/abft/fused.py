@@ -105,7 +105,7 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
                 results[1],
                 results[2],
                 scale=bound["scale"] if bound["scale"] is not None else 1.0 / math.sqrt(query.shape[-1]),
-                masked=_mask(bound) is not None,
+                mask=_mask(bound),
                 dropout=bound["dropout_p"] > 0,
             )
             return backward_ratios(call)
@@ -136,7 +136,7 @@ def _guarded(
     checked = [result for result in results[: len(_GRADIENT_SITES)] if result is not None]
     if not checked or checked[0].numel() == 0 or not record.due(label.site):
         return results
-    with record.timed(label.site) as started:
+    with record.checking(label.site) as started:
         found = ratios(results) / scale
         if found.device.type != "cpu":
             finite = torch.stack([operand.isfinite().all() for operand in inputs]).all()
@@ -149,15 +149,16 @@ def _guarded(
             return results
         index = next(number for number, value in enumerate(values) if not value <= 1.0)
         blamed = Label(sites[index], label.layer)
-        if not all(bool(operand.isfinite().all()) for operand in inputs):
-            context.inputs_alarm(blamed, Check.INVARIANT, checked[0], values[index], started)
-            return results
-        mended = repeat_until_clean(
-            run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=context.config.max_mends
-        )
-        kind = _kind([result for result in results[: len(_GRADIENT_SITES)] if result is not None])
-        record.alarm(blamed, Check.INVARIANT, kind, values[index], started, mended=mended is not None)
-        return results if mended is None else mended
+        with record.settling(blamed, Check.INVARIANT, values[index], started):
+            if not all(bool(operand.isfinite().all()) for operand in inputs):
+                context.inputs_alarm(blamed, Check.INVARIANT, checked[0], values[index], started)
+                return results
+            mended = repeat_until_clean(
+                run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=context.config.max_mends
+            )
+            record.alarm(blamed, Check.INVARIANT, _kind(checked), values[index], started, mended=mended is not None)
+            return results if mended is None else mended
+    return results
 
 
 def _kind(results: list[torch.Tensor]) -> DetectionKind:

@@ -101,10 +101,11 @@ class GemmHandlers:
             out = record.operation(label.site, run)
             if not self._is_due(label.site, node, in_forward):
                 return out
-            with record.timed(label.site) as started:
+            with record.checking(label.site) as started:
                 expect = self._expectations.forward if in_forward else self._expectations.backward
                 expectation = expect(gemm, out, node)
                 return self._check(_Call(label, gemm, node, expectation, run, started), out)
+            return out
 
         return handle
 
@@ -131,6 +132,13 @@ class GemmHandlers:
         if worst <= 1.0:
             record.clean(call.label.site, worst)
             return out
+        with record.settling(call.label, Check.CHECKSUM, worst, call.started):
+            return self._settle(call, out, worst)
+        return out
+
+    def _settle(self, call: _Call, out: torch.Tensor, worst: float) -> torch.Tensor:
+        """What becomes of a product that the first stage suspects."""
+        record = self._context.record
         # What was kept of the operands is stale where a parameter changed without a new version.
         self._expectations.discard(call.gemm, call.node)
         call.expectation = self._expectations.alone(call.gemm, out)

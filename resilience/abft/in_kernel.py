@@ -197,7 +197,7 @@ class InKernelAttention:
     def _alarm(self, label: Label, ratio: float, *, mended: bool = False, inputs_bad: bool = False) -> None:
         record = self._context.record
         kind = DetectionKind.MISMATCH if math.isfinite(ratio) else DetectionKind.NAN
-        with record.timed(label.site) as started:
+        with record.checking(label.site) as started:
             record.alarm(label, Check.CHECKSUM, kind, ratio, started, mended=mended, inputs_bad=inputs_bad)
 
 

@@ -37,10 +37,15 @@ BACKWARD_SITES = ("attention.dv", "attention.dk", "attention.dq", "attention.con
 """Which operation is to blame when a ratio of `backward_ratios` is over 1, in its order; the first one that is counts.
 """
 
-_TINY = 1e-37
+_TINY = 1e-17
+"""Added to tolerances: what is smaller counts as nothing, since squares of it may be 0 in float32."""
 
 _LARGEST_SCORE = 1e4
 """Scores above it do not widen tolerances further: a faulty operand would hide itself."""
+
+
+_UNBOUNDED = 1e6
+"""A tolerance that no sum of probabilities exceeds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class AttentionBackward:
     d_key: torch.Tensor | None
     d_value: torch.Tensor | None
     scale: float
-    masked: bool
+    mask: torch.Tensor | None
+    """Additive, broadcastable to the scores (b, hq, tq, tk)."""
     dropout: bool
 
 
@@ -154,7 +160,7 @@ def _screened_chunk(call: AttentionBackward) -> torch.Tensor:
         _SCREEN_SHARE * invariant_factor(stored=0.0, accumulated=wide, length=length, width=width),
     )
     weighted = _product_sums(call.d_out, call.out)
-    dv = dk = dq = context = torch.zeros(())
+    dv = dk = dq = context = torch.zeros((), dtype=torch.float32, device=call.out.device)
     if call.d_value is not None:
         if not call.dropout:
             dv = bound.ratio(_estimated(call.d_value), _estimated(call.d_out).shared(heads))
@@ -187,7 +193,7 @@ def _product_sums(one: torch.Tensor, other: torch.Tensor) -> _Sums:
 
 
 class _Scratch(threading.local):
-    memory = torch.empty(0)
+    memory = torch.empty(0, device="cpu")
 
 
 _scratch_of_thread = _Scratch()
@@ -200,7 +206,7 @@ def _scratch(like: torch.Tensor) -> torch.Tensor:
     """
     batch, heads, length, width = like.shape
     if _scratch_of_thread.memory.nbytes < like.nbytes:
-        _scratch_of_thread.memory = torch.empty(like.nbytes, dtype=torch.uint8)
+        _scratch_of_thread.memory = torch.empty(like.nbytes, dtype=torch.uint8, device="cpu")
     flat = _scratch_of_thread.memory[: like.nbytes].view(like.dtype)
     if _heads_in_rows(like):
         return flat.view(batch, length, heads, width).transpose(1, 2)
@@ -222,9 +228,9 @@ def _heads_in_rows(x: torch.Tensor) -> bool:
 @functools.lru_cache(maxsize=64)
 def _signs(length: int) -> torch.Tensor:
     """(length, 4): ones, and three columns of fixed pseudo-random signs."""
-    generator = torch.Generator().manual_seed(length)
-    signs = torch.randint(0, 2, (3, length), generator=generator) * 2.0 - 1.0
-    return torch.cat([torch.ones(1, length), signs]).T
+    generator = torch.Generator("cpu").manual_seed(length)
+    signs = torch.randint(0, 2, (3, length), generator=generator, device="cpu").float() * 2.0 - 1.0
+    return torch.cat([torch.ones_like(signs[:1]), signs]).T
 
 
 def _chunk(call: AttentionBackward, begin: int, size: int) -> AttentionBackward:
@@ -234,33 +240,41 @@ def _chunk(call: AttentionBackward, begin: int, size: int) -> AttentionBackward:
     tensors: dict[str, Any] = {
         field.name: value[begin : begin + size]
         for field in dataclasses.fields(call)
-        if isinstance(value := getattr(call, field.name), torch.Tensor)
+        if isinstance(value := getattr(call, field.name), torch.Tensor) and field.name != "mask"
     }
-    return dataclasses.replace(call, **tensors)
+    return dataclasses.replace(call, **tensors, mask=None)
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 
 def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
-    wide = _wide(call.out)
+    # On a CPU few calls come here; and squares of very large or small elements are none in float32.
+    wide = torch.float64 if call.out.is_cpu else _wide(call.out)
     query, key, value, out, d_out = (x.to(wide) for x in (call.query, call.key, call.value, call.out, call.d_out))
     d_query, d_key, d_value = (None if x is None else x.to(wide) for x in (call.d_query, call.d_key, call.d_value))
     bound = _Bound.of(call)
-    heads = key.shape[1]
+    masked = bound.wider(_of_mask(call))
+    heads, length = key.shape[1], max(query.shape[2], key.shape[2])
+    spacing = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    grain = 8.0 * spacing if call.out.dtype == torch.float16 else 0.0
     weighted = d_out * out
     dv = dk = dq = context = torch.zeros((), dtype=wide, device=out.device)
     if d_value is not None:
         if not call.dropout:
-            seen = d_out * out.any(dim=3, keepdim=True) if call.masked else d_out
-            dv = bound.ratio(_Sums.of(d_value), _Sums.of(seen).shared(heads))
-        context = bound.ratio(_Sums.of(d_value * value, _floor(call, value)), _Sums.of(weighted).shared(heads))
+            seen = d_out if call.mask is None else d_out * out.any(dim=3, keepdim=True)
+            dv = masked.ratio(_Sums.of(d_value), _Sums.of(seen).shared(heads), grain * length**0.5)
+        context = masked.ratio(
+            _Sums.of(d_value * value, _floor(call, value)), _Sums.of(weighted, _floor(call, d_out)).shared(heads)
+        )
     if d_key is not None:
         # Each row of dS sums to the round-off of D_i, and to D_i times that of Σ P, which Q_i then multiplies.
         of_rows = weighted.square().sum(3, keepdim=True) + weighted.sum(3, keepdim=True).square()
         noise = of_rows * (call.scale * query).square()
         squares = _share(noise.sum(2), heads)
-        dk = bound.ratio(_Sums.of(d_key), _Sums(torch.zeros_like(squares), squares))
+        # dS is rounded to the stored dtype, too, before Q multiplies it.
+        of_grain = grain * (length**0.5 + length * call.scale * query.square().mean().sqrt())
+        dk = masked.ratio(_Sums.of(d_key), _Sums(torch.zeros_like(squares), squares), of_grain)
         if d_query is not None:
             of_query = _Sums.of(d_query * query, _floor(call, query))
             dq = bound.ratio(_Sums.of(d_key * key, _floor(call, key)), of_query.shared(heads))
@@ -302,15 +316,17 @@ class _Bound:
         coherent = invariant_factor(stored=0.0, accumulated=accumulated, length=length, width=width)
         if stored > accumulated:
             return cls(random, coherent)
-        of_scores = _of_scores(call)
-        return cls(random + of_scores, coherent + of_scores)
+        return cls(random, coherent).wider(_of_scores(call))
 
-    def ratio(self, one: _Sums, other: _Sums) -> torch.Tensor:
+    def wider(self, by: torch.Tensor | float) -> _Bound:
+        return _Bound(self.random + by, self.coherent + by)
+
+    def ratio(self, one: _Sums, other: _Sums, absolute: torch.Tensor | float = 0.0) -> torch.Tensor:
         """Worst residual ÷ tolerance; NaN or infinite where a sum, or its scale, is not finite."""
         residual = (one.total - other.total).abs()
         squares = one.squares + other.squares
         tolerance = self.random * squares.sqrt() + self.coherent * torch.minimum(one.total.abs(), other.total.abs())
-        return (residual / (tolerance + _TINY) + squares * 0.0).max()
+        return (residual / (tolerance + absolute + _TINY) + squares * 0.0).max()
 
 
 def _random_factor(call: AttentionBackward) -> float:
@@ -328,6 +344,17 @@ def _of_scores(call: AttentionBackward) -> torch.Tensor:
     query, key = (x.to(wide).square().sum(3).amax() for x in (call.query, call.key))
     largest = (query * key).sqrt() * call.scale
     return 8.0 * (torch.finfo(wide).eps / 2) * largest.clamp(max=_LARGEST_SCORE)
+
+
+def _of_mask(call: AttentionBackward) -> torch.Tensor | float:
+    """A row whose keys are all masked, but by finite numbers, has scores and a log-sum-exp far from 0: they are rounded
+    by as much as that, and what PyTorch's backward makes of them, exp(S − LSE), need not sum to 1.
+    """
+    if call.mask is None or not call.mask.is_floating_point():
+        return 0.0
+    highest = call.mask.amax(-1)
+    depth = torch.where(highest.isfinite(), -highest, 0.0).clamp(min=0.0).amax().to(_wide(call.out))
+    return (8.0 * (torch.finfo(_wide(call.out)).eps / 2) * depth).clamp(max=_UNBOUNDED)
 
 
 def _floor(call: AttentionBackward, operand: torch.Tensor) -> torch.Tensor | None:

@@ -16,7 +16,14 @@ from resilience.abft.checksum import MAX_ROWS, Confirmation, worst_kind
 from resilience.abft.sums import beside, sums_of, vectors
 from resilience.abft.thresholds import gradient_factor, gradient_mass_factor, probability_factor, row_mass_tolerance
 
-__all__ = ["confirm_gradient", "confirm_softmax", "screen_gradient", "screen_softmax"]
+__all__ = [
+    "confirm_gradient",
+    "confirm_softmax",
+    "screen_gradient",
+    "screen_softmax",
+    "unusable_for_gradient",
+    "unusable_for_softmax",
+]
 
 _TINY = 1e-36
 
@@ -36,7 +43,8 @@ def confirm_softmax(
 ) -> Confirmation:
     """Compute suspect rows again in float64 and hold every element against the bound of round-off."""
     n = scores.shape[-1]
-    suspects = _suspects(ratio)
+    keyless, bad = unusable_for_softmax(scores)
+    suspects = _suspects(ratio, keyless | bad)
     source = scores.reshape(-1, n)[suspects].double()
     stored = probabilities.reshape(-1, n)[suspects]
     reference = source.softmax(-1)
@@ -45,8 +53,13 @@ def confirm_softmax(
     tolerance = (reference * relative + 4.0 * limits.smallest_normal) * tolerance_scale
     error = (stored.double() - reference).abs()
     faulty = ~(error <= tolerance) & reference.isfinite()
-    inputs_bad = bool((source.isnan() | (source == torch.inf)).any())
-    return Confirmation(worst_kind(stored, error, faulty), inputs_bad)
+    return Confirmation(worst_kind(stored, error, faulty), bool(bad.any()))
+
+
+def unusable_for_softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows that see no key, rows whose scores are NaN or infinite), (rows,) each."""
+    top = scores.amax(-1).flatten()
+    return top == -torch.inf, top.isnan() | (top == torch.inf)
 
 
 def screen_gradient(gradient: torch.Tensor) -> torch.Tensor:
@@ -82,7 +95,8 @@ def confirm_gradient(
 ) -> Confirmation:
     """Compute suspect rows of dS again in float64 and hold every element against the bound of round-off."""
     n = gradient.shape[-1]
-    suspects = _suspects(ratio)
+    keyless, bad = unusable_for_gradient(d_probabilities, probabilities)
+    suspects = _suspects(ratio, keyless | bad)
     incoming = d_probabilities.reshape(-1, n)[suspects].double()
     weights = probabilities.reshape(-1, n)[suspects].double()
     stored = gradient.reshape(-1, n)[suspects]
@@ -95,13 +109,25 @@ def confirm_gradient(
     tolerance = reference.abs() * relative + size * gradient_factor(**factors, n=n) + 4.0 * limits.smallest_normal
     error = (stored.double() - reference).abs()
     faulty = ~(error <= tolerance * tolerance_scale) & reference.isfinite()
-    inputs_bad = not bool((weights.isfinite() & incoming.isfinite()).all())
-    return Confirmation(worst_kind(stored, error, faulty), inputs_bad)
+    return Confirmation(worst_kind(stored, error, faulty), bool(bad.any()))
 
 
-def _suspects(ratio: torch.Tensor) -> torch.Tensor:
-    """The rows over their tolerance, the worst `MAX_ROWS` of them."""
-    flat = torch.where(ratio.isnan(), torch.inf, ratio)
+def unusable_for_gradient(
+    d_probabilities: torch.Tensor, probabilities: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows that see no key, other rows whose inputs are not finite), (rows,) each.
+
+    A row of P that is NaN throughout saw no key: its forward has been checked.
+    """
+    n = probabilities.shape[-1]
+    weights, incoming = probabilities.reshape(-1, n), d_probabilities.reshape(-1, n)
+    keyless = weights.isnan().all(-1)
+    return keyless, ~((weights.isfinite() & incoming.isfinite()).all(-1) | keyless)
+
+
+def _suspects(ratio: torch.Tensor, exempt: torch.Tensor) -> torch.Tensor:
+    """The rows over their tolerance but for the exempt ones, the worst `MAX_ROWS` of them."""
+    flat = torch.where(ratio.isnan(), torch.inf, ratio).masked_fill_(exempt, 0.0)
     suspects = torch.topk(flat, min(MAX_ROWS, flat.numel())).indices
     return suspects[~(flat[suspects] <= 1.0)]
 

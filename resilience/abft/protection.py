@@ -69,6 +69,7 @@ class Protection:
         context = Context(config, self._labels, self._record, injector, profile)
         self._gemms = GemmHandlers(context)
         self._step = -1
+        self._named_shortfalls: set[str] = set()
         self._attention = InKernelAttention(context) if config.strength == "kernel" else None
         if self._attention is not None and not torch.cuda.is_available():
             _log.warning("strength kernel: no CUDA device; fused attention is held by its invariants, as at checksum")
@@ -143,6 +144,15 @@ class Protection:
     def unprotected(self) -> dict[str, int]:
         """How many operations that multiply matrices ran unchecked, by reason, since the process began."""
         return dict(self._record.unprotected)
+
+    def new_shortfalls(self) -> list[str]:
+        """What was held by less than the strength promises, a sentence each, and was not named by an earlier call."""
+        fallbacks = () if self._attention is None else self._attention.fallbacks
+        found = [f"operations that run unchecked: {reason}" for reason in self._record.unprotected]
+        found += [f"fused attention that runs outside the checked kernel: {reason}" for reason in fallbacks]
+        new = [words for words in found if words not in self._named_shortfalls]
+        self._named_shortfalls.update(new)
+        return new
 
     def observe(self, observer: Observer | None) -> None:
         """Tell `observer` of every product that reaches a check; None ends it."""

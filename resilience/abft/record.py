@@ -5,6 +5,7 @@ Results that lie on a GPU wait here as device tensors until `drain` reads them a
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections import Counter, defaultdict
@@ -24,8 +25,16 @@ __all__ = ["Record"]
 
 Result = TypeVar("Result")
 
+_log = logging.getLogger(__name__)
+
+_DEFECTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What a defect of ours raises, or a device without memory for a check (a RuntimeError of torch)."""
+
 _MAX_FINDINGS = 4096
-"""Findings kept between two drains; a tensor of NaN would otherwise fill memory with its consequences."""
+"""Findings kept between two drains, of what was mended and of what followed from bad inputs; a tensor of NaN would
+otherwise fill memory with its consequences. As many again are kept of what stayed wrong: the first of them decides."""
 
 _SAMPLE_SIZE = 64
 """Clean residual ratios kept between two readings."""
@@ -44,6 +53,8 @@ class Record:
         self._shares: Mapping[str, float] = {}
         self._clock = clock
         self._findings: list[Finding] = []
+        self._num_findings: Counter[bool] = Counter()
+        """Of those, by whether they are faults that stayed."""
         self._deferred: list[tuple[Label, Check, float, torch.Tensor]] = []
         self._sample: list[float] = []
         self._num_clean = 0
@@ -102,13 +113,34 @@ class Record:
         self.unprotected[reason] += 1
 
     @contextmanager
-    def timed(self, site: str) -> Iterator[float]:
-        """Add the time within to that of the site's checks; gives the monotonic time of its beginning."""
+    def checking(self, site: str) -> Iterator[float]:
+        """Around a check: gives the monotonic time of its beginning, and adds what it takes to that of the site.
+
+        What goes wrong within is a defect of ours, or memory that only a check has asked for: the operation has run,
+        the script goes on with its result, and the check counts as not made.
+        """
         started = self._clock.monotonic()
         try:
             yield started
+        except _DEFECTS as error:
+            self._failed(site, error)
         finally:
             self.seconds[site] += self._clock.monotonic() - started
+
+    @contextmanager
+    def settling(self, label: Label, check: Check, ratio: float, started: float) -> Iterator[None]:
+        """Around what follows a suspicion: where that goes wrong, the operation is reported as faulty and unmended."""
+        try:
+            yield
+        except _DEFECTS as error:
+            self._failed(label.site, error)
+            self.alarm(label, check, DetectionKind.MISMATCH, ratio, started)
+
+    def _failed(self, site: str, error: Exception) -> None:
+        reason = f"the check of {site} failed ({type(error).__name__})"
+        if reason not in self.unprotected:
+            _log.warning("%s; the operation's result is used as it is", reason, exc_info=error)
+        self.count_unprotected(reason)
 
     def operation(self, site: str, run: Callable[[], Result]) -> Result:
         """Run an operation, and add its time to that of the site's operations."""
@@ -149,8 +181,10 @@ class Record:
         """Note an alarm. A repair is bit-exact, by the same call again, unless it is said to be none."""
         if self.on_ratio is not None and not inputs_bad:
             self.on_ratio(label.site, ratio, True)
-        if len(self._findings) >= _MAX_FINDINGS:
+        is_fault = not (mended or inputs_bad)
+        if self._num_findings[is_fault] >= _MAX_FINDINGS:
             return
+        self._num_findings[is_fault] += 1
         self._findings.append(
             Finding(
                 site=label.site,
@@ -182,6 +216,7 @@ class Record:
                     kind = DetectionKind.MISMATCH if math.isfinite(ratio) else DetectionKind.NAN
                     self.alarm(label, check, kind, ratio, started, inputs_bad=bool(inputs_bad))
         findings, self._findings = self._findings, []
+        self._num_findings.clear()
         return findings
 
     def sample(self) -> list[float]:

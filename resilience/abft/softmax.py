@@ -20,6 +20,8 @@ from resilience.abft.probabilities import (
     confirm_softmax,
     screen_gradient,
     screen_softmax,
+    unusable_for_gradient,
+    unusable_for_softmax,
 )
 from resilience.abft.seam import Handler, Original
 from resilience.abft.thresholds import UNCONFIRMED
@@ -33,7 +35,8 @@ class _RowCheck:
     """One operation whose rows are held against what they must sum to."""
 
     label: Label
-    inputs: tuple[torch.Tensor, ...]
+    unusable: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    """(rows that see no key, other rows whose inputs are not finite), (rows,) each, on the device."""
     screen: Callable[[torch.Tensor], torch.Tensor]
     """Residual ÷ tolerance of every row of the result."""
     confirm: Callable[[torch.Tensor, torch.Tensor], Confirmation]
@@ -44,24 +47,36 @@ class _RowCheck:
         out = context.record.operation(self.label.site, run)
         if not context.record.due(self.label.site):
             return out
-        with context.record.timed(self.label.site) as started:
-            if out.device.type != "cpu":
-                bad = torch.stack([operand.isnan().any() for operand in self.inputs]).any()
-                worst = self.screen(out).max() / UNCONFIRMED
-                context.record.defer(self.label, Check.CHECKSUM, torch.stack([worst.float(), bad.float()]))
-                return out
-            return self._judge(context, out, run, started)
+        with context.record.checking(self.label.site) as started:
+            if out.device.type == "cpu":
+                return self._judge(context, out, run, started)
+            context.record.defer(self.label, Check.CHECKSUM, self._deferred(out))
+        return out
+
+    def _deferred(self, out: torch.Tensor) -> torch.Tensor:
+        """(worst ratio, whether the inputs were bad), (2,), on the device and without waiting."""
+        keyless, bad = self.unusable()
+        worst = self.screen(out).masked_fill_(keyless, 0.0).max() / UNCONFIRMED
+        return torch.stack([worst.float(), bad.any().float()])
 
     def _judge(
         self, context: Context, out: torch.Tensor, run: Callable[[], torch.Tensor], started: float
     ) -> torch.Tensor:
-        worst, confirmation = self._suspicion(out)
+        ratio = self.screen(out)
+        worst = float(ratio.max())
         if worst <= 1.0:
             context.record.clean(self.label.site, worst)
-        elif confirmation.kind is not None:
-            mended = repeat_until_clean(
-                run, lambda again: self._suspicion(again)[1].kind is None, max_mends=context.config.max_mends
-            )
+            return out
+        with context.record.settling(self.label, Check.CHECKSUM, worst, started):
+            return self._settle(context, out, ratio, run, started)
+        return out
+
+    def _settle(
+        self, context: Context, out: torch.Tensor, ratio: torch.Tensor, run: Callable[[], torch.Tensor], started: float
+    ) -> torch.Tensor:
+        worst, confirmation = float(ratio.max()), self.confirm(out, ratio)
+        if confirmation.kind is not None:
+            mended = repeat_until_clean(run, self._is_clean, max_mends=context.config.max_mends)
             context.record.alarm(
                 self.label, Check.CHECKSUM, confirmation.kind, worst, started, mended=mended is not None
             )
@@ -72,10 +87,9 @@ class _RowCheck:
             context.record.dismissed(self.label.site, worst)
         return out
 
-    def _suspicion(self, out: torch.Tensor) -> tuple[float, Confirmation]:
+    def _is_clean(self, out: torch.Tensor) -> bool:
         ratio = self.screen(out)
-        worst = float(ratio.max())
-        return worst, Confirmation(None, False) if worst <= 1.0 else self.confirm(out, ratio)
+        return float(ratio.max()) <= 1.0 or self.confirm(out, ratio).kind is None
 
 
 def softmax_handler(context: Context) -> Handler:
@@ -90,7 +104,7 @@ def softmax_handler(context: Context) -> Handler:
             return original(*args, **kwargs)
         check = _RowCheck(
             label,
-            (scores,),
+            lambda: unusable_for_softmax(scores),
             lambda out: screen_softmax(out) / context.scale(label.site),
             lambda out, ratio: confirm_softmax(scores, out, ratio, tolerance_scale=scale),
         )
@@ -110,7 +124,7 @@ def softmax_backward_handler(context: Context) -> Handler:
             return original(*args, **kwargs)
         check = _RowCheck(
             label,
-            (d_probabilities, probabilities),
+            lambda: unusable_for_gradient(d_probabilities, probabilities),
             lambda out: screen_gradient(out) / context.scale(label.site),
             lambda out, ratio: confirm_gradient(d_probabilities, probabilities, out, ratio, tolerance_scale=scale),
         )

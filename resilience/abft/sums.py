@@ -12,7 +12,7 @@ import torch
 
 from resilience.kernels.sweep import Sweep, sweep
 
-__all__ = ["OperandSums", "WeightSums", "beside", "sums_of", "vectors"]
+__all__ = ["OperandSums", "WeightSums", "beside", "is_parameter", "sums_of", "vectors"]
 
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 """Multiples of it, modulo 1, are spread evenly and never repeat."""
@@ -34,7 +34,7 @@ def vectors(n: int, matrix: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _vectors(n: int, num_of_each: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    position = torch.arange(n, dtype=torch.int64)
+    position = torch.arange(n, dtype=torch.int64, device="cpu")
     mixed = (position * 0x9E3779B1) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
     signs = [((mixed >> bit) & 1).double() * 2.0 - 1.0 for bit in _SIGN_BITS[: 2 * num_of_each]]
@@ -108,7 +108,7 @@ class WeightSums:
 
     def of_right(self, right: torch.Tensor, *, carried: bool = False) -> OperandSums:
         """Sums of a right operand; all of them where they are to be `carried` to the gradients."""
-        if not _is_parameter(right):
+        if not is_parameter(right):
             return _operand_sums(right, carried=carried)
         key = _key(right)
         known = self._operands.get(key)
@@ -119,7 +119,7 @@ class WeightSums:
 
     def of_addend(self, addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """D·V, with D expanded to the width of `out`."""
-        if not _is_parameter(addend) or addend.shape[-1:] != out.shape[-1:]:
+        if not is_parameter(addend) or addend.shape[-1:] != out.shape[-1:]:
             return _addend_sums(addend, out)
         key = _key(addend)
         known = self._addends.get(key)
@@ -152,7 +152,8 @@ def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _is_parameter(operand: torch.Tensor) -> bool:
+def is_parameter(operand: torch.Tensor) -> bool:
+    """Whether `operand` is a parameter of a module, or a view of one."""
     base = operand._base
     return isinstance(operand if base is None else base, torch.nn.Parameter)
 

@@ -46,6 +46,33 @@ UNPROTECTED: dict[str, str] = {
 }
 """Operator of aten, with overload, to why it is not checked."""
 
+_TWO_DTYPES = "product of one dtype with a result of another"
+_VARLEN = "fused attention called past scaled_dot_product_attention"
+_ON_CUDA = {
+    **dict.fromkeys(
+        (f"{name}.{form}" for name in ("mm", "addmm", "bmm", "baddbmm") for form in ("dtype", "dtype_out")), _TWO_DTYPES
+    ),
+    "_grouped_mm": "grouped product",
+    "_scaled_grouped_mm": "grouped product",
+    "_scaled_grouped_mm_v2": "grouped product",
+    "_scaled_mm_v2": _INTEGER,
+    "_scaled_mm_v2.out": _INTEGER,
+    "_mixed_dtypes_linear": _INTEGER,
+    "_cslt_sparse_mm": _SPARSE,
+    "_sparse_semi_structured_mm": _SPARSE,
+    "_sparse_semi_structured_addmm": _SPARSE,
+    "_sparse_semi_structured_linear": _SPARSE,
+    "_flash_attention_forward": _VARLEN,
+    "_flash_attention_backward": _VARLEN,
+    "_efficient_attention_forward": _VARLEN,
+    "_efficient_attention_backward": _VARLEN,
+    "_cudnn_attention_forward": _VARLEN,
+    "_cudnn_attention_backward": _VARLEN,
+}
+"""What a CPU does not have, or does by operators that are protected; where the others call these, they are not counted
+again.
+"""
+
 _OTHER_LAYOUTS = {
     "mm": _SPARSE,
     "mm.out": _SPARSE,
@@ -65,6 +92,8 @@ def add_counters(seam: Seam, count: Callable[[str], None]) -> None:
     """Put a counter in front of every operator here; `count(reason)` is called once a call, before it runs."""
     for operator, reason in UNPROTECTED.items():
         seam.add(operator, _counter(reason, count), inherited=True)
+    for operator, reason in _ON_CUDA.items():
+        seam.add(operator, _counter(reason, count), keys=("CUDA",))
     for operator, reason in _OTHER_LAYOUTS.items():
         seam.add(operator, _counter(reason, count), keys=("SparseCPU", "SparseCsrCPU", "SparseCUDA", "SparseCsrCUDA"))
 

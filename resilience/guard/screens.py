@@ -219,5 +219,7 @@ def _norm(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.is_cpu and gradient.is_contiguous() and gradient.dtype in (torch.float32, torch.float64):
         # vector_norm gives all of one result to one thread.
         flat = gradient.view(-1)
-        return torch.dot(flat, flat).sqrt_()
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        squared: torch.Tensor = torch.dot(flat, flat)
+        return squared.sqrt_()
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return norm

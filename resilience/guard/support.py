@@ -90,6 +90,7 @@ ROWS: tuple[Row, ...] = (
     Row("Ulysses sequence parallelism", "replay off", "announced", lambda p: p.sequence_parallel_size > 1),
     Row("a second engine in the same process", "not protected", "announced", lambda p: not p.is_first_engine),
     Row("`engine.coalesce_grad_reduction()`", "replay off for that step", "announced in the decision", None),
+    Row("outputs of the model that the script changes in place", "replay off for that step", "test_recorder"),
     Row(
         "inputs that require gradients, or of types that may change unseen", "replay off for that step", "test_recorder"
     ),

@@ -54,6 +54,8 @@ class Protector(Protocol):
 
     def checks(self) -> dict[str, int]: ...
 
+    def new_shortfalls(self) -> list[str]: ...
+
     def residual_sample(self) -> list[float]: ...
 
     @property
@@ -469,14 +471,14 @@ class Guard:
 
     def _say_how_it_goes(self) -> None:
         """Fill in the next heartbeat; it is sent by another thread."""
-        checks: dict[str, int] = {}
+        checks = {} if self._state is None else self._state.checks()
         inside: dict[str, Any] = {}
         if self._protector is not None:
             checks |= self._protector.checks()
             inside["check_seconds"] = self._protector.check_seconds
             inside["residual_ratios"] = self._protector.residual_sample()
-        if self._state is not None:
-            checks |= self._state.checks()
+            for reason in self._protector.new_shortfalls():
+                self.boundary.tell("unprotected", reason)
         self._headway.step_taken(
             self._adapter.global_steps,
             self.recorder.last_loss,

@@ -119,7 +119,7 @@ def _hash_memory(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     assert _compiled is not None
     num_bytes = tensor.numel() * tensor.element_size()
     threads = torch.get_num_threads()
-    return torch.tensor(_compiled.hash(tensor.data_ptr(), num_bytes, offset, gomp_parallel(), threads))
+    return torch.tensor(_compiled.hash(tensor.data_ptr(), num_bytes, offset, gomp_parallel(), threads), device="cpu")
 
 
 def _weights(start: int, count: int, device: torch.device) -> torch.Tensor:

@@ -30,6 +30,7 @@ def residual_ratios(
     One row that is not finite makes all of them NaN, since the mean is in every tolerance. With `finite_rows` (it waits
     for the device) the others have their own.
     """
+    expected, observed = expected.double(), observed.double()  # squares of float32 may overflow
     scale = _energy(expected)
     usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
     tolerance = scale.add_(usual).mul_(factor * factor).add_(TINY)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from resilience.kernels import triton_kernels
+from resilience.kernels.precision import float32_precision
 from resilience.kernels.threads import gomp_parallel
 
 try:
@@ -86,7 +87,8 @@ def sweep(
         return Sweep(sums.rows, sums.columns)
     assert matrix.dtype in (*_DTYPES, torch.float16), matrix.dtype
     assert matrix.dim() in (2, 3), matrix.shape
-    with torch.no_grad():
+    # Autocast would round what is multiplied.
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
         rows = None if right is None else _products(matrix, right)
         columns = None if left is None else _products(matrix.mT, left)
     return Sweep(rows, columns)
@@ -108,7 +110,7 @@ def row_sums_at(matrix: torch.Tensor, right: torch.Tensor) -> int:
 
 
 class _Scratch(threading.local):
-    memory = torch.empty(0)
+    memory = torch.empty(0, device="cpu")
     start = 0
 
     def address(self, count: int) -> int:
@@ -187,8 +189,7 @@ def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     assert weights.shape[-2] == matrix.shape[-1], (matrix.shape, weights.shape)
     assert weights.shape[-1] <= MAX_COLUMNS, weights.shape
     # A lower precision that the user allows for products is not meant for the sums that check them.
-    exact = torch.get_float32_matmul_precision() == "highest"
-    wide = torch.float32 if exact else torch.float64
+    wide = torch.float32 if float32_precision(matrix.device.type) == "ieee" else torch.float64
     matrix, weights = matrix.to(wide), weights.to(wide)
     if matrix.dim() == 2:
         return torch.mm(weights.mT, matrix.mT).mT.float()

@@ -56,3 +56,11 @@ def test_what_is_not_finite_is_an_alarm(value: float, row: int, device: torch.de
     worst, bad = worst_ratio(struck, observed, 1e-5, TINY).tolist()
     assert not worst <= 1.0
     assert bad == 1.0
+
+
+def test_sums_whose_squares_overflow_are_an_alarm_with_bad_inputs(device: torch.device) -> None:
+    expected = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    expected[7] *= 1e20
+    ratio, bad = worst_ratio(expected, expected.clone(), 1e-5, TINY).tolist()
+    assert math.isnan(ratio)
+    assert bad == 1.0

@@ -123,6 +123,29 @@ def test_a_training_step_reads_each_tensor_once(
     with protection.active():
         out = module(x)
         out.backward(normal(64, 40, seed=2))
-    weight, inputs, outputs = 24 * 40, 64 * 24, 64 * 40
-    assert sum(read) == (weight + inputs + outputs) + (outputs + inputs + weight)
+    weight, inputs, outputs, bias = 24 * 40, 64 * 24, 64 * 40, 40 if module.bias is not None else 0
+    assert sum(read) == (weight + inputs + outputs + bias) + (outputs + inputs + weight)
     assert protection.drain() == []
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min], ids=["infinite", "finite"])
+def test_a_mask_in_an_addend_is_no_alarm_where_nothing_can_confirm(low: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; MultiheadAttention adds its mask by baddbmm. Rows without a masked element are checked."""
+    monkeypatch.setattr(expectation, "_is_settled_at_once", lambda out: False)
+    left, right = normal(3, 16, 8, seed=1), normal(3, 8, 16, seed=2)
+    mask = torch.zeros(3, 16, 16).masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), low)
+    gemm, out = Gemm(left, right, mask), torch.baddbmm(mask, left, right)
+
+    def ratio(out: torch.Tensor) -> list[float]:
+        found = Expectations(WeightSums()).alone(gemm, out)
+        return checksum.deferred_residual(gemm, found.sums, found.observed(out), out.dtype).tolist()
+
+    worst, bad = ratio(out)
+    assert worst <= 1.0
+    assert not bad
+    out[2, 15, 4] += 1.0
+    assert ratio(out)[0] > 1.0
+    mask[0, 15, 2] = float("nan")
+    worst, bad = ratio(torch.baddbmm(mask, left, right))
+    assert not worst <= 1.0
+    assert bad

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resilience.abft.probabilities import confirm_gradient, confirm_softmax, screen_gradient, screen_softmax
+from resilience.abft.probabilities import (
+    confirm_gradient,
+    confirm_softmax,
+    screen_gradient,
+    screen_softmax,
+    unusable_for_gradient,
+    unusable_for_softmax,
+)
 from resilience.events import DetectionKind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,3 +136,64 @@ def test_inputs_of_a_gradient_that_are_not_finite_are_no_fault_of_it() -> None:
     confirmation = confirm_gradient(incoming, weights, gradient, screen_gradient(gradient))
     assert confirmation.kind is None
     assert confirmation.inputs_bad
+
+
+def keyless(num_rows: int) -> torch.Tensor:
+    scores = scores_of(torch.float32)
+    scores.view(-1, 128)[:num_rows] = float("-inf")
+    return scores
+
+
+@pytest.mark.parametrize("num_rows", [0, 20, 200])
+def test_rows_without_keys_hide_no_fault_in_others(num_rows: int) -> None:
+    scores = keyless(num_rows)
+    probabilities = scores.softmax(-1)
+    probabilities[1, 2, 49, 3] += 0.5
+    assert detected(scores, probabilities) is DetectionKind.MISMATCH
+    probabilities[1, 2, 49, 3] = float("nan")
+    assert detected(scores, probabilities) is DetectionKind.NAN
+    clean, incoming = keyless(num_rows).softmax(-1), scores_of(torch.float32, seed=1)
+    gradient = torch.ops.aten._softmax_backward_data(incoming, clean, -1, torch.float32)
+    gradient[1, 2, 49, 3] += 10.0
+    confirmation = confirm_gradient(incoming, clean, gradient, screen_gradient(gradient))
+    assert confirmation.kind is DetectionKind.MISMATCH
+    assert not confirmation.inputs_bad
+
+
+def test_rows_without_keys_are_no_alarm_where_nothing_waits_for_the_device() -> None:
+    from resilience.abft.labels import Label
+    from resilience.abft.softmax import _RowCheck
+
+    def forward(scores: torch.Tensor, out: torch.Tensor) -> list[float]:
+        label = Label("attention.probs", 0)
+        check = _RowCheck(label, lambda: unusable_for_softmax(scores), screen_softmax, lambda *_: pytest.fail("waits"))
+        return check._deferred(out).tolist()
+
+    def backward(incoming: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> list[float]:
+        label = Label("attention.ds", 0)
+        check = _RowCheck(
+            label,
+            lambda: unusable_for_gradient(incoming, weights),
+            screen_gradient,
+            lambda *_: pytest.fail("waits"),
+        )
+        return check._deferred(out).tolist()
+
+    scores = keyless(20)
+    out, incoming = scores.softmax(-1), scores_of(torch.float32, seed=1)
+    gradient = torch.ops.aten._softmax_backward_data(incoming, out, -1, torch.float32)
+    for ratio, bad in (forward(scores, out), backward(incoming, out, gradient)):
+        assert ratio <= 1.0
+        assert not bad
+    for place in ((0, 0, 30, 5), (1, 2, 49, 127)):
+        struck, struck_gradient = out.clone(), gradient.clone()
+        struck[place] = struck_gradient[place] = float("nan")
+        for ratio, bad in (forward(scores, struck), backward(incoming, out, struck_gradient)):
+            assert not ratio <= 1.0
+            assert not bad
+    scores[1, 1, 1, 1] = incoming[1, 1, 1, 1] = float("nan")
+    out = scores.softmax(-1)
+    gradient = torch.ops.aten._softmax_backward_data(incoming, keyless(20).softmax(-1), -1, torch.float32)
+    for ratio, bad in (forward(scores, out), backward(incoming, keyless(20).softmax(-1), gradient)):
+        assert not ratio <= 1.0
+        assert bad

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.kernels import residual
-from resilience.kernels.residual import residual_ratios, worst_ratio, worst_ratio_of
+from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio, worst_ratio_of
 from resilience.kernels.sweep import sweep
 
 
@@ -97,3 +97,18 @@ def test_sums_of_nothing_are_nothing() -> None:
 
 def test_the_compiled_form_is_in_use_here() -> None:
     assert residual._compiled is not None
+
+
+def test_one_huge_row_hides_no_fault_in_others() -> None:
+    """Where squares of float32 would be infinite."""
+    expected = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).T.contiguous().T
+    expected[0] *= 1e20
+    assert worst_ratio(expected, expected.clone(), 1e-5) == 0.0
+    observed = expected.clone()
+    observed[0] *= 2.0
+    for found in (
+        worst_ratio(expected, observed, 1e-5),
+        float(residual_ratios(expected, observed, 1e-5).max()),
+        float(deferred_worst_ratio(expected, observed, 1e-5)[0]),
+    ):
+        assert found > 1e3

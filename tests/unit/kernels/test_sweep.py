@@ -246,6 +246,11 @@ def test_a_precision_that_the_user_lowers_is_not_that_of_the_checks(form: str) -
         torch.set_float32_matmul_precision(before)
 
 
+def test_autocast_does_not_round_the_sums(form: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_right(numbers(65, 130), numbers(130, 2), numbers(65, 2))
+
+
 def test_without_the_compiled_module_products_of_torch_serve() -> None:
     program = (
         "import sys; sys.modules['resilience.kernels._sweep'] = None\n"

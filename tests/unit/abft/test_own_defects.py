@@ -1,0 +1,191 @@
+"""Settings that a user may make, and defects of our own: neither comes out of a script's forward or backward."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resilience.abft import carried, checksum, expectation, invariants, probabilities, sums
+from resilience.abft.record import Record
+from resilience.events import DetectionKind
+from resilience.kernels.precision import float32_precision
+
+TOKENS = torch.arange(2 * 24).reshape(2, 24) % 50
+
+
+def infinite(tensor: torch.Tensor) -> None:
+    tensor[(0,) * tensor.dim()] = float("inf")
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def rounded(backend: Any, precision: str) -> Iterator[None]:
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
+    "float64 by default": lambda: default_dtype(torch.float64),
+    "another device by default": lambda: torch.device("meta"),
+    "mkldnn rounds to bfloat16": lambda: rounded(torch.backends.mkldnn.matmul, "bf16"),
+    "CUDA rounds to TF32": lambda: rounded(torch.backends.cuda.matmul, "tf32"),
+}
+
+
+def forget_constants() -> None:
+    for cached in (sums._vectors, carried.line_weights, invariants._signs, probabilities._ones):
+        cached.cache_clear()
+    probabilities._mass_and_signs.cache_clear()
+
+
+@pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_global_settings_change_nothing_in_the_checks(
+    setting: str, sdpa: bool, gpt: Callable[..., torch.nn.Module], protect: Any, striker: Any
+) -> None:
+    forget_constants()
+    model = gpt(sdpa=sdpa, dropout=0.0)
+    protection = protect(mend="rebuild")
+    protection.attach(model)
+    for step, site in enumerate(["", "attention.context", "linear.wgrad"]):
+        protection.begin_micro_step(step, 0, 0)
+        if site:
+            striker.arm(site, 0, infinite)
+        with protection.active(), contextlib.ExitStack() as stack:
+            # A model's own constants may not stand the setting: its backward does.
+            if not setting.startswith("another"):
+                stack.enter_context(SETTINGS[setting]())
+            loss = model(TOKENS)
+            if setting.startswith("another"):
+                stack.enter_context(SETTINGS[setting]())
+            loss.backward()
+        striker.armed = False
+        found = protection.drain()
+        assert protection.unprotected() == {}
+        assert [(finding.site, finding.mended) for finding in found] == ([(site, True)] if site else [])
+
+
+def test_the_precision_of_products_is_asked_of_the_device_s_own_back_end() -> None:
+    assert float32_precision("cpu") == float32_precision("cuda") == "ieee"
+    with rounded(torch.backends.cuda.matmul, "tf32"):
+        assert (float32_precision("cpu"), float32_precision("cuda")) == ("ieee", "tf32")
+    with rounded(torch.backends.mkldnn.matmul, "bf16"):
+        assert (float32_precision("cpu"), float32_precision("cuda")) == ("bf16", "ieee")
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a defect")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "site"),
+    [
+        (expectation, "sums_of", "linear.out"),
+        (checksum, "worst_ratio_of", "attention.scores"),
+        (probabilities, "sums_of", "attention.probs"),
+    ],
+    ids=str,
+)
+def test_a_check_that_fails_leaves_the_result_and_is_counted_and_said_once(
+    module: Any,
+    name: str,
+    site: str,
+    gpt: Callable[..., torch.nn.Module],
+    protect: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = gpt(dropout=0.0)
+    clean = model(TOKENS)
+    protection = protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    monkeypatch.setattr(module, name, broken)
+    with caplog.at_level(logging.WARNING), protection.active():
+        loss = model(TOKENS)
+        loss.backward()
+    assert torch.equal(loss, clean)
+    assert protection.drain() == []
+    reason = f"the check of {site} failed (RuntimeError)"
+    assert protection.unprotected()[reason] > 0
+    assert f"operations that run unchecked: {reason}" in protection.new_shortfalls()
+    assert protection.new_shortfalls() == []
+    assert [record.message.startswith(reason) for record in caplog.records].count(True) == 1
+
+
+@pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
+def test_a_suspicion_that_cannot_be_settled_is_a_fault(
+    sdpa: bool,
+    gpt: Callable[..., torch.nn.Module],
+    protect: Any,
+    striker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = gpt(sdpa=sdpa, dropout=0.0)
+    protection = protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    striker.arm("attention.context", 1, infinite)
+    monkeypatch.setattr(checksum, "confirm", broken)
+    monkeypatch.setattr("resilience.abft.fused.repeat_until_clean", broken)
+    with caplog.at_level(logging.CRITICAL), protection.active():
+        model(TOKENS)
+    (first, *_) = protection.drain()
+    assert (first.site, first.layer, first.mended, first.kind) == (
+        "attention.context", 1, False, DetectionKind.MISMATCH,
+    )  # fmt: skip
+
+
+def test_a_fault_that_stays_is_kept_however_many_were_mended(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilience.abft.record._MAX_FINDINGS", 5)
+    protection = protect()
+    record: Record = protection._record
+    from resilience.abft.labels import Label
+    from resilience.events import Check
+
+    for layer in range(9):
+        record.alarm(Label("linear.out", layer), Check.CHECKSUM, DetectionKind.INF, 2.0, 0.0, mended=True)
+    for layer in range(9):
+        record.alarm(Label("linear.dgrad", layer), Check.CHECKSUM, DetectionKind.INF, 2.0, 0.0)
+    found = protection.drain()
+    assert [finding.layer for finding in found if not finding.mended] == [0, 1, 2, 3, 4]
+    assert len(found) == 10
+    record.alarm(Label("linear.out", 0), Check.CHECKSUM, DetectionKind.INF, 2.0, 0.0)
+    assert len(protection.drain()) == 1
+
+
+def test_a_gradient_of_another_pass_at_the_same_address_is_none_of_ours(protect: Any) -> None:
+    """Two losses over one graph, as gradient penalties have it: the second dC may stand where the first one stood."""
+    protection = protect()
+    worst: list[float] = []
+    protection.tell_ratios(lambda site, ratio, alarm: worst.append(ratio))
+    for step in range(30):
+        protection.begin_micro_step(step, 0, 0)
+        x, weight = torch.randn(64, 32, requires_grad=True), torch.nn.Parameter(torch.randn(48, 32))
+        with protection.active():
+            y = F.linear(x, weight)
+            torch.autograd.grad((y * torch.randn(64, 48)).sum(), x, retain_graph=True)
+            torch.autograd.grad((y * torch.randn(64, 48)).sum(), weight)
+    assert len(worst) == 90
+    assert max(worst) <= 1.0
