@@ -37,6 +37,7 @@ def attention(
     spread: float = 1.0,
     length: int = 48,
     factors: Mapping[str, float] = MappingProxyType({}),
+    without_query: tuple[int, ...] = (),
 ) -> AttentionBackward:
     """One attention, forward and backward, through the operators themselves."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,6 +49,8 @@ def attention(
     key_heads, keys = 2 if mask == "grouped" else 4, 2 * length if mask == "longer_keys" else length
     query, key = normal(2, 4, length, 32, of="query"), normal(2, key_heads, keys, 32, of="key")
     value = normal(2, key_heads, keys, 32, of="value", shift=0.5)
+    if without_query:
+        query[without_query] = 0.0
     bias = None
     if mask == "bias":
         bias = normal(length, keys)
@@ -140,10 +143,21 @@ def test_clean_attention_stays_well_below_its_tolerances(mask: str, dtype: torch
 def test_small_and_large_operands_raise_no_alarm(which: set[str], dtype: torch.dtype) -> None:
     """Down to where a dtype loses its precision, and, in the others, to where squares of float32 are none."""
     scales = (1e-3, 1e-5, 1e-6, 1e-7) if dtype == torch.float16 else (1e-7, 1e-15, 1e-20, 1e-25)
-    for scale in scales if dtype == torch.float16 or which != {"d_out"} else (*scales, 1e18, 1e20):
+    for scale in scales if dtype == torch.float16 or which != {"d_out"} else (*scales, 1e15):
         factors = dict.fromkeys(which, scale)
         for mask in ("none", "causal"):
             assert float(backward_ratios(attention(mask, dtype, length=128, factors=factors)).max()) <= 1.0, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("exactly", [True, False], ids=["exact", "screen first"])
+def test_what_is_nearly_infinite_is_seen_beside_a_query_of_zero(dtype: torch.dtype, exactly: bool) -> None:
+    call = attention("none", dtype, without_query=(1, 2, 9, 5))
+    ratios = _exact_ratios if exactly else backward_ratios
+    assert float(ratios(call).max()) <= 1.0
+    assert call.d_query is not None
+    call.d_query[1, 2, 9, 5] = 0.9 * torch.finfo(dtype).max
+    assert not float(ratios(call)[2]) <= 1.0
 
 
 @pytest.mark.parametrize("layout", ["heads_in_rows", "contiguous", "odd"])
