@@ -216,10 +216,9 @@ class GradientScreen:
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
     """2-norm, a scalar in float32 or wider; INF and NaN come through."""
-    if gradient.is_cpu and gradient.is_contiguous() and gradient.dtype in (torch.float32, torch.float64):
-        # vector_norm gives all of one result to one thread.
-        flat = gradient.view(-1)
-        squared: torch.Tensor = torch.dot(flat, flat)
-        return squared.sqrt_()
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if gradient.is_cpu and gradient.dim() > 1 and gradient.is_floating_point():
+        # One result would be the work of one thread.
+        gradient = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)
     return norm

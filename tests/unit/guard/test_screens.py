@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resilience.abft.protection import Protection
 from resilience.config import DetectionConfig
 from resilience.events import Check, DetectionKind
-from resilience.guard.screens import GradientScreen, NormHistory, Reading
+from resilience.guard.screens import GradientScreen, NormHistory, Reading, _norm
 
 
 def readings(*norms: float, micro_step: int = 0) -> list[Reading]:
@@ -133,3 +134,27 @@ def test_fingerprints_are_taken_only_when_asked_for() -> None:
     screened.step()
     assert first == screened.screen.fingerprints()
     assert len(first) == 2
+
+
+def test_screens_call_nothing_that_counts_as_an_unchecked_operation() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    screen, protection = GradientScreen(module, DetectionConfig()), Protection(DetectionConfig())
+    protection.install()
+    try:
+        with protection.active():
+            module(torch.randn(5, 8)).square().sum().backward()
+    finally:
+        protection.uninstall()
+        screen.remove()
+    assert len(screen.read(1.0)) == 6
+    assert protection.unprotected() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (0, 3), (30, 50), (4, 3, 2, 5)], ids=str)
+def test_norms_of_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gradient = torch.randn(shape, dtype=dtype if dtype.is_complex else torch.float64).to(dtype)
+    exact = float(gradient.to(torch.complex128 if dtype.is_complex else torch.float64).abs().square().sum().sqrt())
+    assert float(_norm(gradient)) == pytest.approx(exact, rel=1e-5)
+    if gradient.dim() > 1:
+        assert float(_norm(gradient.mT)) == pytest.approx(exact, rel=1e-5)
