@@ -463,7 +463,7 @@ def main(words: list[str]) -> int:
     if arguments.site is not None:
         sys.path.append(str(arguments.site))
     result = measure(arguments)
+    show(result)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    show(result)
     return 0

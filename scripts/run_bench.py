@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 
@@ -22,7 +23,14 @@ def main() -> int:
         "words", nargs=argparse.REMAINDER, help="its own options; `scripts/bench NAME --help` lists them"
     )
     arguments = parser.parse_args()
-    return int(importlib.import_module(BENCHMARKS[arguments.benchmark]).main(arguments.words))
+    try:
+        return int(importlib.import_module(BENCHMARKS[arguments.benchmark]).main(arguments.words))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        print(f"scripts/bench: {error.strerror}{where}; make room, or name a file elsewhere", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from resilience.abft import carried, checksum, expectation, invariants, probabilities, sums
+from resilience.abft.labels import Label
 from resilience.abft.record import Record
-from resilience.events import DetectionKind
+from resilience.events import Check, DetectionKind
 from resilience.kernels.precision import float32_precision
 
 TOKENS = torch.arange(2 * 24).reshape(2, 24) % 50
@@ -161,9 +162,6 @@ def test_a_fault_that_stays_is_kept_however_many_were_mended(protect: Any, monke
     monkeypatch.setattr("resilience.abft.record._MAX_FINDINGS", 5)
     protection = protect()
     record: Record = protection._record
-    from resilience.abft.labels import Label
-    from resilience.events import Check
-
     for layer in range(9):
         record.alarm(Label("linear.out", layer), Check.CHECKSUM, DetectionKind.INF, 2.0, 0.0, mended=True)
     for layer in range(9):
