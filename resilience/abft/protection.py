@@ -121,6 +121,12 @@ class Protection:
         with self._gate.opened():
             yield
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What this thread executes within is no work of the script's, though it may be in the middle of it."""
+        with self._gate.shut():
+            yield
+
     def admit_backward(self, graph_task: int) -> None:
         """Protect this backward pass of autograd, wherever it was begun: a script may call `loss.backward()` itself.
 

@@ -83,6 +83,16 @@ class Gate:
             with self._lock:
                 self._num_open -= 1
 
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Shut the gate for this thread, in the middle of gated work."""
+        thread = self._thread
+        before, thread.open, thread.busy = thread.open, False, True
+        try:
+            yield
+        finally:
+            thread.open, thread.busy = before, False
+
     def run_shut(self, handler: Handler, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a handler; what it calls in turn is not protected again."""
         thread = self._thread

@@ -35,6 +35,17 @@ class Exchange:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
 
+    def total(self, values: torch.Tensor) -> torch.Tensor | None:
+        """The sum of each value over all ranks; None where they do not all give as many."""
+        if self._group is None:
+            return values
+        largest, smallest = self.maximum([values.numel(), -values.numel()])
+        if largest != -smallest:
+            return None
+        values = values.clone()
+        dist.all_reduce(values, group=self._group)
+        return values
+
     def all_gather(self, content: bytes) -> list[bytes]:
         """Every rank's bytes, in rank order."""
         if self._group is None:

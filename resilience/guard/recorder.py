@@ -144,6 +144,8 @@ class Recorder:
         self.events: list[ForwardEvent | BackwardEvent] = []
         self.on_backward: Callable[[int], None] = lambda graph_task: None
         """Called inside a backward pass that begins, with its number; set by the transaction."""
+        self.on_replayed: Callable[[ForwardEvent, list[torch.Tensor]], None] = lambda event, outputs: None
+        """Called with a forward and what a replay made of it; set by the transaction."""
         self.clear()
 
     def clear(self) -> None:
@@ -366,6 +368,7 @@ class Recorder:
             held.overwrite(output.detach())
         for place, held in event.returned_losses:
             held.overwrite(outputs[place].detach())
+        self.on_replayed(event, outputs)
 
 
 def _autocast_state(device_type: str) -> tuple[bool, torch.dtype, bool]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,7 +30,9 @@ from resilience.guard.headway import Headway
 from resilience.guard.loss import LossHistory
 from resilience.guard.memory import FastForwarding, NoSnapshots, Past, Snapshots, Trail
 from resilience.guard.notes import NON_FINITE, Inspection
-from resilience.guard.recorder import ForwardEvent, Recorder
+from resilience.guard.protector import Listeners, Protector
+from resilience.guard.recorder import Recorder
+from resilience.guard.reductions import Reductions
 from resilience.guard.replicas import Replicas
 from resilience.guard.reporter import Reporter
 from resilience.guard.rewind import Rewinder
@@ -38,37 +40,7 @@ from resilience.guard.screens import GradientScreen
 from resilience.guard.settings import Settings
 from resilience.guard.verdict import LEFT_FOR_RESTART, Boundary
 
-__all__ = ["Guard", "Listeners", "Protector"]
-
-
-class Protector(Protocol):
-    """What the guard uses of `resilience.abft.protection.Protection`."""
-
-    def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None: ...
-
-    def active(self) -> contextlib.AbstractContextManager[None]: ...
-
-    def admit_backward(self, graph_task: int) -> None: ...
-
-    def drain(self) -> list[Finding]: ...
-
-    def checks(self) -> dict[str, int]: ...
-
-    def new_shortfalls(self) -> list[str]: ...
-
-    def residual_sample(self) -> list[float]: ...
-
-    @property
-    def check_seconds(self) -> float: ...
-
-
-class Listener(Protocol):
-    """Told of each micro-step as it begins: injectors of faults, the record of the last place."""
-
-    def begin(self, step: int, micro_step: int, attempt: int) -> None: ...
-
-
-Listeners = tuple[Listener, ...]
+__all__ = ["Guard"]
 
 
 class Guard:
@@ -111,9 +83,9 @@ class Guard:
         self._screen = screen
         self._protector = protector
         self._listeners = listeners
-        recording = settings.config.guard.replay and not replay_problem
-        self.recorder = _TellingRecorder(adapter, enabled=recording)
-        self.recorder.trail = trail
+        self.recorder = Recorder(adapter, enabled=settings.config.guard.replay and not replay_problem)
+        if trail is not None:
+            self.recorder.on_replayed = trail.forward_replayed
         if protector is not None:
             self.recorder.on_backward = protector.admit_backward
         self.replay_problem = replay_problem
@@ -142,6 +114,7 @@ class Guard:
         if fast_forwarding is not None:
             fast_forwarding.attach(self)
         self._is_inside_forward = False
+        self._reductions = self._watch_sums(exchange)
         self._unwrap = adapter.wrap(
             forward=self._forward,
             backward=self._backward,
@@ -164,6 +137,7 @@ class Guard:
     def uninstall(self) -> None:
         """Put the engine back as it was."""
         self._unwrap()
+        self._reductions.remove()
         self._screen.remove()
         self.boundary.close()
 
@@ -270,6 +244,7 @@ class Guard:
         """The engine's state is that of `step`, loaded and verified; what was seen before does not count."""
         self.recorder.clear()
         self._screen.begin()
+        self._reductions.begin()
         self._findings.clear()
         self._attempt, self._micro_step, self._step_began_at = 0, -1, None
         self.boundary.go_on_after(step, deterministic=deterministic)
@@ -289,6 +264,7 @@ class Guard:
         """A replay begins: what was seen so far belongs to the attempt before."""
         self._attempt, self._micro_step = attempt, -1
         self._screen.begin()
+        self._reductions.begin()
         self._screen.fingerprinting = True
         self._findings.clear()
 
@@ -334,7 +310,7 @@ class Guard:
         if self._state is not None:
             self._findings += self._state.at_boundary(self._attempt)
         readings = self._screen.read(self._adapter.loss_scale)
-        findings = [*self._findings, *self._screen.findings(readings)]
+        findings = [*self._findings, *self._screen.findings(readings), *self._reductions.findings()]
         findings = [*self._not_finite(findings), *findings, *self._loss_spike(findings)]
         return Inspection(
             detections=tuple(self._factory.make(findings, step=self.step, attempt=self._attempt)),
@@ -399,6 +375,7 @@ class Guard:
     def end_step(self) -> None:
         """A step was taken, or gone back to."""
         self._screen.begin()
+        self._reductions.begin()
         self._findings.clear()
         self._attempt, self._micro_step = 0, -1
         if self._state is not None:
@@ -422,6 +399,15 @@ class Guard:
             exchange,
             repair=config.mode is Mode.ENFORCE,
             tell=lambda text: self.boundary.tell("replicas_off", text),
+        )
+
+    def _watch_sums(self, exchange: Exchange) -> Reductions:
+        return Reductions(
+            exchange,
+            self.settings.clock,
+            tell=lambda text: self.boundary.tell("sums_off", text),
+            apart=contextlib.nullcontext if self._protector is None else self._protector.paused,
+            enabled=self.settings.config.detection.strength != "off",
         )
 
     def detections(self, findings: list[Finding]) -> tuple[Detection, ...]:
@@ -471,7 +457,7 @@ class Guard:
 
     def _say_how_it_goes(self) -> None:
         """Fill in the next heartbeat; it is sent by another thread."""
-        checks = {} if self._state is None else self._state.checks()
+        checks = {"gradient.sum": self._reductions.num_checks, **({} if self._state is None else self._state.checks())}
         inside: dict[str, Any] = {}
         if self._protector is not None:
             checks |= self._protector.checks()
@@ -486,14 +472,3 @@ class Guard:
             checks=checks,
             **inside,
         )
-
-
-class _TellingRecorder(Recorder):
-    """Tells the trail what a replay made of a forward."""
-
-    trail: Trail | None = None
-
-    def overwrite(self, event: ForwardEvent, outputs: list[torch.Tensor]) -> None:
-        super().overwrite(event, outputs)
-        if self.trail is not None:
-            self.trail.forward_replayed(event, outputs)

@@ -14,6 +14,9 @@ __all__ = ["ARITHMETIC", "FORWARD_SITES", "NON_FINITE", "Case", "describe", "is_
 ARITHMETIC = frozenset({Check.CHECKSUM, Check.INVARIANT})
 """Checks of arithmetic: they know what the result of finite inputs must be, so they blame the device."""
 
+_KNOWING = ARITHMETIC | {Check.REPLICA}
+"""Checks that no data can set off. What ranks must have alike blames no device: it does not say whose is wrong."""
+
 OF_STATE = frozenset({Check.AT_REST, Check.REPLICA, Check.SCREEN})
 """Checks of what is kept between the steps: is it still what was written, and is it finite?"""
 
@@ -117,7 +120,7 @@ class Case:
     @cached_property
     def only_screens(self) -> bool:
         """Whether nothing but screens of values alarmed: they cannot tell broken hardware from bad data."""
-        return bool(self.alarms) and not any(d.check in ARITHMETIC for d in self.alarms) and not self.state_is_damaged
+        return bool(self.alarms) and not any(d.check in _KNOWING for d in self.alarms) and not self.state_is_damaged
 
     @cached_property
     def same_address(self) -> bool:

@@ -77,6 +77,24 @@ def test_nans_of_the_data_end_in_93_after_so_many_in_a_row(results: Results) -> 
     assert results["nan_for_good"][0]["rules"][-1] == "data-skips-exhausted"
 
 
+@pytest.mark.parametrize("case", [f"zero{zero}-{precision}" for zero in range(4) for precision in ("fp32", "bf16")])
+def test_a_wrong_sum_over_the_ranks_is_seen_where_it_lies_and_replayed(results: Results, case: str) -> None:
+    first, second = (result[case] for result in results["wrong_reduction"])
+    assert first["matters"], "the fault does no harm where nobody looks"
+    assert first["equal"]
+    assert second["equal"]
+    assert first["actions"] == ["4:replay:succeeded", "4:continue:succeeded"]
+    assert (first["roots"], second["roots"]) == ([], ["4:gradient.sum:mismatch:a0"])
+    assert first["cordon"] == []
+
+
+def test_a_sum_that_stays_wrong_blames_no_device_and_ends_the_generation(results: Results) -> None:
+    first, second = results["wrong_reduction_for_good"]
+    assert first["rules"] == ["replay", "replay", "restart"]
+    assert first["cordon"] == []
+    assert first["exit_code"] == second["exit_code"] == 76
+
+
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])
 def test_the_search_for_a_loss_scale_is_not_disturbed(results: Results, stage: str) -> None:
     searches = results.get("scale_search")

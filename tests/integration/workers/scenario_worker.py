@@ -6,16 +6,18 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.comm import comm
 from deepspeed.pipe import PipelineModule
 from ending import leave
 from matrix_cases import Case
@@ -372,6 +374,66 @@ def pipeline() -> dict[str, Any]:
     return {"equal": is_equal(clean.state, guarded.state), **struck.report()}
 
 
+@contextlib.contextmanager
+def wrong_sums(step: int, *, times: int) -> Iterator[Callable[[Case, Any, int], list[torch.Tensor]]]:
+    """DeepSpeed's reductions of gradients, wrong in one element of what rank 1 gets, so many times in a step.
+
+    Gives a training step to use. The fault is below what watches the reductions, as a broken adapter's would be.
+    """
+    backend, current, left = comm.cdb, [0], [times]
+
+    def struck(name: str) -> Callable[..., Any]:
+        original = getattr(type(backend), name)
+
+        def reduce(*args: Any, **kwargs: Any) -> Any:
+            returned = original(backend, *args, **kwargs)
+            tensor = args[0] if args else kwargs.get("output_tensor", kwargs.get("tensor"))
+            # The norm of the gradients is a sum over ranks, too, of one number.
+            if current[0] == step and left[0] > 0 and dist.get_rank() == 1 and tensor.numel() > 1:
+                left[0] -= 1
+                tensor.view(-1)[tensor.numel() // 2] += 1e3
+            return returned
+
+        return reduce
+
+    def step_of(case: Case, engine: Any, step: int) -> list[torch.Tensor]:
+        current[0] = step
+        return train_step(case, engine, step)
+
+    names = ("all_reduce", "reduce", "reduce_scatter_tensor")
+    for name in names:
+        setattr(backend, name, struck(name))
+    try:
+        yield step_of
+    finally:
+        for name in names:
+            del backend.__dict__[name]
+
+
+def wrong_reduction() -> dict[str, Any]:
+    deepspeed.init_distributed("gloo")
+    results = {}
+    for zero, precision in itertools.product((0, 1, 2, 3), ("fp32", "bf16")):
+        case = Case(name="reduction", zero=zero, precision=precision)
+        clean = train(case)
+        with wrong_sums(4, times=1) as step_of:
+            loose = train(case, step_of=step_of)
+        with wrong_sums(4, times=1) as step_of:
+            struck = train(case, settings=CHECKSUM, step_of=step_of)
+        results[f"zero{zero}-{precision}"] = {
+            "matters": not is_equal(clean.state, loose.state),
+            "equal": is_equal(clean.state, struck.state),
+            **struck.report(),
+        }
+    return results
+
+
+def wrong_reduction_for_good() -> dict[str, Any]:
+    deepspeed.init_distributed("gloo")
+    with wrong_sums(4, times=1000) as step_of:
+        return train(ZERO2, settings=CHECKSUM, step_of=step_of).report()
+
+
 def put_back() -> dict[str, Any]:
     guarded = train(ZERO2, settings=CHECKSUM, num_steps=1)
     return {"left_over": guarded.directory_of_engine, **guarded.report()}
@@ -396,6 +458,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "drain": drain,
     "around_the_outputs": around_the_outputs,
     "evaluation_between": evaluation_between,
+    "wrong_reduction": wrong_reduction,
+    "wrong_reduction_for_good": wrong_reduction_for_good,
     "put_back": put_back,
     # The last one: DeepSpeed keeps the grid of a pipeline for the life of the process.
     "pipeline": pipeline,

@@ -99,6 +99,31 @@ def test_the_gate_is_as_before_when_the_handler_raises() -> None:
         seam.uninstall()
 
 
+def test_a_gate_is_shut_in_the_middle_of_gated_work_and_of_an_admitted_pass() -> None:
+    counter = Counter()
+    gate, seam = seam_with(counter)
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def in_between(_: torch.Tensor) -> None:
+        gate.admit(torch._C._current_graph_task_id())
+        with gate.shut():
+            torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+
+    seam.install()
+    try:
+        with gate.opened():
+            with gate.shut():
+                torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+            assert counter.calls == 0
+            assert gate.is_open("CPU")
+        out = (torch.randn(3, 3) @ weight).sum()
+        out.register_hook(in_between)
+        out.backward()
+        assert counter.calls == 1, "the product of the pass itself"
+    finally:
+        seam.uninstall()
+
+
 def test_operators_without_a_kernel_at_a_key_are_left_out() -> None:
     seam = Seam(Gate())
     seam.add("_scaled_dot_product_cudnn_attention", Counter())

@@ -1,0 +1,82 @@
+"""Sums over a reduction: silent in every order and dtype of adding, loud on what a broken link or adder does."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resilience.abft.reduction import CHUNK, chunk_sums, reduction_ratio
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def parts_of(
+    num_ranks: int, size: int, dtype: torch.dtype, *, common: float = 0.0, seed: int = 0
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(size, generator=generator) * common
+    return [(torch.randn(size, generator=generator) + shared).to(dtype) for _ in range(num_ranks)]
+
+
+def ratio(parts: list[torch.Tensor], result: torch.Tensor) -> float:
+    sums = torch.stack([chunk_sums(part.view(1, -1))[0] for part in parts])
+    return float(
+        reduction_ratio(
+            sums.sum(0),
+            sums.square().mean(-1).sum(0),
+            chunk_sums(result.view(1, -1))[0],
+            dtype=result.dtype,
+            num_ranks=len(parts),
+        ).max()
+    )
+
+
+def added(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One after the other, each partial sum rounded: the worst that a ring does."""
+    return functools.reduce(operator.add, parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_ranks=st.sampled_from([2, 3, 8, 32]),
+    size=st.sampled_from([1, 2, 100, CHUNK - 1, CHUNK, 2 * CHUNK + 77]),
+    dtype=st.sampled_from(DTYPES),
+    common=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 10),
+)
+def test_clean_reductions_raise_nothing(
+    num_ranks: int, size: int, dtype: torch.dtype, common: float, seed: int
+) -> None:
+    parts = parts_of(num_ranks, size, dtype, common=common, seed=seed)
+    assert ratio(parts, added(parts)) <= 0.7
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 2e-3), (torch.float64, 2e-3), (torch.bfloat16, 30.0)])
+def test_one_element_off_is_seen(dtype: torch.dtype, least: float) -> None:
+    parts = parts_of(2, 2 * CHUNK + 77, dtype)
+    for place in (0, 77, CHUNK - 1, CHUNK, 2 * CHUNK + 76):
+        result = added(parts)
+        result[place] += least
+        assert ratio(parts, result) > 1.0, place
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_links_and_adders_do_wrong_is_seen(dtype: torch.dtype) -> None:
+    parts = parts_of(4, 2 * CHUNK, dtype)
+    whole = added(parts)
+    missing = added(parts[:3])
+    twice = added([*parts, parts[0]])
+    shifted = whole.roll(1)
+    zeroed = whole.clone()
+    zeroed[CHUNK : CHUNK + 4096] = 0
+    for wrong in (missing, twice, shifted, zeroed) if dtype != torch.bfloat16 else (missing, twice, shifted):
+        assert ratio(parts, wrong) > 1.0
+    for value in (float("inf"), float("nan"), 0.9 * torch.finfo(dtype).max):
+        struck = whole.clone()
+        struck[5] = value
+        assert not ratio(parts, struck) <= 1.0
