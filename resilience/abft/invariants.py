@@ -23,13 +23,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-from typing import Any
 
 import torch
 
 from resilience.abft.thresholds import invariant_factor
-from resilience.kernels.sweep import sweep
+from resilience.kernels.products import pair_sums
 
 __all__ = ["BACKWARD_SITES", "AttentionBackward", "AttentionForward", "backward_ratios", "forward_ratio"]
 
@@ -132,9 +130,6 @@ def backward_ratios(call: AttentionBackward) -> torch.Tensor:
 
 # --- screen -----------------------------------------------------------------------------------------------------------
 
-_CHUNK_BYTES = 8 << 20
-"""Of each operand, so that products of elements stay in the cache until they are summed."""
-
 _SCREEN_SHARE = 0.8
 """Of the exact tolerance: leaves room for the error of an estimated scale."""
 
@@ -146,12 +141,6 @@ def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
     signs, and half the mean of its head's: neither a component far above the others nor a low estimate widens the gap.
     Scores do not widen tolerances, and rows without keys count: the exact form has the last word.
     """
-    chunk = max(1, _CHUNK_BYTES * call.query.shape[0] // max(1, call.query.nbytes))
-    parts = [_screened_chunk(_chunk(call, begin, chunk)) for begin in range(0, call.query.shape[0], chunk)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).amax(0)
-
-
-def _screened_chunk(call: AttentionBackward) -> torch.Tensor:
     heads = call.key.shape[1]
     stored, wide = torch.finfo(call.out.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     length, width = max(call.query.shape[2], call.key.shape[2]), call.query.shape[3]
@@ -159,59 +148,35 @@ def _screened_chunk(call: AttentionBackward) -> torch.Tensor:
         _SCREEN_SHARE * invariant_factor(stored=stored, accumulated=wide, length=length, width=width),
         _SCREEN_SHARE * invariant_factor(stored=0.0, accumulated=wide, length=length, width=width),
     )
-    weighted = _product_sums(call.d_out, call.out)
+    signs = _signs(call.query.shape[2])
+    of_d_out, _, weighted = pair_sums(call.d_out, call.out, signs)
+    terms = _estimated(weighted)
     dv = dk = dq = context = torch.zeros((), dtype=torch.float32, device=call.out.device)
+    of_keys = _signs(call.key.shape[2])
     if call.d_value is not None:
+        of_d_value, _, of_both = pair_sums(call.d_value, call.value, of_keys)
         if not call.dropout:
-            dv = bound.ratio(_estimated(call.d_value), _estimated(call.d_out).shared(heads))
-        context = bound.ratio(_product_sums(call.d_value, call.value), weighted.shared(heads))
+            dv = bound.ratio(_estimated(of_d_value), _estimated(of_d_out).shared(heads))
+        context = bound.ratio(_estimated(of_both), terms.shared(heads))
     if call.d_key is not None:
+        # Where dQ was not asked for, Q takes its place.
+        d_query = call.query if call.d_query is None else call.d_query
+        of_d_query, of_query, of_queries = pair_sums(d_query, call.query, signs)
+        of_d_key, _, of_both = pair_sums(call.d_key, call.key, of_keys)
         # As in the exact form, with the noise of the rows and the size of their queries taken as independent.
-        of_rows = weighted.squares.sum(2, keepdim=True) * (call.scale**2 / call.query.shape[2])
-        noise = of_rows * _estimated(call.query).squares
-        squares = _share(noise, heads)
-        dk = bound.ratio(_estimated(call.d_key), _Sums(torch.zeros_like(squares), squares))
+        of_rows = terms.squares.sum(2, keepdim=True) * (call.scale**2 / call.query.shape[2])
+        squares = _share(of_rows * _estimated(of_query).squares, heads)
+        dk = bound.ratio(_estimated(of_d_key), _Sums(torch.zeros_like(squares), squares))
         if call.d_query is not None:
-            dq = bound.ratio(_product_sums(call.d_key, call.key), _product_sums(call.d_query, call.query).shared(heads))
-            dq = dq + _estimated(call.d_query).squares.sum() * 0.0  # as in the exact form
+            dq = bound.ratio(_estimated(of_both), _estimated(of_queries).shared(heads))
+            dq = dq + of_d_query.square().sum() * 0.0  # as in the exact form
     return torch.stack([dv, dk, dq, context])
 
 
-def _estimated(x: torch.Tensor) -> _Sums:
-    """Sums over the length of x (b, h, t, d), (b, h, d) each."""
-    batch, heads, length, width = x.shape
-    signs = _signs(length)
-    columns = sweep(_by_memory(x), left=signs).columns
-    assert columns is not None
-    sums = columns.view(batch, heads, width, signs.shape[1])
-    own = sums[..., 1:].square().mean(3)
-    return _Sums(sums[..., 0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
-
-
-def _product_sums(one: torch.Tensor, other: torch.Tensor) -> _Sums:
-    """Sums of the products of elements over the length, (b, h, d) each."""
-    return _estimated(torch.mul(one, other, out=_scratch(one)))
-
-
-class _Scratch(threading.local):
-    memory = torch.empty(0, device="cpu")
-
-
-_scratch_of_thread = _Scratch()
-
-
-def _scratch(like: torch.Tensor) -> torch.Tensor:
-    """Memory for one product, of the shape and the order of `like`; the next one overwrites it.
-
-    Fresh memory for each would cost as much as the sums: the system clears its pages.
-    """
-    batch, heads, length, width = like.shape
-    if _scratch_of_thread.memory.nbytes < like.nbytes:
-        _scratch_of_thread.memory = torch.empty(like.nbytes, dtype=torch.uint8, device="cpu")
-    flat = _scratch_of_thread.memory[: like.nbytes].view(like.dtype)
-    if _heads_in_rows(like):
-        return flat.view(batch, length, heads, width).transpose(1, 2)
-    return flat.view(batch, heads, length, width)
+def _estimated(sums: torch.Tensor) -> _Sums:
+    """From sums under the columns of `_signs`, (4, b, h, d)."""
+    own = sums[1:].square().mean(0)
+    return _Sums(sums[0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
 
 
 def _by_memory(x: torch.Tensor) -> torch.Tensor:
@@ -232,18 +197,6 @@ def _signs(length: int) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(length)
     signs = torch.randint(0, 2, (3, length), generator=generator, device="cpu").float() * 2.0 - 1.0
     return torch.cat([torch.ones_like(signs[:1]), signs]).T
-
-
-def _chunk(call: AttentionBackward, begin: int, size: int) -> AttentionBackward:
-    """Some batches of every tensor."""
-    if begin == 0 and size >= call.query.shape[0]:
-        return call
-    tensors: dict[str, Any] = {
-        field.name: value[begin : begin + size]
-        for field in dataclasses.fields(call)
-        if isinstance(value := getattr(call, field.name), torch.Tensor) and field.name != "mask"
-    }
-    return dataclasses.replace(call, **tensors, mask=None)
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,306 @@
+/* The compiled form of products.py: sums over the length of two tensors and of the products of their elements, in one
+ * pass over both.
+ *
+ * Knows addresses, sizes and strides only, as _sweep.c does. A unit is some columns of one matrix, over its whole length:
+ * the bits of a sum depend on the length and the instruction set, not on the number of threads.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
+#endif
+
+enum {
+    LANES = 16,           /* of a vector; the compiler cuts it into what the processor has */
+    VECTORS = 4,          /* weight vectors */
+    KINDS = 3,            /* of sums: of one tensor, of the other, of their products */
+    ROWS = 4,             /* read together */
+    PANEL = 128,          /* rows after which sums are added to their totals: round-off grows with the root of that */
+    WIDTH = 256,          /* columns of a unit; less where there would be few units */
+    LEAST_WIDTH = 64,     /* four lines of the cache */
+    ENOUGH_UNITS = 16,
+    SMALL = 1 << 15,      /* elements up to which threads and releasing the GIL cost more than they bring */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 4")
+
+typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+/* (outer, inner, length, width), the last one contiguous; strides in bytes. */
+typedef struct {
+    const char *data;
+    ptrdiff_t outer, inner, row;
+} operand;
+
+typedef struct {
+    operand of[2];
+    ptrdiff_t outer, inner, length, width;
+    const float *weights; /* VECTORS of `length`, one after the other */
+    float *out;           /* (KINDS, VECTORS, outer, inner, width) */
+    ptrdiff_t unit_width, next_unit;
+    int is_bfloat16;
+    void (*run)(const void *, ptrdiff_t);
+} job;
+
+/* The next LANES numbers of `count`, zeros after them. */
+INLINE void load(floats *to, const char *from, ptrdiff_t count, int is_bfloat16)
+{
+    if (is_bfloat16) {
+        halves loaded = {0};
+        if (count >= LANES)
+            loaded = *(const halves *)from;
+        else
+            memcpy(&loaded, from, (size_t)count * 2);
+        *to = (floats)(__builtin_convertvector(loaded, words) << 16);
+    } else if (count >= LANES) {
+        *to = *(const floats *)from;
+    } else {
+        *to = (floats){0};
+        memcpy(to, from, (size_t)count * 4);
+    }
+}
+
+/* At most ROWS rows, added to the sums of a panel. Where there are fewer, the first one counts again, zero times. */
+INLINE void add_rows(const job *work, const char *const start[2], ptrdiff_t row, ptrdiff_t width,
+                     float sums[KINDS * VECTORS][WIDTH], int is_bfloat16)
+{
+    const ptrdiff_t size = is_bfloat16 ? 2 : 4, count = work->length - row;
+    const char *from[2][ROWS];
+    float weight[ROWS][VECTORS];
+    UNROLL for (int i = 0; i < ROWS; i++)
+    {
+        for (int side = 0; side < 2; side++)
+            from[side][i] = start[side] + (row + (i < count ? i : 0)) * work->of[side].row;
+        UNROLL for (int c = 0; c < VECTORS; c++) weight[i][c] = i < count ? work->weights[c * work->length + row + i] : 0;
+    }
+    for (ptrdiff_t at = 0; at < width; at += LANES) {
+        floats one[ROWS], other[ROWS];
+        UNROLL for (int i = 0; i < ROWS; i++)
+        {
+            load(&one[i], from[0][i] + at * size, width - at, is_bfloat16);
+            load(&other[i], from[1][i] + at * size, width - at, is_bfloat16);
+            /* Rows may lie far apart: the processor itself sees no further than a page. */
+            for (int side = 0; side < 2; side++)
+                __builtin_prefetch(
+                    (const char *)((uintptr_t)from[side][i] + (uintptr_t)(ROWS * work->of[side].row + at * size)));
+        }
+        UNROLL for (int c = 0; c < VECTORS; c++)
+        {
+            floats of_one = weight[0][c] * one[0], of_other = weight[0][c] * other[0];
+            floats of_both = of_one * other[0];
+            UNROLL for (int i = 1; i < ROWS; i++)
+            {
+                floats weighted = weight[i][c] * one[i];
+                of_one += weighted;
+                of_both += weighted * other[i];
+                of_other += weight[i][c] * other[i];
+            }
+            *(floats *)&sums[c][at] += of_one;
+            *(floats *)&sums[VECTORS + c][at] += of_other;
+            *(floats *)&sums[2 * VECTORS + c][at] += of_both;
+        }
+    }
+}
+
+INLINE void run_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
+{
+    const ptrdiff_t groups = (work->width + work->unit_width - 1) / work->unit_width, matrix = unit / groups;
+    const ptrdiff_t begin = unit % groups * work->unit_width, rest = work->width - begin;
+    const ptrdiff_t width = rest < work->unit_width ? rest : work->unit_width;
+    const char *start[2];
+    for (int side = 0; side < 2; side++)
+        start[side] = work->of[side].data + matrix / work->inner * work->of[side].outer +
+                      matrix % work->inner * work->of[side].inner + begin * (is_bfloat16 ? 2 : 4);
+    float totals[KINDS * VECTORS][WIDTH] = {0};
+    for (ptrdiff_t row = 0; row < work->length;) {
+        float sums[KINDS * VECTORS][WIDTH] = {0};
+        const ptrdiff_t stop = row + PANEL < work->length ? row + PANEL : work->length;
+        for (; row < stop; row += ROWS)
+            add_rows(work, start, row, width, sums, is_bfloat16);
+        for (int number = 0; number < KINDS * VECTORS; number++)
+            for (ptrdiff_t at = 0; at < width; at += LANES)
+                *(floats *)&totals[number][at] += *(floats *)&sums[number][at];
+    }
+    const ptrdiff_t block = work->outer * work->inner * work->width;
+    for (int number = 0; number < KINDS * VECTORS; number++)
+        memcpy(work->out + number * block + matrix * work->width + begin, totals[number], (size_t)width * sizeof(float));
+}
+
+#define RUN(name, target)                                                                                              \
+    target static void run_##name(const void *work, ptrdiff_t unit)                                                    \
+    {                                                                                                                  \
+        if (((const job *)work)->is_bfloat16)                                                                          \
+            run_unit(work, unit, 1);                                                                                   \
+        else                                                                                                           \
+            run_unit(work, unit, 0);                                                                                   \
+    }
+RUN(plain, )
+#if defined(__x86_64__)
+RUN(avx2, __attribute__((target("avx2,fma"))))
+RUN(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+#endif
+
+static const struct {
+    const char *name;
+    void (*run)(const void *, ptrdiff_t);
+} INSTRUCTION_SETS[] = {
+    {"plain", run_plain},
+#if defined(__x86_64__)
+    {"avx2", run_avx2},
+    {"avx512", run_avx512},
+#endif
+};
+static int instruction_set;
+
+/* Number of the best instruction set that this processor and its operating system have. */
+static int best_instruction_set(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+static ptrdiff_t num_units(const job *work)
+{
+    return work->outer * work->inner * ((work->width + work->unit_width - 1) / work->unit_width);
+}
+
+/* What every thread runs: units, until none is left. */
+static void run(void *data)
+{
+    job *work = data;
+    for (;;) {
+        ptrdiff_t unit = __atomic_fetch_add(&work->next_unit, 1, __ATOMIC_RELAXED);
+        if (unit >= num_units(work))
+            return;
+        work->run(work, unit);
+    }
+}
+
+typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
+
+/* Runs the job; called with the GIL held. */
+static void execute(job *work, parallel_function *parallel, unsigned threads)
+{
+    work->run = INSTRUCTION_SETS[instruction_set].run;
+    for (work->unit_width = WIDTH; work->unit_width > LEAST_WIDTH && num_units(work) < ENOUGH_UNITS;)
+        work->unit_width /= 2;
+    if (work->outer * work->inner * work->length * work->width <= SMALL) {
+        run(work);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    if (parallel != NULL && threads > 1)
+        parallel(run, work, threads, 0);
+    else
+        run(work);
+    Py_END_ALLOW_THREADS;
+}
+
+/* Reads a tuple of `count` integers; 0 if it is not one. */
+static int read_tuple(PyObject *tuple, Py_ssize_t count, ptrdiff_t *values)
+{
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != count)
+        return 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        values[i] = (ptrdiff_t)PyLong_AsSsize_t(PyTuple_GetItem(tuple, i));
+    return !PyErr_Occurred();
+}
+
+static void *read_address(PyObject *number) { return (void *)(uintptr_t)PyLong_AsSize_t(number); }
+
+PyDoc_STRVAR(sums_doc,
+             "sums(shape, is_bfloat16, one, strides, other, strides, weights, out, GOMP_parallel, threads)\n\n"
+             "Shape (outer, inner, length, width); addresses as integers; strides of the first three, in elements.\n"
+             "Writes (3, 4, outer, inner, width) contiguous float32 for (4, length) contiguous weights.");
+
+static PyObject *sums(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 10)
+        return PyErr_Format(PyExc_TypeError, "sums takes 10 arguments, %zd were given", count);
+    ptrdiff_t shape[4];
+    job work = {.is_bfloat16 = PyObject_IsTrue(arguments[1])};
+    if (!read_tuple(arguments[0], 4, shape))
+        goto fail;
+    for (int side = 0; side < 2; side++) {
+        ptrdiff_t strides[3], size = work.is_bfloat16 ? 2 : 4;
+        if (!read_tuple(arguments[3 + 2 * side], 3, strides))
+            goto fail;
+        work.of[side] = (operand){.data = read_address(arguments[2 + 2 * side]),
+                                  .outer = strides[0] * size,
+                                  .inner = strides[1] * size,
+                                  .row = strides[2] * size};
+    }
+    work.outer = shape[0], work.inner = shape[1], work.length = shape[2], work.width = shape[3];
+    work.weights = read_address(arguments[6]);
+    work.out = read_address(arguments[7]);
+    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(arguments[8]);
+    unsigned threads = (unsigned)PyLong_AsUnsignedLong(arguments[9]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (shape[0] > 0 && shape[1] > 0 && shape[3] > 0)
+        execute(&work, parallel, threads);
+    Py_RETURN_NONE;
+fail:
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "sums takes a shape of four numbers, and strides of three");
+    return NULL;
+}
+
+PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
+
+static PyObject *use(PyObject *module, PyObject *name)
+{
+    (void)module;
+    for (int number = 0; number <= best_instruction_set(); number++)
+        if (PyUnicode_CompareWithASCIIString(name, INSTRUCTION_SETS[number].name) == 0) {
+            instruction_set = number;
+            return PyBool_FromLong(1);
+        }
+    return PyBool_FromLong(0);
+}
+
+PyDoc_STRVAR(instructions_doc, "instructions() -> str\n\nName of the instruction set in use.");
+
+static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyUnicode_FromString(INSTRUCTION_SETS[instruction_set].name);
+}
+
+static PyMethodDef METHODS[] = {
+    {"sums", (PyCFunction)(void (*)(void))sums, METH_FASTCALL, sums_doc},
+    {"use", use, METH_O, use_doc},
+    {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "resilience.kernels._products",
+    .m_doc = "Sums of two tensors and of the products of their elements; see products.py.",
+    .m_size = -1,
+    .m_methods = METHODS,
+};
+
+PyMODINIT_FUNC PyInit__products(void)
+{
+    instruction_set = best_instruction_set();
+    return PyModule_Create(&MODULE);
+}

@@ -1,0 +1,125 @@
+"""Sums of two tensors and of their products against float64: any shape, layout and dtype, compiled and not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from resilience.kernels import products as module
+from resilience.kernels.products import NUM_WEIGHTS, pair_sums
+
+FORMS = ["torch", "plain", "avx2", "avx512"]
+"""Who does the arithmetic."""
+
+LAYOUTS = ["contiguous", "heads_in_rows", "one part of three", "columns"]
+
+TOLERANCE = 4e-7
+"""Relative to the sum of magnitudes: a dozen times the round-off of one float32 addition."""
+
+
+def choose(form: str, patch: pytest.MonkeyPatch) -> bool:
+    """Have `form` do the arithmetic until `patch` is undone; whether this machine can."""
+    if form == "torch":
+        patch.setattr(module, "_compiled", None)
+        return True
+    return module._compiled is not None and module._compiled.use(form)
+
+
+@pytest.fixture(autouse=True)
+def best_form() -> Iterator[None]:
+    best = module._compiled.instructions() if module._compiled is not None else None
+    threads = torch.get_num_threads()
+    yield
+    if module._compiled is not None and best is not None:
+        module._compiled.use(best)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = str(request.param)
+    if not choose(name, monkeypatch):
+        pytest.skip(f"no {name} here")
+    return name
+
+
+def laid_out(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random numbers of this shape: contiguous, with heads side by side in rows, a part of such rows, or transposed."""
+    batch, heads, length, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    if layout == "contiguous":
+        return torch.randn(shape, generator=generator).to(dtype)
+    if layout == "columns":
+        return torch.randn(batch, heads, width, length, generator=generator).to(dtype).mT
+    parts = 3 if layout == "one part of three" else 1
+    rows = torch.randn(batch, length, parts * heads, width, generator=generator).to(dtype)
+    return rows[:, :, heads * (parts - 1) :].transpose(1, 2)
+
+
+def weights_of(length: int) -> torch.Tensor:
+    return torch.randn(NUM_WEIGHTS, length, generator=torch.Generator().manual_seed(3)).T
+
+
+def assert_right(one: torch.Tensor, other: torch.Tensor) -> None:
+    weights = weights_of(one.shape[2])
+    found = pair_sums(one, other, weights)
+    assert found.dtype == torch.float32
+    assert found.shape == (3, NUM_WEIGHTS, one.shape[0], one.shape[1], one.shape[3])
+    for sums, terms in zip(found, (one.double(), other.double(), one.double() * other.double()), strict=True):
+        wanted = torch.einsum("bhtd,tc->cbhd", terms, weights.double())
+        magnitude = torch.einsum("bhtd,tc->cbhd", terms.abs(), weights.double().abs())
+        assert bool(((sums.double() - wanted).abs() <= TOLERANCE * magnitude).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    shape=st.tuples(
+        st.integers(1, 3),
+        st.integers(1, 5),
+        st.sampled_from([1, 3, 4, 127, 128, 130, 517]),
+        st.sampled_from([1, 7, 16, 17, 64, 80, 300]),
+    ),
+)
+def test_sums_are_those_of_float64(
+    form: str, dtype: torch.dtype, layouts: tuple[str, str], shape: tuple[int, int, int, int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if choose(form, patch):
+            assert_right(*(laid_out(shape, layout, dtype, seed) for seed, layout in enumerate(layouts)))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("place", [0, 129, 517])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_comes_through_in_its_own_column_only(
+    form: str, side: int, place: int, value: float
+) -> None:
+    pair = [laid_out((2, 3, 518, 20), "heads_in_rows", torch.float32, seed) for seed in range(2)]
+    clean = pair_sums(pair[0], pair[1], weights_of(518))
+    pair[side][1, 2, place, 7] = value
+    pair[1 - side][1, 2, place, 7] = 4000.0  # a product beyond the range of float32
+    struck = pair_sums(pair[0], pair[1], weights_of(518))
+    assert not bool(struck[2, :, 1, 2, 7].isfinite().any())
+    assert bool((struck[side, :, 1, 2, 7].abs() > 1e36).logical_or(struck[side, :, 1, 2, 7].isnan()).all())
+    untouched = torch.ones_like(clean, dtype=torch.bool)
+    untouched[:, :, 1, 2, 7] = False
+    torch.testing.assert_close(struck[untouched], clean[untouched], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(module._compiled is None, reason="needs the compiled kernel")
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_bits_do_not_depend_on_threads(layout: str) -> None:
+    one, other = (laid_out((2, 12, 517, 64), layout, torch.float32, seed) for seed in range(2))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(pair_sums(one, other, weights_of(517)))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
