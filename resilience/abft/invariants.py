@@ -27,7 +27,7 @@ import functools
 import torch
 
 from resilience.abft.thresholds import invariant_factor
-from resilience.kernels.products import pair_sums
+from resilience.kernels.lengthwise import extremes, pair_sums
 
 __all__ = ["BACKWARD_SITES", "AttentionBackward", "AttentionForward", "backward_ratios", "forward_ratio"]
 
@@ -80,12 +80,13 @@ class AttentionBackward:
 def forward_ratio(call: AttentionForward) -> torch.Tensor:
     """Excess over the range of V ÷ tolerance, a scalar; NaN or infinite where O or the log-sum-exp is not finite."""
     wide = _wide(call.out)
-    out_low, out_high = _range(call.out, wide)
+    out_low, out_high = extremes(call.out)
+    excess: torch.Tensor
     if call.dropout:
         excess = torch.zeros((), dtype=wide, device=call.out.device) * (out_low.sum() + out_high.sum())
     else:
         groups = call.out.shape[1] // call.value.shape[1]
-        low, high = (bound.repeat_interleave(groups, dim=1) for bound in _range(call.value, wide))
+        low, high = extremes(call.value).repeat_interleave(groups, dim=2)
         if call.masked:
             low, high = low.clamp(max=0), high.clamp(min=0)
         tolerance = torch.maximum(low.abs(), high.abs()) * _range_factor(call.out, call.value.shape[2]) + _TINY
@@ -93,15 +94,6 @@ def forward_ratio(call: AttentionForward) -> torch.Tensor:
     if call.logsumexp is not None and not call.masked:
         excess = excess + call.logsumexp.sum() * 0
     return excess
-
-
-def _range(x: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest of every component over the length, each (b, h, d); read along the memory, an order of
-    magnitude faster than `aminmax` over that dimension.
-    """
-    batch, heads, _, width = x.shape
-    rows = _by_memory(x)
-    return rows.amin(1).view(batch, heads, width).to(wide), rows.amax(1).view(batch, heads, width).to(wide)
 
 
 @torch.no_grad()
@@ -177,18 +169,6 @@ def _estimated(sums: torch.Tensor) -> _Sums:
     """From sums under the columns of `_signs`, (4, b, h, d)."""
     own = sums[1:].square().mean(0)
     return _Sums(sums[0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
-
-
-def _by_memory(x: torch.Tensor) -> torch.Tensor:
-    """(b, h, t, d) as (b, t, h·d) where heads lie side by side in each row, else as (b·h, t, d); a view if possible."""
-    batch, heads, length, width = x.shape
-    if _heads_in_rows(x):
-        return x.transpose(1, 2).view(batch, length, heads * width)
-    return x.reshape(batch * heads, length, width)
-
-
-def _heads_in_rows(x: torch.Tensor) -> bool:
-    return x.stride(3) == 1 and x.stride(1) == x.shape[3] and x.shape[1] > 1
 
 
 @functools.lru_cache(maxsize=64)

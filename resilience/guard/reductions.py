@@ -64,26 +64,34 @@ class Reductions:
         self._seen: list[_Reduction] = []
         self.num_checks = 0
         self._is_on = enabled and exchange.world_size > 1
+        self._is_listening = False
         self._stop = watch_reductions(self) if self._is_on else lambda: None
 
     def remove(self) -> None:
         """Look no more."""
         self._is_on = False
-        self._seen.clear()
+        self.forget()
         self._stop()
 
-    def begin(self) -> None:
-        """Forget what was seen: a new attempt begins."""
+    def listen(self) -> None:
+        """This engine works on a step from here on: what is reduced before belongs to others."""
+        self._is_listening = self._is_on
+
+    def forget(self) -> None:
+        """What was seen counts no more: the step is over, or a new attempt begins."""
+        self._is_listening = False
         self._seen.clear()
 
     def goes_in(self, shards: torch.Tensor) -> None:
         """This rank's part of a reduction that begins."""
+        if not self._is_listening:
+            return
         with self._apart():
             self._seen.append(_Reduction(shards.dtype, chunk_sums(shards)))
 
     def comes_out(self, result: torch.Tensor | None, shard: int) -> None:
         """The result of the reduction that began last."""
-        if result is not None:
+        if result is not None and self._is_listening:
             last = self._seen[-1]
             with self._apart():
                 last.shard, last.observed = shard, chunk_sums(result.view(1, -1))[0]

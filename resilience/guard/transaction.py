@@ -244,7 +244,7 @@ class Guard:
         """The engine's state is that of `step`, loaded and verified; what was seen before does not count."""
         self.recorder.clear()
         self._screen.begin()
-        self._reductions.begin()
+        self._reductions.forget()
         self._findings.clear()
         self._attempt, self._micro_step, self._step_began_at = 0, -1, None
         self.boundary.go_on_after(step, deterministic=deterministic)
@@ -264,7 +264,7 @@ class Guard:
         """A replay begins: what was seen so far belongs to the attempt before."""
         self._attempt, self._micro_step = attempt, -1
         self._screen.begin()
-        self._reductions.begin()
+        self._reductions.forget()
         self._screen.fingerprinting = True
         self._findings.clear()
 
@@ -375,7 +375,7 @@ class Guard:
     def end_step(self) -> None:
         """A step was taken, or gone back to."""
         self._screen.begin()
-        self._reductions.begin()
+        self._reductions.forget()
         self._findings.clear()
         self._attempt, self._micro_step = 0, -1
         if self._state is not None:
@@ -434,6 +434,7 @@ class Guard:
         return max(0, self.recorder.num_backwards - 1)
 
     def _begin_micro_step(self, micro_step: int) -> None:
+        self._reductions.listen()
         if micro_step == self._micro_step:
             return
         self._headway.begin()

@@ -28,7 +28,9 @@ class Ranks(Exchange):
 
 
 def reductions_of(ranks: Ranks) -> Reductions:
-    return Reductions(ranks, SystemClock(), tell=pytest.fail)
+    reductions = Reductions(ranks, SystemClock(), tell=pytest.fail)
+    reductions.listen()
+    return reductions
 
 
 def seen_by(
@@ -94,7 +96,7 @@ def test_a_new_attempt_forgets_the_last_one() -> None:
     ranks = Ranks(2)
     reductions = reductions_of(ranks)
     reductions.goes_in(torch.ones(1, 5))
-    reductions.begin()
+    reductions.forget()
     ranks.shared = torch.empty(0)
     assert reductions.findings() == []
     assert reductions.num_checks == 0
@@ -103,6 +105,7 @@ def test_a_new_attempt_forgets_the_last_one() -> None:
 def test_ranks_that_reduced_different_things_are_not_compared_any_more_and_it_is_said_once() -> None:
     said: list[str] = []
     reductions = Reductions(Ranks(2), SystemClock(), tell=said.append)  # its exchange gives no total
+    reductions.listen()
     reductions.goes_in(torch.ones(1, 5))
     assert reductions.findings() == []
     assert reductions.findings() == []
@@ -129,6 +132,24 @@ def test_its_own_sums_are_taken_apart_from_the_script() -> None:
         yield
 
     reductions = Reductions(Ranks(2), SystemClock(), tell=pytest.fail, apart=apart)
+    reductions.listen()
     reductions.goes_in(torch.ones(1, 5))
     reductions.comes_out(torch.ones(5), 0)
     assert len(entered) == 2
+
+
+def test_what_is_reduced_between_the_steps_and_after_the_end_belongs_to_others() -> None:
+    ranks = Ranks(2)
+    ranks.shared = torch.empty(0)
+    reductions = reductions_of(ranks)
+    reductions.forget()
+    reductions.goes_in(torch.ones(1, 5))
+    reductions.comes_out(torch.ones(5), 0)
+    assert reductions.findings() == []
+    reductions.listen()
+    reductions.remove()
+    reductions.goes_in(torch.ones(1, 5))  # where another engine watches too, ours is still called
+    reductions.comes_out(torch.ones(5), 0)
+    reductions.listen()
+    assert reductions.findings() == []
+    assert reductions.num_checks == 0

@@ -1,4 +1,4 @@
-"""Sums of two tensors and of their products against float64: any shape, layout and dtype, compiled and not."""
+"""Sums of two tensors and of their products, and extremes: any shape, layout and dtype, compiled and not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from resilience.kernels import products as module
-from resilience.kernels.products import NUM_WEIGHTS, pair_sums
+from resilience.kernels import lengthwise as module
+from resilience.kernels.lengthwise import NUM_WEIGHTS, extremes, pair_sums
 
 FORMS = ["torch", "plain", "avx2", "avx512"]
 """Who does the arithmetic."""
@@ -75,17 +75,20 @@ def assert_right(one: torch.Tensor, other: torch.Tensor) -> None:
         assert bool(((sums.double() - wanted).abs() <= TOLERANCE * magnitude).all())
 
 
+SHAPES = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 4, 127, 128, 130, 517]),
+    st.sampled_from([1, 7, 16, 17, 64, 80, 300]),
+)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     form=st.sampled_from(FORMS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
-    shape=st.tuples(
-        st.integers(1, 3),
-        st.integers(1, 5),
-        st.sampled_from([1, 3, 4, 127, 128, 130, 517]),
-        st.sampled_from([1, 7, 16, 17, 64, 80, 300]),
-    ),
+    shape=SHAPES,
 )
 def test_sums_are_those_of_float64(
     form: str, dtype: torch.dtype, layouts: tuple[str, str], shape: tuple[int, int, int, int]
@@ -111,6 +114,34 @@ def test_what_is_not_finite_comes_through_in_its_own_column_only(
     untouched = torch.ones_like(clean, dtype=torch.bool)
     untouched[:, :, 1, 2, 7] = False
     torch.testing.assert_close(struck[untouched], clean[untouched], rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    layout=st.sampled_from(LAYOUTS),
+    shape=SHAPES,
+)
+def test_extremes_are_those_of_torch(
+    form: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if choose(form, patch):
+            operand = laid_out(shape, layout, dtype, 0)
+            assert torch.equal(extremes(operand), torch.stack([operand.amin(2), operand.amax(2)]).float())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("place", [0, 129, 517])
+def test_extremes_of_what_is_not_finite_are_nan_in_its_own_column_only(form: str, place: int, value: float) -> None:
+    operand = laid_out((2, 3, 518, 20), "heads_in_rows", torch.float32, 0)
+    wanted = torch.stack([operand.amin(2), operand.amax(2)])
+    operand[1, 2, place, 7] = value
+    wanted[:, 1, 2, 7] = float("nan")
+    if value == 3e38:
+        wanted[0, 1, 2, 7], wanted[1, 1, 2, 7] = operand[1, 2, :, 7].amin(), value
+    torch.testing.assert_close(extremes(operand), wanted, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.skipif(module._compiled is None, reason="needs the compiled kernel")

@@ -1,5 +1,5 @@
-/* The compiled form of products.py: sums over the length of two tensors and of the products of their elements, in one
- * pass over both.
+/* The compiled form of lengthwise.py: what is taken over the length of attention's operands. Sums of two tensors and of
+ * the products of their elements, in one pass over both; the smallest and the largest.
  *
  * Knows addresses, sizes and strides only, as _sweep.c does. A unit is some columns of one matrix, over its whole length:
  * the bits of a sum depend on the length and the instruction set, not on the number of threads.
@@ -20,6 +20,7 @@ enum {
     LANES = 16,           /* of a vector; the compiler cuts it into what the processor has */
     VECTORS = 4,          /* weight vectors */
     KINDS = 3,            /* of sums: of one tensor, of the other, of their products */
+    EXTREMES = 2,
     ROWS = 4,             /* read together */
     PANEL = 128,          /* rows after which sums are added to their totals: round-off grows with the root of that */
     WIDTH = 256,          /* columns of a unit; less where there would be few units */
@@ -42,14 +43,20 @@ typedef struct {
 } operand;
 
 typedef struct {
-    operand of[2];
+    operand of[2];        /* the second one for sums only */
     ptrdiff_t outer, inner, length, width;
     const float *weights; /* VECTORS of `length`, one after the other */
-    float *out;           /* (KINDS, VECTORS, outer, inner, width) */
+    float *out;           /* (KINDS, VECTORS, outer, inner, width), or (EXTREMES, outer, inner, width) */
     ptrdiff_t unit_width, next_unit;
     int is_bfloat16;
     void (*run)(const void *, ptrdiff_t);
 } job;
+
+/* Where a unit lies. */
+typedef struct {
+    const char *start[2];
+    ptrdiff_t matrix, begin, width;
+} place;
 
 /* The next LANES numbers of `count`, zeros after them. */
 INLINE void load(floats *to, const char *from, ptrdiff_t count, int is_bfloat16)
@@ -111,52 +118,114 @@ INLINE void add_rows(const job *work, const char *const start[2], ptrdiff_t row,
     }
 }
 
-INLINE void run_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
+INLINE place place_of(const job *work, ptrdiff_t unit)
 {
-    const ptrdiff_t groups = (work->width + work->unit_width - 1) / work->unit_width, matrix = unit / groups;
-    const ptrdiff_t begin = unit % groups * work->unit_width, rest = work->width - begin;
-    const ptrdiff_t width = rest < work->unit_width ? rest : work->unit_width;
-    const char *start[2];
-    for (int side = 0; side < 2; side++)
-        start[side] = work->of[side].data + matrix / work->inner * work->of[side].outer +
-                      matrix % work->inner * work->of[side].inner + begin * (is_bfloat16 ? 2 : 4);
+    const ptrdiff_t groups = (work->width + work->unit_width - 1) / work->unit_width;
+    place found = {.matrix = unit / groups, .begin = unit % groups * work->unit_width};
+    const ptrdiff_t rest = work->width - found.begin;
+    found.width = rest < work->unit_width ? rest : work->unit_width;
+    for (int side = 0; side < 2; side++) {
+        const operand *of = &work->of[side];
+        found.start[side] = (const char *)((uintptr_t)of->data + (uintptr_t)(found.matrix / work->inner * of->outer +
+                                                                           found.matrix % work->inner * of->inner +
+                                                                           found.begin * (work->is_bfloat16 ? 2 : 4)));
+    }
+    return found;
+}
+
+/* Writes `count` results of a unit. */
+INLINE void write_out(const job *work, const place *at, float results[][WIDTH], int count)
+{
+    const ptrdiff_t block = work->outer * work->inner * work->width;
+    for (int number = 0; number < count; number++)
+        memcpy(work->out + number * block + at->matrix * work->width + at->begin, results[number],
+               (size_t)at->width * sizeof(float));
+}
+
+INLINE void sum_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
+{
+    const place here = place_of(work, unit);
     float totals[KINDS * VECTORS][WIDTH] = {0};
     for (ptrdiff_t row = 0; row < work->length;) {
         float sums[KINDS * VECTORS][WIDTH] = {0};
         const ptrdiff_t stop = row + PANEL < work->length ? row + PANEL : work->length;
         for (; row < stop; row += ROWS)
-            add_rows(work, start, row, width, sums, is_bfloat16);
+            add_rows(work, here.start, row, here.width, sums, is_bfloat16);
         for (int number = 0; number < KINDS * VECTORS; number++)
-            for (ptrdiff_t at = 0; at < width; at += LANES)
+            for (ptrdiff_t at = 0; at < here.width; at += LANES)
                 *(floats *)&totals[number][at] += *(floats *)&sums[number][at];
     }
-    const ptrdiff_t block = work->outer * work->inner * work->width;
-    for (int number = 0; number < KINDS * VECTORS; number++)
-        memcpy(work->out + number * block + matrix * work->width + begin, totals[number], (size_t)width * sizeof(float));
+    write_out(work, &here, totals, KINDS * VECTORS);
 }
 
-#define RUN(name, target)                                                                                              \
-    target static void run_##name(const void *work, ptrdiff_t unit)                                                    \
+/* The smaller ones of two; of NaN, it does not matter which. */
+INLINE void keep(floats *kept, const floats *offered, int largest)
+{
+    words better = (words)(largest ? *offered > *kept : *offered < *kept);
+    *kept = (floats)(((words)*offered & better) | ((words)*kept & ~better));
+}
+
+INLINE void bound_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
+{
+    const place here = place_of(work, unit);
+    const ptrdiff_t size = is_bfloat16 ? 2 : 4, row_bytes = work->of[0].row;
+    /* Smallest, largest, and NaN where anything is not finite: comparisons drop it. */
+    float found[EXTREMES + 1][WIDTH];
+    for (ptrdiff_t at = 0; at < here.width; at += LANES) {
+        floats first;
+        load(&first, here.start[0] + at * size, here.width - at, is_bfloat16);
+        *(floats *)&found[0][at] = *(floats *)&found[1][at] = first;
+        *(floats *)&found[2][at] = (floats){0};
+    }
+    for (ptrdiff_t row = 0; row < work->length; row += ROWS) {
+        const ptrdiff_t count = work->length - row;
+        for (ptrdiff_t at = 0; at < here.width; at += LANES) {
+            floats low, high, bad = *(floats *)&found[2][at];
+            low = *(floats *)&found[0][at], high = *(floats *)&found[1][at];
+            UNROLL for (int i = 0; i < ROWS; i++)
+            {
+                const char *from = here.start[0] + (row + (i < count ? i : 0)) * row_bytes + at * size;
+                floats value;
+                load(&value, from, here.width - at, is_bfloat16);
+                __builtin_prefetch((const char *)((uintptr_t)from + (uintptr_t)(ROWS * row_bytes)));
+                keep(&low, &value, 0);
+                keep(&high, &value, 1);
+                bad += value * 0.0f;
+            }
+            *(floats *)&found[0][at] = low, *(floats *)&found[1][at] = high, *(floats *)&found[2][at] = bad;
+        }
+    }
+    for (int number = 0; number < EXTREMES; number++)
+        for (ptrdiff_t at = 0; at < here.width; at += LANES)
+            *(floats *)&found[number][at] += *(floats *)&found[2][at];
+    write_out(work, &here, found, EXTREMES);
+}
+
+#define RUN(what, name, target)                                                                                        \
+    target static void what##_##name(const void *work, ptrdiff_t unit)                                                 \
     {                                                                                                                  \
         if (((const job *)work)->is_bfloat16)                                                                          \
-            run_unit(work, unit, 1);                                                                                   \
+            what##_unit(work, unit, 1);                                                                                \
         else                                                                                                           \
-            run_unit(work, unit, 0);                                                                                   \
+            what##_unit(work, unit, 0);                                                                                \
     }
-RUN(plain, )
+#define RUNS(name, target) RUN(sum, name, target) RUN(bound, name, target)
+RUNS(plain, )
 #if defined(__x86_64__)
-RUN(avx2, __attribute__((target("avx2,fma"))))
-RUN(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
+RUNS(avx2, __attribute__((target("avx2,fma"))))
+RUNS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))))
 #endif
+
+typedef void unit_function(const void *, ptrdiff_t);
 
 static const struct {
     const char *name;
-    void (*run)(const void *, ptrdiff_t);
+    unit_function *sum, *bound;
 } INSTRUCTION_SETS[] = {
-    {"plain", run_plain},
+    {"plain", sum_plain, bound_plain},
 #if defined(__x86_64__)
-    {"avx2", run_avx2},
-    {"avx512", run_avx512},
+    {"avx2", sum_avx2, bound_avx2},
+    {"avx512", sum_avx512, bound_avx512},
 #endif
 };
 static int instruction_set;
@@ -197,7 +266,6 @@ typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
 /* Runs the job; called with the GIL held. */
 static void execute(job *work, parallel_function *parallel, unsigned threads)
 {
-    work->run = INSTRUCTION_SETS[instruction_set].run;
     for (work->unit_width = WIDTH; work->unit_width > LEAST_WIDTH && num_units(work) < ENOUGH_UNITS;)
         work->unit_width /= 2;
     if (work->outer * work->inner * work->length * work->width <= SMALL) {
@@ -224,43 +292,69 @@ static int read_tuple(PyObject *tuple, Py_ssize_t count, ptrdiff_t *values)
 
 static void *read_address(PyObject *number) { return (void *)(uintptr_t)PyLong_AsSize_t(number); }
 
+/* Reads an operand from (address, strides). */
+static int read_operand(PyObject *const *arguments, int is_bfloat16, operand *found)
+{
+    ptrdiff_t strides[3], size = is_bfloat16 ? 2 : 4;
+    if (!read_tuple(arguments[1], 3, strides))
+        return 0;
+    *found = (operand){.data = read_address(arguments[0]),
+                       .outer = strides[0] * size,
+                       .inner = strides[1] * size,
+                       .row = strides[2] * size};
+    return 1;
+}
+
+/* Shape, dtype, `operands` operands, [weights,] out, GOMP_parallel and threads; runs what they describe. */
+static PyObject *run_arguments(PyObject *const *arguments, int operands, unit_function *what)
+{
+    ptrdiff_t shape[4];
+    job work = {.is_bfloat16 = PyObject_IsTrue(arguments[1]), .run = what};
+    int fits = read_tuple(arguments[0], 4, shape);
+    for (int side = 0; side < operands && fits; side++)
+        fits = read_operand(arguments + 2 + 2 * side, work.is_bfloat16, &work.of[side]);
+    if (!fits) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "takes a shape of four numbers, and strides of three");
+        return NULL;
+    }
+    work.outer = shape[0], work.inner = shape[1], work.length = shape[2], work.width = shape[3];
+    PyObject *const *rest = arguments + 2 + 2 * operands;
+    if (operands == 2)
+        work.weights = read_address(*rest++);
+    work.out = read_address(rest[0]);
+    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(rest[1]);
+    unsigned threads = (unsigned)PyLong_AsUnsignedLong(rest[2]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (shape[0] > 0 && shape[1] > 0 && shape[2] > 0 && shape[3] > 0)
+        execute(&work, parallel, threads);
+    Py_RETURN_NONE;
+}
+
 PyDoc_STRVAR(sums_doc,
              "sums(shape, is_bfloat16, one, strides, other, strides, weights, out, GOMP_parallel, threads)\n\n"
-             "Shape (outer, inner, length, width); addresses as integers; strides of the first three, in elements.\n"
-             "Writes (3, 4, outer, inner, width) contiguous float32 for (4, length) contiguous weights.");
+             "Shape (outer, inner, length, width), not empty; addresses as integers; strides of the first three, in\n"
+             "elements. Writes (3, 4, outer, inner, width) contiguous float32 for (4, length) contiguous weights.");
 
 static PyObject *sums(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
     if (count != 10)
         return PyErr_Format(PyExc_TypeError, "sums takes 10 arguments, %zd were given", count);
-    ptrdiff_t shape[4];
-    job work = {.is_bfloat16 = PyObject_IsTrue(arguments[1])};
-    if (!read_tuple(arguments[0], 4, shape))
-        goto fail;
-    for (int side = 0; side < 2; side++) {
-        ptrdiff_t strides[3], size = work.is_bfloat16 ? 2 : 4;
-        if (!read_tuple(arguments[3 + 2 * side], 3, strides))
-            goto fail;
-        work.of[side] = (operand){.data = read_address(arguments[2 + 2 * side]),
-                                  .outer = strides[0] * size,
-                                  .inner = strides[1] * size,
-                                  .row = strides[2] * size};
-    }
-    work.outer = shape[0], work.inner = shape[1], work.length = shape[2], work.width = shape[3];
-    work.weights = read_address(arguments[6]);
-    work.out = read_address(arguments[7]);
-    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(arguments[8]);
-    unsigned threads = (unsigned)PyLong_AsUnsignedLong(arguments[9]);
-    if (PyErr_Occurred())
-        return NULL;
-    if (shape[0] > 0 && shape[1] > 0 && shape[3] > 0)
-        execute(&work, parallel, threads);
-    Py_RETURN_NONE;
-fail:
-    if (!PyErr_Occurred())
-        PyErr_SetString(PyExc_TypeError, "sums takes a shape of four numbers, and strides of three");
-    return NULL;
+    return run_arguments(arguments, 2, INSTRUCTION_SETS[instruction_set].sum);
+}
+
+PyDoc_STRVAR(extremes_doc,
+             "extremes(shape, is_bfloat16, operand, strides, out, GOMP_parallel, threads)\n\n"
+             "As sums; writes (2, outer, inner, width) contiguous float32.");
+
+static PyObject *extremes(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 7)
+        return PyErr_Format(PyExc_TypeError, "extremes takes 7 arguments, %zd were given", count);
+    return run_arguments(arguments, 1, INSTRUCTION_SETS[instruction_set].bound);
 }
 
 PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
@@ -286,6 +380,7 @@ static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
 
 static PyMethodDef METHODS[] = {
     {"sums", (PyCFunction)(void (*)(void))sums, METH_FASTCALL, sums_doc},
+    {"extremes", (PyCFunction)(void (*)(void))extremes, METH_FASTCALL, extremes_doc},
     {"use", use, METH_O, use_doc},
     {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},
     {NULL, NULL, 0, NULL},
@@ -293,13 +388,13 @@ static PyMethodDef METHODS[] = {
 
 static struct PyModuleDef MODULE = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "resilience.kernels._products",
-    .m_doc = "Sums of two tensors and of the products of their elements; see products.py.",
+    .m_name = "resilience.kernels._lengthwise",
+    .m_doc = "Sums and extremes over a length; see lengthwise.py.",
     .m_size = -1,
     .m_methods = METHODS,
 };
 
-PyMODINIT_FUNC PyInit__products(void)
+PyMODINIT_FUNC PyInit__lengthwise(void)
 {
     instruction_set = best_instruction_set();
     return PyModule_Create(&MODULE);

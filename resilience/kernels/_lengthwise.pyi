@@ -1,4 +1,4 @@
-"""Types of the compiled module; what it does stands in `_products.c`."""
+"""Types of the compiled module; what it does stands in `_lengthwise.c`."""
 
 def sums(
     shape: tuple[int, ...],
@@ -8,6 +8,16 @@ def sums(
     other: int,
     other_strides: tuple[int, ...],
     weights: int,
+    out: int,
+    gomp_parallel: int,
+    threads: int,
+    /,
+) -> None: ...
+def extremes(
+    shape: tuple[int, ...],
+    is_bfloat16: bool,
+    operand: int,
+    strides: tuple[int, ...],
     out: int,
     gomp_parallel: int,
     threads: int,
