@@ -87,11 +87,12 @@ class Gate:
     def shut(self) -> Iterator[None]:
         """Shut the gate for this thread, in the middle of gated work."""
         thread = self._thread
-        before, thread.open, thread.busy = thread.open, False, True
+        before = thread.open, thread.busy
+        thread.open, thread.busy = False, True
         try:
             yield
         finally:
-            thread.open, thread.busy = before, False
+            thread.open, thread.busy = before
 
     def run_shut(self, handler: Handler, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a handler; what it calls in turn is not protected again."""

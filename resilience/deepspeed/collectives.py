@@ -6,6 +6,7 @@ and 2) and reduce_scatter_tensor (ZeRO 3), each waited for before it returns. Ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
 from deepspeed.comm.reduce_op import ReduceOp
+from deepspeed.runtime.zero import stage3
 
 __all__ = ["ReductionListener", "watch_reductions"]
 
@@ -35,6 +37,14 @@ def watch_reductions(listener: ReductionListener) -> Callable[[], None]:
     if backend is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return lambda: None
     all_reduce, reduce, reduce_scatter = backend.all_reduce, backend.reduce, backend.reduce_scatter_tensor
+    coalesced, sizes = stage3.reduce_scatter_coalesced, _Sizes()
+
+    def noted_coalesced(tensors: Any, group: Any = None) -> Any:
+        sizes.of_tensors = tuple(tensor.numel() for tensor in tensors)
+        try:
+            return coalesced(tensors, group)
+        finally:
+            sizes.of_tensors = ()
 
     def watched_all_reduce(tensor: Any, op: Any = _SUM, group: Any = None, async_op: bool = False) -> Any:
         if async_op or not _is_sum_over_all(tensor, op, group):
@@ -57,6 +67,7 @@ def watch_reductions(listener: ReductionListener) -> Callable[[], None]:
     ) -> Any:
         if async_op or not _is_sum_over_all(input_tensor, op, group):
             return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+        _clear_padding(input_tensor, sizes.of_tensors)
         listener.goes_in(input_tensor.view(dist.get_world_size(), -1))
         returned = reduce_scatter(output_tensor, input_tensor, op, group, async_op)
         listener.comes_out(output_tensor, dist.get_rank())
@@ -70,14 +81,44 @@ def watch_reductions(listener: ReductionListener) -> Callable[[], None]:
     own = vars(backend)  # the class stays untouched
     before = {name: own[name] for name in watched if name in own}
     own.update(watched)
+    stage3.reduce_scatter_coalesced = noted_coalesced
 
     def stop() -> None:
+        if stage3.reduce_scatter_coalesced is noted_coalesced:
+            stage3.reduce_scatter_coalesced = coalesced
         for name, method in watched.items():
             if own.get(name) is method:
                 del own[name]
                 own.update({name: before[name]} if name in before else {})
 
     return stop
+
+
+class _Sizes:
+    """Of the tensors whose parts DeepSpeed has put side by side, while it reduces them together."""
+
+    of_tensors: tuple[int, ...] = ()
+
+
+def _clear_padding(flat: torch.Tensor, sizes: tuple[int, ...]) -> None:
+    """What fills up a tensor's parts to equal sizes is memory as it was found. It is never read; sums would be of it."""
+    padding = _padding(sizes, dist.get_world_size(), flat.device)
+    if padding.numel():
+        flat.view(-1).index_fill_(0, padding, 0.0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _padding(sizes: tuple[int, ...], num_ranks: int, device: torch.device) -> torch.Tensor:
+    """Places of the padding, (n,), in the shards of all ranks one after the other: each has a part of each tensor, of
+    ⌈size ÷ ranks⌉ elements (`deepspeed.runtime.comm.coalesced_collectives`).
+    """
+    parts = [-(-size // num_ranks) for size in sizes]
+    places, offset = [torch.empty(0, dtype=torch.int64, device="cpu")], 0
+    for size, part in zip(sizes, parts, strict=True):
+        beyond = torch.arange(size, part * num_ranks, device="cpu")
+        places.append(beyond // max(1, part) * sum(parts) + offset + beyond % max(1, part))
+        offset += part
+    return torch.cat(places).to(device)
 
 
 def _is_sum_over_all(part: torch.Tensor, op: Any, group: Any) -> bool:

@@ -31,17 +31,19 @@ class Exchange:
         """The largest of each value over all ranks."""
         if self._group is None:
             return values
-        tensor = torch.tensor(values, dtype=torch.int64)
+        tensor = torch.tensor(values, dtype=torch.int64, device="cpu")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return tensor.tolist()
 
-    def total(self, values: torch.Tensor) -> torch.Tensor | None:
-        """The sum of each value over all ranks; None where they do not all give as many."""
+    def agree(self, value: int) -> bool:
+        """Whether all ranks give the same."""
+        largest, negative_smallest = self.maximum([value, -value])
+        return largest == -negative_smallest
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of each value over all ranks, of tensors on the CPU; all ranks must give as many."""
         if self._group is None:
             return values
-        largest, smallest = self.maximum([values.numel(), -values.numel()])
-        if largest != -smallest:
-            return None
         values = values.clone()
         dist.all_reduce(values, group=self._group)
         return values
@@ -51,7 +53,7 @@ class Exchange:
         if self._group is None:
             return [content]
         size_max = self.maximum([len(content)])[0]
-        own = torch.zeros(size_max + 8, dtype=torch.uint8)
+        own = torch.zeros(size_max + 8, dtype=torch.uint8, device="cpu")
         framed = len(content).to_bytes(8, "little") + content
         own[: len(framed)] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
         every = [torch.empty_like(own) for _ in range(self.world_size)]
@@ -63,7 +65,7 @@ class Exchange:
         if self._group is None:
             return content
         size = self.maximum([len(content) if self.rank == source else 0])[0]
-        buffer = torch.zeros(size, dtype=torch.uint8)
+        buffer = torch.zeros(size, dtype=torch.uint8, device="cpu")
         if self.rank == source and size:
             buffer[:] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         dist.broadcast(buffer, src=source, group=self._group)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from resilience.abft.finding import Finding
-from resilience.abft.reduction import chunk_sums, may_overflow, reduction_ratio
+from resilience.abft.reduction import chunk_energies, chunk_sums, may_overflow, reduction_ratio
 from resilience.clock import Clock
 from resilience.deepspeed.collectives import watch_reductions
 from resilience.events import Check, DetectionKind
@@ -25,16 +27,33 @@ from resilience.guard.exchange import Exchange
 __all__ = ["Reductions"]
 
 
+class _Sums(NamedTuple):
+    """Of some shards: `chunk_sums`, (shards, chunks, c), and `chunk_energies`, (shards, chunks)."""
+
+    sums: torch.Tensor
+    energies: torch.Tensor
+
+    @classmethod
+    def of(cls, shards: torch.Tensor) -> _Sums:
+        return cls(chunk_sums(shards), chunk_energies(shards))
+
+    def shard(self, number: int) -> _Sums:
+        return _Sums(self.sums[number], self.energies[number])
+
+    def is_finite(self) -> bool:
+        return bool(self.sums.isfinite().all() and self.energies.isfinite().all())
+
+
 @dataclasses.dataclass(slots=True)
 class _Reduction:
     """One of them."""
 
     dtype: torch.dtype
-    sums: torch.Tensor
-    """Of this rank's part, (shards, chunks, c)."""
+    part: _Sums
+    """Of what this rank put in."""
     shard: int = 0
-    observed: torch.Tensor | None = None
-    """Of the result, (chunks, c); None where another rank has it."""
+    observed: _Sums | None = None
+    """Of the result, one shard; None where another rank has it."""
 
 
 class Reductions:
@@ -43,7 +62,7 @@ class Reductions:
     Args:
         exchange: to the other ranks.
         clock: for `Finding.detected_at`.
-        tell: says a reason why sums are not compared any more.
+        tell: says why the sums of a step could not be compared.
         apart: what is run within it is no work of the script's: DeepSpeed reduces in the middle of a backward pass.
         enabled: look at DeepSpeed's reductions at all.
     """
@@ -62,6 +81,7 @@ class Reductions:
         self._tell = tell
         self._apart = apart
         self._seen: list[_Reduction] = []
+        self._has_said = False
         self.num_checks = 0
         self._is_on = enabled and exchange.world_size > 1
         self._is_listening = False
@@ -87,46 +107,48 @@ class Reductions:
         if not self._is_listening:
             return
         with self._apart():
-            self._seen.append(_Reduction(shards.dtype, chunk_sums(shards)))
+            self._seen.append(_Reduction(shards.dtype, _Sums.of(shards)))
 
     def comes_out(self, result: torch.Tensor | None, shard: int) -> None:
         """The result of the reduction that began last."""
         if result is not None and self._is_listening:
             last = self._seen[-1]
             with self._apart():
-                last.shard, last.observed = shard, chunk_sums(result.view(1, -1))[0]
+                last.shard, last.observed = shard, _Sums.of(result.view(1, -1)).shard(0)
 
     def findings(self) -> list[Finding]:
         """What does not fit on this rank. Collective; waits for the device."""
         if not self._is_on:
             return []
-        if self._seen and self._seen[0].sums.device.type != "cpu":
-            torch.accelerator.synchronize()  # DeepSpeed reduces on streams of its own
-        parts = [part for each in self._seen for part in (each.sums, each.sums.square().mean(-1))]
-        totals = self._exchange.total(torch.cat([torch.empty(0).double(), *(part.flatten().cpu() for part in parts)]))
-        if totals is None:
-            self._tell("sums over the ranks are not compared any more: ranks have not taken part in the same ones")
-            self.remove()
+        if not self._exchange.agree(_fingerprint(self._seen)):
+            self._say_once()
             return []
+        if any(each.part.sums.device.type != "cpu" for each in self._seen):
+            torch.accelerator.synchronize()  # DeepSpeed reduces on streams of its own
+        parts = [part.flatten().cpu() for each in self._seen for part in each.part]
+        totals = self._exchange.total(torch.cat([torch.empty(0, dtype=torch.float64, device="cpu"), *parts]))
         found = []
         for number, each in enumerate(self._seen):
-            expected, totals = _split(totals, each.sums.shape)
-            energy, totals = _split(totals, each.sums.shape[:-1])
+            sums, totals = _split(totals, each.part.sums.shape)
+            energies, totals = _split(totals, each.part.energies.shape)
             if each.observed is not None:
-                self.num_checks += 1
-                found += self._compare(number, each, expected[each.shard], energy[each.shard])
+                found += self._compare(number, each.dtype, _Sums(sums, energies).shard(each.shard), each.observed)
         return found
 
-    def _compare(self, number: int, each: _Reduction, expected: torch.Tensor, energy: torch.Tensor) -> list[Finding]:
-        assert each.observed is not None
-        if not bool(expected.isfinite().all()):
+    def _say_once(self) -> None:
+        if not self._has_said:
+            self._tell("sums over the ranks were not compared in a step: ranks have not taken part in the same ones")
+        self._has_said = True
+
+    def _compare(self, number: int, dtype: torch.dtype, expected: _Sums, result: _Sums) -> list[Finding]:
+        if not expected.is_finite():
             return []  # what went in was bad already: the screens of local gradients know whose it is
-        observed = each.observed.cpu()
-        num_ranks = self._exchange.world_size
-        finite = bool(observed.isfinite().all())
-        if not finite and may_overflow(energy, dtype=each.dtype, num_ranks=num_ranks):
+        observed, num_ranks = _Sums(*(part.cpu() for part in result)), self._exchange.world_size
+        finite = bool(observed.sums.isfinite().all())
+        if not finite and may_overflow(expected.energies, dtype=dtype, num_ranks=num_ranks):
             return []  # the search for a loss scale: DeepSpeed skips the step
-        ratio = float(reduction_ratio(expected, energy, observed, dtype=each.dtype, num_ranks=num_ranks).max())
+        self.num_checks += 1
+        ratio = float(reduction_ratio(*expected, *observed, dtype=dtype, num_ranks=num_ranks).max())
         if ratio <= 1.0:
             return []
         return [
@@ -139,6 +161,11 @@ class Reductions:
                 detected_at=self._clock.wall(),
             )
         ]
+
+
+def _fingerprint(seen: list[_Reduction]) -> int:
+    """The same on all ranks that took part in the same reductions, in the same order."""
+    return zlib.crc32(repr([(str(each.dtype), tuple(each.part.sums.shape)) for each in seen]).encode())
 
 
 def _split(values: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:

@@ -206,6 +206,7 @@ class Guard:
         except ResilienceError as error:
             # For people, not for debuggers: one line and its code.
             self.boundary.leave(error.exit_code, str(error))
+        self._reductions.forget()  # what DeepSpeed's own step adds up is not voted about
         taken = self.rewinder.keep_and_take(lr_kwargs) if self.rewinder.is_recording else self.take(lr_kwargs)
         self._say_how_it_goes()
         self.recorder.clear()

@@ -39,7 +39,7 @@ def pair_sums(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor) -> 
         depend on the length and the processor's instruction set, not on the number of threads.
     """
     batch, heads, length, width = one.shape
-    if _compiled is not None and _fits(one) and _fits(other):
+    if _compiled is not None and _fits(one) and _fits(other) and one.dtype is other.dtype:
         sums = torch.empty(3, NUM_WEIGHTS, batch, heads, width, dtype=torch.float32, device="cpu")
         shape, strides = _as_it_lies(one, other)
         _compiled.sums(

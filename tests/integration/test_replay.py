@@ -77,7 +77,9 @@ def test_nans_of_the_data_end_in_93_after_so_many_in_a_row(results: Results) -> 
     assert results["nan_for_good"][0]["rules"][-1] == "data-skips-exhausted"
 
 
-@pytest.mark.parametrize("case", [f"zero{zero}-{precision}" for zero in range(4) for precision in ("fp32", "bf16")])
+@pytest.mark.parametrize(
+    "case", [*(f"zero{zero}-{precision}" for zero in range(4) for precision in ("fp32", "bf16")), "zero3-padded"]
+)
 def test_a_wrong_sum_over_the_ranks_is_seen_where_it_lies_and_replayed(results: Results, case: str) -> None:
     first, second = (result[case] for result in results["wrong_reduction"])
     assert first["matters"], "the fault does no harm where nobody looks"

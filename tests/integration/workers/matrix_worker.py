@@ -55,15 +55,17 @@ factor = {factor}
 
 
 class Convolution(nn.Module):
-    """Batch statistics, dropout, numpy and Python randomness; returns what is no scalar."""
+    """Batch statistics, dropout, numpy and Python randomness; returns what is no scalar. Sizes that two ranks do not
+    divide: under ZeRO-3 their shards are padded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(64, 16)
-        self.convolution = nn.Conv1d(16, 32, 3, padding=1)
-        self.norm = nn.BatchNorm1d(32)
+        self.embedding = nn.Embedding(64, 15)
+        self.convolution = nn.Conv1d(15, 33, 3, padding=1)
+        self.norm = nn.BatchNorm1d(33)
         self.dropout = nn.Dropout(0.1)
-        self.head = nn.Linear(32, 64)
+        self.head = nn.Linear(33, 64)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.convolution(self.embedding(tokens).transpose(1, 2))

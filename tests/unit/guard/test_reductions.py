@@ -23,7 +23,8 @@ class Ranks(Exchange):
         self.world_size = world_size
         self.shared: torch.Tensor | None = None
 
-    def total(self, values: torch.Tensor) -> torch.Tensor | None:
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        assert self.shared is not None
         return self.shared
 
 
@@ -44,7 +45,7 @@ def seen_by(
     vectors = []
     for reductions in seen:
         record = reductions._seen[0]
-        vectors.append(torch.cat([record.sums.flatten(), record.sums.square().mean(-1).flatten()]))
+        vectors.append(torch.cat([part.flatten() for part in record.part]))
     ranks.shared = torch.stack(vectors).sum(0)
     return seen
 
@@ -102,15 +103,25 @@ def test_a_new_attempt_forgets_the_last_one() -> None:
     assert reductions.num_checks == 0
 
 
-def test_ranks_that_reduced_different_things_are_not_compared_any_more_and_it_is_said_once() -> None:
+class Others(Ranks):
+    """They took part in another reduction."""
+
+    def agree(self, value: int) -> bool:
+        return False
+
+
+def test_what_ranks_did_not_take_part_in_together_is_not_compared_and_that_is_said_once() -> None:
     said: list[str] = []
-    reductions = Reductions(Ranks(2), SystemClock(), tell=said.append)  # its exchange gives no total
-    reductions.listen()
-    reductions.goes_in(torch.ones(1, 5))
-    assert reductions.findings() == []
-    assert reductions.findings() == []
+    reductions = Reductions(Others(2), SystemClock(), tell=said.append)
+    for _ in range(2):
+        reductions.listen()
+        reductions.goes_in(torch.ones(1, 5))
+        reductions.comes_out(torch.ones(5), 0)
+        assert reductions.findings() == []
+        reductions.forget()
     (text,) = said
     assert "not compared" in text
+    assert reductions.num_checks == 0
 
 
 @pytest.mark.parametrize(("size", "is_seen"), [(1.0, True), (6e4, False)])
