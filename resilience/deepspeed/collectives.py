@@ -37,14 +37,7 @@ def watch_reductions(listener: ReductionListener) -> Callable[[], None]:
     if backend is None or not dist.is_initialized() or dist.get_world_size() == 1:
         return lambda: None
     all_reduce, reduce, reduce_scatter = backend.all_reduce, backend.reduce, backend.reduce_scatter_tensor
-    coalesced, sizes = stage3.reduce_scatter_coalesced, _Sizes()
-
-    def noted_coalesced(tensors: Any, group: Any = None) -> Any:
-        sizes.of_tensors = tuple(tensor.numel() for tensor in tensors)
-        try:
-            return coalesced(tensors, group)
-        finally:
-            sizes.of_tensors = ()
+    sizes = _Sizes()
 
     def watched_all_reduce(tensor: Any, op: Any = _SUM, group: Any = None, async_op: bool = False) -> Any:
         if async_op or not _is_sum_over_all(tensor, op, group):
@@ -81,11 +74,10 @@ def watch_reductions(listener: ReductionListener) -> Callable[[], None]:
     own = vars(backend)  # the class stays untouched
     before = {name: own[name] for name in watched if name in own}
     own.update(watched)
-    stage3.reduce_scatter_coalesced = noted_coalesced
+    note_no_more = sizes.note()
 
     def stop() -> None:
-        if stage3.reduce_scatter_coalesced is noted_coalesced:
-            stage3.reduce_scatter_coalesced = coalesced
+        note_no_more()
         for name, method in watched.items():
             if own.get(name) is method:
                 del own[name]
@@ -99,9 +91,27 @@ class _Sizes:
 
     of_tensors: tuple[int, ...] = ()
 
+    def note(self) -> Callable[[], None]:
+        """Note them from now on; the returned callable ends it."""
+        original = stage3.reduce_scatter_coalesced
+
+        def noted(tensors: Any, group: Any = None) -> Any:
+            self.of_tensors = tuple(tensor.numel() for tensor in tensors)
+            try:
+                return original(tensors, group)
+            finally:
+                self.of_tensors = ()
+
+        def stop() -> None:
+            if stage3.reduce_scatter_coalesced is noted:
+                stage3.reduce_scatter_coalesced = original
+
+        stage3.reduce_scatter_coalesced = noted
+        return stop
+
 
 def _clear_padding(flat: torch.Tensor, sizes: tuple[int, ...]) -> None:
-    """What fills up a tensor's parts to equal sizes is memory as it was found. It is never read; sums would be of it."""
+    """What fills up parts to equal sizes is memory as it was found. It is never read, but sums would be of it."""
     padding = _padding(sizes, dist.get_world_size(), flat.device)
     if padding.numel():
         flat.view(-1).index_fill_(0, padding, 0.0)

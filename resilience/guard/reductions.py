@@ -13,12 +13,11 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from resilience.abft.finding import Finding
-from resilience.abft.reduction import chunk_energies, chunk_sums, may_overflow, reduction_ratio
+from resilience.abft.reduction import ChunkSums, chunk_sums, may_overflow, reduction_ratio
 from resilience.clock import Clock
 from resilience.deepspeed.collectives import watch_reductions
 from resilience.events import Check, DetectionKind
@@ -27,32 +26,15 @@ from resilience.guard.exchange import Exchange
 __all__ = ["Reductions"]
 
 
-class _Sums(NamedTuple):
-    """Of some shards: `chunk_sums`, (shards, chunks, c), and `chunk_energies`, (shards, chunks)."""
-
-    sums: torch.Tensor
-    energies: torch.Tensor
-
-    @classmethod
-    def of(cls, shards: torch.Tensor) -> _Sums:
-        return cls(chunk_sums(shards), chunk_energies(shards))
-
-    def shard(self, number: int) -> _Sums:
-        return _Sums(self.sums[number], self.energies[number])
-
-    def is_finite(self) -> bool:
-        return bool(self.sums.isfinite().all() and self.energies.isfinite().all())
-
-
 @dataclasses.dataclass(slots=True)
 class _Reduction:
     """One of them."""
 
     dtype: torch.dtype
-    part: _Sums
+    part: ChunkSums
     """Of what this rank put in."""
     shard: int = 0
-    observed: _Sums | None = None
+    observed: ChunkSums | None = None
     """Of the result, one shard; None where another rank has it."""
 
 
@@ -107,14 +89,14 @@ class Reductions:
         if not self._is_listening:
             return
         with self._apart():
-            self._seen.append(_Reduction(shards.dtype, _Sums.of(shards)))
+            self._seen.append(_Reduction(shards.dtype, chunk_sums(shards)))
 
     def comes_out(self, result: torch.Tensor | None, shard: int) -> None:
         """The result of the reduction that began last."""
         if result is not None and self._is_listening:
             last = self._seen[-1]
             with self._apart():
-                last.shard, last.observed = shard, _Sums.of(result.view(1, -1)).shard(0)
+                last.shard, last.observed = shard, _shard(chunk_sums(result.view(1, -1)), 0)
 
     def findings(self) -> list[Finding]:
         """What does not fit on this rank. Collective; waits for the device."""
@@ -132,7 +114,7 @@ class Reductions:
             sums, totals = _split(totals, each.part.sums.shape)
             energies, totals = _split(totals, each.part.energies.shape)
             if each.observed is not None:
-                found += self._compare(number, each.dtype, _Sums(sums, energies).shard(each.shard), each.observed)
+                found += self._compare(number, each.dtype, _shard(ChunkSums(sums, energies), each.shard), each.observed)
         return found
 
     def _say_once(self) -> None:
@@ -140,15 +122,15 @@ class Reductions:
             self._tell("sums over the ranks were not compared in a step: ranks have not taken part in the same ones")
         self._has_said = True
 
-    def _compare(self, number: int, dtype: torch.dtype, expected: _Sums, result: _Sums) -> list[Finding]:
+    def _compare(self, number: int, dtype: torch.dtype, expected: ChunkSums, result: ChunkSums) -> list[Finding]:
         if not expected.is_finite():
             return []  # what went in was bad already: the screens of local gradients know whose it is
-        observed, num_ranks = _Sums(*(part.cpu() for part in result)), self._exchange.world_size
+        observed, num_ranks = ChunkSums(*(part.cpu() for part in result)), self._exchange.world_size
         finite = bool(observed.sums.isfinite().all())
-        if not finite and may_overflow(expected.energies, dtype=dtype, num_ranks=num_ranks):
+        if not finite and may_overflow(expected, dtype=dtype, num_ranks=num_ranks):
             return []  # the search for a loss scale: DeepSpeed skips the step
         self.num_checks += 1
-        ratio = float(reduction_ratio(*expected, *observed, dtype=dtype, num_ranks=num_ranks).max())
+        ratio = float(reduction_ratio(expected, observed, dtype=dtype, num_ranks=num_ranks).max())
         if ratio <= 1.0:
             return []
         return [
@@ -161,6 +143,10 @@ class Reductions:
                 detected_at=self._clock.wall(),
             )
         ]
+
+
+def _shard(of_all: ChunkSums, number: int) -> ChunkSums:
+    return ChunkSums(of_all.sums[number], of_all.energies[number])
 
 
 def _fingerprint(seen: list[_Reduction]) -> int:

@@ -1,5 +1,5 @@
 /* The compiled form of lengthwise.py: what is taken over the length of attention's operands. Sums of two tensors and of
- * the products of their elements, in one pass over both; the smallest and the largest.
+ * the products of their elements, in one pass over both; sums of one with its squares; the smallest and the largest.
  *
  * Knows addresses, sizes and strides only, as _sweep.c does. A unit is some columns of one matrix, over its whole length:
  * the bits of a sum depend on the length and the instruction set, not on the number of threads.
@@ -20,6 +20,7 @@ enum {
     LANES = 16,           /* of a vector; the compiler cuts it into what the processor has */
     VECTORS = 4,          /* weight vectors */
     KINDS = 3,            /* of sums: of one tensor, of the other, of their products */
+    MOMENTS = VECTORS + 1, /* weighted sums, and that of squares */
     EXTREMES = 2,
     ROWS = 4,             /* read together */
     PANEL = 128,          /* rows after which sums are added to their totals: round-off grows with the root of that */
@@ -46,7 +47,7 @@ typedef struct {
     operand of[2];        /* the second one for sums only */
     ptrdiff_t outer, inner, length, width;
     const float *weights; /* VECTORS of `length`, one after the other */
-    float *out;           /* (KINDS, VECTORS, outer, inner, width), or (EXTREMES, outer, inner, width) */
+    float *out;           /* (KINDS, VECTORS, outer, inner, width); of one, (MOMENTS, …) or (EXTREMES, …) */
     ptrdiff_t unit_width, next_unit;
     int is_bfloat16;
     void (*run)(const void *, ptrdiff_t);
@@ -158,6 +159,30 @@ INLINE void sum_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
     write_out(work, &here, totals, KINDS * VECTORS);
 }
 
+/* Rows are added up one after the other within a panel: it is short, and nothing else is read. */
+INLINE void moment_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
+{
+    const place here = place_of(work, unit);
+    const ptrdiff_t size = is_bfloat16 ? 2 : 4, row_bytes = work->of[0].row;
+    float totals[MOMENTS][WIDTH] = {0};
+    for (ptrdiff_t row = 0; row < work->length; row += PANEL) {
+        const ptrdiff_t rest = work->length - row, rows = rest < PANEL ? rest : PANEL;
+        for (ptrdiff_t at = 0; at < here.width; at += LANES) {
+            floats sums[MOMENTS] = {0};
+            const char *from = here.start[0] + row * row_bytes + at * size;
+            for (ptrdiff_t i = 0; i < rows; i++, from += row_bytes) {
+                floats value;
+                load(&value, from, here.width - at, is_bfloat16);
+                UNROLL for (int c = 0; c < VECTORS; c++) sums[c] += work->weights[c * work->length + row + i] * value;
+                sums[VECTORS] += value * value;
+            }
+            for (int number = 0; number < MOMENTS; number++)
+                *(floats *)&totals[number][at] += sums[number];
+        }
+    }
+    write_out(work, &here, totals, MOMENTS);
+}
+
 /* The smaller ones of two; of NaN, it does not matter which. */
 INLINE void keep(floats *kept, const floats *offered, int largest)
 {
@@ -209,7 +234,7 @@ INLINE void bound_unit(const job *work, ptrdiff_t unit, int is_bfloat16)
         else                                                                                                           \
             what##_unit(work, unit, 0);                                                                                \
     }
-#define RUNS(name, target) RUN(sum, name, target) RUN(bound, name, target)
+#define RUNS(name, target) RUN(sum, name, target) RUN(moment, name, target) RUN(bound, name, target)
 RUNS(plain, )
 #if defined(__x86_64__)
 RUNS(avx2, __attribute__((target("avx2,fma"))))
@@ -220,12 +245,12 @@ typedef void unit_function(const void *, ptrdiff_t);
 
 static const struct {
     const char *name;
-    unit_function *sum, *bound;
+    unit_function *sum, *moment, *bound;
 } INSTRUCTION_SETS[] = {
-    {"plain", sum_plain, bound_plain},
+    {"plain", sum_plain, moment_plain, bound_plain},
 #if defined(__x86_64__)
-    {"avx2", sum_avx2, bound_avx2},
-    {"avx512", sum_avx512, bound_avx512},
+    {"avx2", sum_avx2, moment_avx2, bound_avx2},
+    {"avx512", sum_avx512, moment_avx512, bound_avx512},
 #endif
 };
 static int instruction_set;
@@ -306,7 +331,7 @@ static int read_operand(PyObject *const *arguments, int is_bfloat16, operand *fo
 }
 
 /* Shape, dtype, `operands` operands, [weights,] out, GOMP_parallel and threads; runs what they describe. */
-static PyObject *run_arguments(PyObject *const *arguments, int operands, unit_function *what)
+static PyObject *run_arguments(PyObject *const *arguments, int operands, int weighted, unit_function *what)
 {
     ptrdiff_t shape[4];
     job work = {.is_bfloat16 = PyObject_IsTrue(arguments[1]), .run = what};
@@ -320,7 +345,7 @@ static PyObject *run_arguments(PyObject *const *arguments, int operands, unit_fu
     }
     work.outer = shape[0], work.inner = shape[1], work.length = shape[2], work.width = shape[3];
     PyObject *const *rest = arguments + 2 + 2 * operands;
-    if (operands == 2)
+    if (weighted)
         work.weights = read_address(*rest++);
     work.out = read_address(rest[0]);
     parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(rest[1]);
@@ -342,7 +367,19 @@ static PyObject *sums(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     (void)module;
     if (count != 10)
         return PyErr_Format(PyExc_TypeError, "sums takes 10 arguments, %zd were given", count);
-    return run_arguments(arguments, 2, INSTRUCTION_SETS[instruction_set].sum);
+    return run_arguments(arguments, 2, 1, INSTRUCTION_SETS[instruction_set].sum);
+}
+
+PyDoc_STRVAR(moments_doc,
+             "moments(shape, is_bfloat16, operand, strides, weights, out, GOMP_parallel, threads)\n\n"
+             "As sums; writes (5, outer, inner, width) contiguous float32.");
+
+static PyObject *moments(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 8)
+        return PyErr_Format(PyExc_TypeError, "moments takes 8 arguments, %zd were given", count);
+    return run_arguments(arguments, 1, 1, INSTRUCTION_SETS[instruction_set].moment);
 }
 
 PyDoc_STRVAR(extremes_doc,
@@ -354,7 +391,7 @@ static PyObject *extremes(PyObject *module, PyObject *const *arguments, Py_ssize
     (void)module;
     if (count != 7)
         return PyErr_Format(PyExc_TypeError, "extremes takes 7 arguments, %zd were given", count);
-    return run_arguments(arguments, 1, INSTRUCTION_SETS[instruction_set].bound);
+    return run_arguments(arguments, 1, 0, INSTRUCTION_SETS[instruction_set].bound);
 }
 
 PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
@@ -380,6 +417,7 @@ static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
 
 static PyMethodDef METHODS[] = {
     {"sums", (PyCFunction)(void (*)(void))sums, METH_FASTCALL, sums_doc},
+    {"moments", (PyCFunction)(void (*)(void))moments, METH_FASTCALL, moments_doc},
     {"extremes", (PyCFunction)(void (*)(void))extremes, METH_FASTCALL, extremes_doc},
     {"use", use, METH_O, use_doc},
     {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},

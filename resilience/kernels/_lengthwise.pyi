@@ -13,6 +13,17 @@ def sums(
     threads: int,
     /,
 ) -> None: ...
+def moments(
+    shape: tuple[int, ...],
+    is_bfloat16: bool,
+    operand: int,
+    strides: tuple[int, ...],
+    weights: int,
+    out: int,
+    gomp_parallel: int,
+    threads: int,
+    /,
+) -> None: ...
 def extremes(
     shape: tuple[int, ...],
     is_bfloat16: bool,

@@ -1,8 +1,8 @@
-"""What is taken over the length of attention's operands (b, h, t, d), compiled where it could be: sums of two tensors
-and of the products of their elements in one pass over both, and extremes.
+"""What is taken over the length of operands (b, h, t, d), compiled where it could be: sums of two tensors and of the
+products of their elements in one pass over both, sums of one with those of its squares, and extremes.
 
 The identities of attention's backward need a gradient and its product with what it is the gradient of, those of its
-forward the range of V. No thresholds, no sites, no gradients.
+forward the range of V; reductions over ranks need sums and norms. No thresholds, no sites, no gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ try:
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["NUM_WEIGHTS", "extremes", "pair_sums"]
+__all__ = ["NUM_WEIGHTS", "extremes", "moments", "pair_sums"]
 
 NUM_WEIGHTS = 4
 """Weight vectors of one pass."""
@@ -62,6 +62,39 @@ def pair_sums(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor) -> 
             assert columns is not None
             parts.append(columns.view(batch, heads, width, NUM_WEIGHTS).movedim(-1, 0))
     return torch.stack(parts)
+
+
+def moments(operand: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Σ_t w_t·a_t under each weight vector, and Σ_t a_t², for every other index; (5, b, h, d) in float32 or wider.
+
+    Args:
+        operand: a, (b, h, t, d), not empty; float32, float64, bfloat16 or float16.
+        weights: w, (t, 4), float32, each vector contiguous.
+    """
+    batch, heads, length, width = operand.shape
+    if _compiled is not None and _fits(operand):
+        found = torch.empty(NUM_WEIGHTS + 1, batch, heads, width, dtype=torch.float32, device="cpu")
+        shape, (strides,) = _as_it_lies(operand)
+        _compiled.moments(
+            shape,
+            operand.dtype is torch.bfloat16,
+            operand.data_ptr(),
+            strides,
+            weights.data_ptr(),
+            found.data_ptr(),
+            _GOMP_PARALLEL,
+            torch.get_num_threads(),
+        )
+        return found
+    operand = operand.detach().reshape(batch * heads, length, width)
+    if operand.dtype == torch.float64:
+        columns = operand.mT @ weights.double()
+    else:
+        swept = sweep(operand.float() if operand.is_cpu else operand, left=weights).columns
+        assert swept is not None
+        columns = swept
+    squares = torch.linalg.vector_norm(operand, dim=1, dtype=columns.dtype).square()
+    return torch.cat([columns.movedim(-1, 0), squares.unsqueeze(0)]).view(NUM_WEIGHTS + 1, batch, heads, width)
 
 
 def extremes(operand: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resilience.abft.reduction import CHUNK, chunk_energies, chunk_sums, reduction_ratio
+from resilience.abft.reduction import CHUNK, ChunkSums, chunk_sums, reduction_ratio
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,18 +23,18 @@ def parts_of(
     return [(torch.randn(size, generator=generator) + shared).to(dtype) for _ in range(num_ranks)]
 
 
+def first(of_all: ChunkSums) -> ChunkSums:
+    return ChunkSums(of_all.sums[0], of_all.energies[0])
+
+
+def total(every: list[ChunkSums]) -> ChunkSums:
+    return ChunkSums(*(torch.stack(parts).sum(0) for parts in zip(*every, strict=True)))
+
+
 def ratio(parts: list[torch.Tensor], result: torch.Tensor) -> float:
-    sums = torch.stack([chunk_sums(part.view(1, -1))[0] for part in parts])
-    return float(
-        reduction_ratio(
-            sums.sum(0),
-            torch.stack([chunk_energies(part.view(1, -1))[0] for part in parts]).sum(0),
-            chunk_sums(result.view(1, -1))[0],
-            chunk_energies(result.view(1, -1))[0],
-            dtype=result.dtype,
-            num_ranks=len(parts),
-        ).max()
-    )
+    expected = total([first(chunk_sums(part.view(1, -1))) for part in parts])
+    found = first(chunk_sums(result.view(1, -1)))
+    return float(reduction_ratio(expected, found, dtype=result.dtype, num_ranks=len(parts)).max())
 
 
 def added(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -73,11 +73,9 @@ def test_small_reductions_raise_nothing_however_often(size: int, common: float, 
     num_ranks, num_trials = 8, 2_000_000 // (size + 32)
     parts = parts_of(num_ranks, num_trials * size, dtype, common=common)
     trials = [part.view(num_trials, size) for part in parts]
-    sums = torch.stack([chunk_sums(each) for each in trials]).sum(0)[:, 0]
-    energies = torch.stack([chunk_energies(each) for each in trials]).sum(0)[:, 0]
-    result = added(trials)
-    observed = chunk_sums(result)[:, 0], chunk_energies(result)[:, 0]
-    assert float(reduction_ratio(sums, energies, *observed, dtype=dtype, num_ranks=num_ranks).max()) <= 0.7
+    expected, found = total([chunk_sums(each) for each in trials]), chunk_sums(added(trials))
+    expected, found = (ChunkSums(each.sums[:, 0], each.energies[:, 0]) for each in (expected, found))
+    assert float(reduction_ratio(expected, found, dtype=dtype, num_ranks=num_ranks).max()) <= 0.7
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 2e-3), (torch.float64, 2e-3), (torch.bfloat16, 30.0)])
@@ -111,4 +109,4 @@ def test_what_links_and_adders_do_wrong_is_seen(dtype: torch.dtype) -> None:
 def test_energies_are_the_squared_norms_of_chunks(dtype: torch.dtype, size: int) -> None:
     shards = torch.stack(parts_of(2, size, dtype))
     wanted = [torch.stack([chunk.double().square().sum() for chunk in shard.split(CHUNK)]) for shard in shards]
-    torch.testing.assert_close(chunk_energies(shards), torch.stack(wanted), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(chunk_sums(shards).energies, torch.stack(wanted), rtol=1e-5, atol=0.0)

@@ -1,4 +1,4 @@
-"""Sums of two tensors and of their products, and extremes: any shape, layout and dtype, compiled and not."""
+"""Sums of two tensors and of their products, of squares, extremes: any shape, layout and dtype, compiled and not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from resilience.kernels import lengthwise as module
-from resilience.kernels.lengthwise import NUM_WEIGHTS, extremes, pair_sums
+from resilience.kernels.lengthwise import NUM_WEIGHTS, extremes, moments, pair_sums
 
 FORMS = ["torch", "plain", "avx2", "avx512"]
 """Who does the arithmetic."""
@@ -114,6 +114,27 @@ def test_what_is_not_finite_comes_through_in_its_own_column_only(
     untouched = torch.ones_like(clean, dtype=torch.bool)
     untouched[:, :, 1, 2, 7] = False
     torch.testing.assert_close(struck[untouched], clean[untouched], rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    layout=st.sampled_from(LAYOUTS),
+    shape=SHAPES,
+)
+def test_moments_are_those_of_float64(
+    form: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if not choose(form, patch):
+            return
+        operand, weights = laid_out(shape, layout, dtype, 0), weights_of(shape[2])
+        *sums, squares = moments(operand, weights).double()
+        wanted = torch.einsum("bhtd,tc->cbhd", operand.double(), weights.double())
+        magnitude = torch.einsum("bhtd,tc->cbhd", operand.double().abs(), weights.double().abs())
+        assert bool(((torch.stack(sums) - wanted).abs() <= TOLERANCE * magnitude).all())
+        torch.testing.assert_close(squares, operand.double().square().sum(2), rtol=2e-6, atol=0.0)
 
 
 @settings(max_examples=60, deadline=None)
