@@ -112,7 +112,10 @@ class _Sizes:
 
 def _clear_padding(flat: torch.Tensor, sizes: tuple[int, ...]) -> None:
     """What fills up parts to equal sizes is memory as it was found. It is never read, but sums would be of it."""
-    padding = _padding(sizes, dist.get_world_size(), flat.device)
+    num_ranks = dist.get_world_size()
+    if flat.numel() != num_ranks * sum(-(-size // num_ranks) for size in sizes):
+        return  # not put together so
+    padding = _padding(sizes, num_ranks, flat.device)
     if padding.numel():
         flat.view(-1).index_fill_(0, padding, 0.0)
 

@@ -46,6 +46,7 @@ class Reductions:
         clock: for `Finding.detected_at`.
         tell: says why the sums of a step could not be compared.
         apart: what is run within it is no work of the script's: DeepSpeed reduces in the middle of a backward pass.
+        threshold_scale: `DetectionConfig.threshold_scale`.
         enabled: look at DeepSpeed's reductions at all.
     """
 
@@ -56,9 +57,11 @@ class Reductions:
         *,
         tell: Callable[[str], None],
         apart: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        threshold_scale: float = 1.0,
         enabled: bool = True,
     ) -> None:
         self._exchange = exchange
+        self._threshold_scale = threshold_scale
         self._clock = clock
         self._tell = tell
         self._apart = apart
@@ -130,7 +133,8 @@ class Reductions:
         if not finite and may_overflow(expected, dtype=dtype, num_ranks=num_ranks):
             return []  # the search for a loss scale: DeepSpeed skips the step
         self.num_checks += 1
-        ratio = float(reduction_ratio(expected, observed, dtype=dtype, num_ranks=num_ranks).max())
+        ratios = reduction_ratio(expected, observed, dtype=dtype, num_ranks=num_ranks)
+        ratio = float(ratios.max()) / self._threshold_scale
         if ratio <= 1.0:
             return []
         return [

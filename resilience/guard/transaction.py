@@ -403,12 +403,14 @@ class Guard:
         )
 
     def _watch_sums(self, exchange: Exchange) -> Reductions:
+        detection = self.settings.config.detection
         return Reductions(
             exchange,
             self.settings.clock,
             tell=lambda text: self.boundary.tell("sums_off", text),
             apart=contextlib.nullcontext if self._protector is None else self._protector.paused,
-            enabled=self.settings.config.detection.strength != "off",
+            threshold_scale=detection.threshold_scale,
+            enabled=detection.strength != "off",
         )
 
     def detections(self, findings: list[Finding]) -> tuple[Detection, ...]:

@@ -134,6 +134,18 @@ def test_an_overflow_is_a_finding_only_where_the_range_was_large_enough(size: fl
     assert bool(first) is is_seen
 
 
+@pytest.mark.parametrize(("value", "is_seen"), [(1.0, False), (math.nan, True)])
+def test_a_larger_threshold_lets_more_pass_but_no_nan(value: float, is_seen: bool) -> None:
+    ranks = Ranks(2)
+    parts = [torch.ones(500), torch.ones(500)]
+    result = parts[0] + parts[1]
+    result[3] += value
+    first, _ = seen_by(ranks, parts, [result, result])
+    assert first.findings()
+    first._threshold_scale = 1e9
+    assert bool(first.findings()) is is_seen
+
+
 def test_its_own_sums_are_taken_apart_from_the_script() -> None:
     entered = []
 
