@@ -49,7 +49,7 @@ COMPILED = [
     Extension(
         f"resilience.kernels.{name}",
         [f"resilience/kernels/{name}.c"],
-        depends=[str(path) for path in Path("resilience/kernels").glob(f"{name}_lanes.h")],
+        depends=[str(path) for path in Path("resilience/kernels").glob("_*.h")],
         extra_compile_args=["-O3"],
         py_limited_api=True,
         optional=True,

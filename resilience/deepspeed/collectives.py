@@ -1,7 +1,7 @@
 """DeepSpeed's own collectives, watched: what goes into a reduction and what comes out of it. Reversible.
 
-DeepSpeed reduces gradients through one object, `deepspeed.comm.comm.cdb`: all_reduce (ZeRO 0 and 1), reduce (ZeRO 1
-and 2) and reduce_scatter_tensor (ZeRO 3), each waited for before it returns. Never here: sums, verdicts.
+DeepSpeed reduces gradients through one object, `deepspeed.comm.comm.cdb`: all_reduce and reduce (ZeRO 0 to 2) and
+reduce_scatter_tensor (ZeRO 3), each waited for before it returns. Never here: sums, verdicts.
 """
 
 from __future__ import annotations

@@ -87,20 +87,7 @@ static const struct {
     {"avx512", hash_avx512},
 #endif
 };
-static int instruction_set;
-
-/* Number of the best instruction set that this processor and its operating system have. */
-static int best_instruction_set(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        return 2;
-    if (__builtin_cpu_supports("avx2"))
-        return 1;
-#endif
-    return 0;
-}
+#include "_instructions.h"
 
 typedef struct {
     const char *data;
@@ -165,22 +152,9 @@ static PyObject *hash(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     return PyLong_FromLongLong((long long)work.sum);
 }
 
-PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
-
-static PyObject *use(PyObject *module, PyObject *name)
-{
-    (void)module;
-    for (int number = 0; number <= best_instruction_set(); number++)
-        if (PyUnicode_CompareWithASCIIString(name, INSTRUCTION_SETS[number].name) == 0) {
-            instruction_set = number;
-            return PyBool_FromLong(1);
-        }
-    return PyBool_FromLong(0);
-}
-
 static PyMethodDef METHODS[] = {
     {"hash", (PyCFunction)(void (*)(void))hash, METH_FASTCALL, hash_doc},
-    {"use", use, METH_O, use_doc},
+    INSTRUCTION_METHODS,
     {NULL, NULL, 0, NULL},
 };
 

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_arguments.h"
+
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
 #endif
@@ -253,21 +255,7 @@ static const struct {
     {"avx512", sum_avx512, moment_avx512, bound_avx512},
 #endif
 };
-static int instruction_set;
-
-/* Number of the best instruction set that this processor and its operating system have. */
-static int best_instruction_set(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return 1;
-#endif
-    return 0;
-}
+#include "_instructions.h"
 
 static ptrdiff_t num_units(const job *work)
 {
@@ -286,8 +274,6 @@ static void run(void *data)
     }
 }
 
-typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
-
 /* Runs the job; called with the GIL held. */
 static void execute(job *work, parallel_function *parallel, unsigned threads)
 {
@@ -304,18 +290,6 @@ static void execute(job *work, parallel_function *parallel, unsigned threads)
         run(work);
     Py_END_ALLOW_THREADS;
 }
-
-/* Reads a tuple of `count` integers; 0 if it is not one. */
-static int read_tuple(PyObject *tuple, Py_ssize_t count, ptrdiff_t *values)
-{
-    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != count)
-        return 0;
-    for (Py_ssize_t i = 0; i < count; i++)
-        values[i] = (ptrdiff_t)PyLong_AsSsize_t(PyTuple_GetItem(tuple, i));
-    return !PyErr_Occurred();
-}
-
-static void *read_address(PyObject *number) { return (void *)(uintptr_t)PyLong_AsSize_t(number); }
 
 /* Reads an operand from (address, strides). */
 static int read_operand(PyObject *const *arguments, int is_bfloat16, operand *found)
@@ -394,33 +368,11 @@ static PyObject *extremes(PyObject *module, PyObject *const *arguments, Py_ssize
     return run_arguments(arguments, 1, 0, INSTRUCTION_SETS[instruction_set].bound);
 }
 
-PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
-
-static PyObject *use(PyObject *module, PyObject *name)
-{
-    (void)module;
-    for (int number = 0; number <= best_instruction_set(); number++)
-        if (PyUnicode_CompareWithASCIIString(name, INSTRUCTION_SETS[number].name) == 0) {
-            instruction_set = number;
-            return PyBool_FromLong(1);
-        }
-    return PyBool_FromLong(0);
-}
-
-PyDoc_STRVAR(instructions_doc, "instructions() -> str\n\nName of the instruction set in use.");
-
-static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
-{
-    (void)module, (void)unused;
-    return PyUnicode_FromString(INSTRUCTION_SETS[instruction_set].name);
-}
-
 static PyMethodDef METHODS[] = {
     {"sums", (PyCFunction)(void (*)(void))sums, METH_FASTCALL, sums_doc},
     {"moments", (PyCFunction)(void (*)(void))moments, METH_FASTCALL, moments_doc},
     {"extremes", (PyCFunction)(void (*)(void))extremes, METH_FASTCALL, extremes_doc},
-    {"use", use, METH_O, use_doc},
-    {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},
+    INSTRUCTION_METHODS,
     {NULL, NULL, 0, NULL},
 };
 

@@ -17,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_arguments.h"
+
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
 #endif
@@ -126,21 +128,7 @@ static const struct {
     {"avx512", &instructions_avx512},
 #endif
 };
-static int instruction_set;
-
-/* Number of the best instruction set that this processor and its operating system have. */
-static int best_instruction_set(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return 1;
-#endif
-    return 0;
-}
+#include "_instructions.h"
 
 /* Weights of one side: any strides, in elements. */
 typedef struct {
@@ -419,8 +407,6 @@ static void set_counters(int *counters, ptrdiff_t count, ptrdiff_t value)
         counters[i] = (int)value;
 }
 
-typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
-
 /* Runs the job; called with the GIL held. Returns -1 where memory is short. */
 static int execute(job *work, parallel_function *parallel, unsigned threads)
 {
@@ -454,18 +440,6 @@ static int execute(job *work, parallel_function *parallel, unsigned threads)
     give_back_scratch(memory, size);
     return 0;
 }
-
-/* Reads a tuple of `count` integers; 0 if it is not one. */
-static int read_tuple(PyObject *tuple, Py_ssize_t count, ptrdiff_t *values)
-{
-    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != count)
-        return 0;
-    for (Py_ssize_t i = 0; i < count; i++)
-        values[i] = (ptrdiff_t)PyLong_AsSsize_t(PyTuple_GetItem(tuple, i));
-    return !PyErr_Occurred();
-}
-
-static void *read_address(PyObject *number) { return (void *)(uintptr_t)PyLong_AsSize_t(number); }
 
 /* Weights from (address, shape, strides), for matrices with `length` of the elements; 0 if they do not fit. Address 0
  * stands for none. */
@@ -543,31 +517,9 @@ refuse:
     return PyErr_Occurred() ? NULL : PyBool_FromLong(0);
 }
 
-PyDoc_STRVAR(use_doc, "use(name) -> bool\n\nLet `name` (plain, avx2, avx512) do the arithmetic, if this processor can.");
-
-static PyObject *use(PyObject *module, PyObject *name)
-{
-    (void)module;
-    for (int number = 0; number <= best_instruction_set(); number++)
-        if (PyUnicode_CompareWithASCIIString(name, INSTRUCTION_SETS[number].name) == 0) {
-            instruction_set = number;
-            return PyBool_FromLong(1);
-        }
-    return PyBool_FromLong(0);
-}
-
-PyDoc_STRVAR(instructions_doc, "instructions() -> str\n\nName of the instruction set in use.");
-
-static PyObject *instructions_in_use(PyObject *module, PyObject *unused)
-{
-    (void)module, (void)unused;
-    return PyUnicode_FromString(INSTRUCTION_SETS[instruction_set].name);
-}
-
 static PyMethodDef METHODS[] = {
     {"sweep", (PyCFunction)(void (*)(void))sweep, METH_FASTCALL, sweep_doc},
-    {"use", use, METH_O, use_doc},
-    {"instructions", instructions_in_use, METH_NOARGS, instructions_doc},
+    INSTRUCTION_METHODS,
     {NULL, NULL, 0, NULL},
 };
 

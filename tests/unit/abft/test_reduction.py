@@ -104,6 +104,32 @@ def test_what_links_and_adders_do_wrong_is_seen(dtype: torch.dtype) -> None:
         assert not ratio(parts, struck) <= 1.0
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("dtype", "num_ranks", "is_missing_seen"),
+    [
+        (torch.float32, 256, (True, True)),
+        (torch.float16, 32, (True, True)),
+        (torch.bfloat16, 8, (True, True)),
+        (torch.bfloat16, 30, (True, False)),
+        (torch.bfloat16, 256, (False, False)),
+    ],
+    ids=str,
+)
+def test_what_is_seen_among_many_ranks(
+    dtype: torch.dtype, num_ranks: int, is_missing_seen: tuple[bool, bool], correlation: float
+) -> None:
+    """The figures of docs/detection.md: of independent parts, and of parts that have much in common."""
+    scale = (1.0 - correlation**2) ** 0.5
+    parts = parts_of(num_ranks, 2 * CHUNK, dtype, common=correlation / scale)
+    whole = added(parts)
+    assert ratio(parts, torch.zeros_like(whole)) > 1.0
+    assert ratio(parts, parts[0]) > 1.0
+    assert ratio(parts, whole.roll(1)) > 1.0
+    seen = [ratio(parts, added(parts[1:])) > 1.0, ratio(parts, added([*parts, parts[0]])) > 1.0]
+    assert seen == [is_missing_seen[correlation > 0]] * 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 700, CHUNK, 3 * CHUNK + 9])
 def test_energies_are_the_squared_norms_of_chunks(dtype: torch.dtype, size: int) -> None:

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 
 from resilience.kernels import lengthwise as module
 from resilience.kernels.lengthwise import NUM_WEIGHTS, extremes, moments, pair_sums
-
-FORMS = ["torch", "plain", "avx2", "avx512"]
-"""Who does the arithmetic."""
+from tests.unit.kernels.forms import FORMS, choose, restored
 
 LAYOUTS = ["contiguous", "heads_in_rows", "one part of three", "columns"]
 
@@ -21,28 +19,16 @@ TOLERANCE = 4e-7
 """Relative to the sum of magnitudes: a dozen times the round-off of one float32 addition."""
 
 
-def choose(form: str, patch: pytest.MonkeyPatch) -> bool:
-    """Have `form` do the arithmetic until `patch` is undone; whether this machine can."""
-    if form == "torch":
-        patch.setattr(module, "_compiled", None)
-        return True
-    return module._compiled is not None and module._compiled.use(form)
-
-
 @pytest.fixture(autouse=True)
 def best_form() -> Iterator[None]:
-    best = module._compiled.instructions() if module._compiled is not None else None
-    threads = torch.get_num_threads()
-    yield
-    if module._compiled is not None and best is not None:
-        module._compiled.use(best)
-    torch.set_num_threads(threads)
+    with restored(module):
+        yield
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = str(request.param)
-    if not choose(name, monkeypatch):
+    if not choose(module, name, monkeypatch):
         pytest.skip(f"no {name} here")
     return name
 
@@ -94,7 +80,7 @@ def test_sums_are_those_of_float64(
     form: str, dtype: torch.dtype, layouts: tuple[str, str], shape: tuple[int, int, int, int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        if choose(form, patch):
+        if choose(module, form, patch):
             assert_right(*(laid_out(shape, layout, dtype, seed) for seed, layout in enumerate(layouts)))
 
 
@@ -127,7 +113,7 @@ def test_moments_are_those_of_float64(
     form: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        if not choose(form, patch):
+        if not choose(module, form, patch):
             return
         operand, weights = laid_out(shape, layout, dtype, 0), weights_of(shape[2])
         *sums, squares = moments(operand, weights).double()
@@ -148,7 +134,7 @@ def test_extremes_are_those_of_torch(
     form: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        if choose(form, patch):
+        if choose(module, form, patch):
             operand = laid_out(shape, layout, dtype, 0)
             assert torch.equal(extremes(operand), torch.stack([operand.amin(2), operand.amax(2)]).float())
 

@@ -13,36 +13,22 @@ from hypothesis import given, settings
 
 from resilience.kernels import sweep as module
 from resilience.kernels.sweep import is_compiled, sweep
-
-FORMS = ["torch", "plain", "avx2", "avx512"]
-"""Who does the arithmetic."""
+from tests.unit.kernels.forms import FORMS, choose, restored
 
 TOLERANCE = 4e-7
 """Relative to the sum of magnitudes: a dozen times the round-off of one float32 addition."""
 
 
-def choose(form: str, patch: pytest.MonkeyPatch) -> bool:
-    """Have `form` do the arithmetic until `patch` is undone; whether this machine can."""
-    if form == "torch":
-        patch.setattr(module, "_compiled", None)
-        return True
-    return module._compiled is not None and module._compiled.use(form)
-
-
 @pytest.fixture(autouse=True)
 def best_form() -> Iterator[None]:
-    best = module._compiled.instructions() if module._compiled is not None else None
-    threads = torch.get_num_threads()
-    yield
-    if module._compiled is not None and best is not None:
-        module._compiled.use(best)
-    torch.set_num_threads(threads)
+    with restored(module):
+        yield
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name = str(request.param)
-    if not choose(name, monkeypatch):
+    if not choose(module, name, monkeypatch):
         pytest.skip(f"no {name} here")
     return name
 
@@ -124,7 +110,7 @@ def test_sums_are_those_of_float64(
 
     matrix = laid_out((m, n) if batch is None else (batch, m, n), layout).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        if choose(form, patch):
+        if choose(module, form, patch):
             assert_right(matrix, weights(n, counts[0]), weights(m, counts[1]))
 
 
