@@ -77,6 +77,8 @@ def _directory(run: str | None) -> Path:
 
 def _write(page: str, path: Path) -> None:
     """Write the page whole or not at all."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--html {path}: is a device or a pipe, not a file; give the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(page, encoding="utf-8")

@@ -120,6 +120,7 @@ def test_a_damaged_report_alone_is_told(command: Command, here: Path, content: s
         (["empty", "--html", "x.html"], 64, "empty: no run there (neither"),
         ([RUN, "--run-dir", "empty", "--html", "x.html"], 64, "two runs are named"),
         (["--html", "nowhere/x.html"], 64, "nowhere/x.html: cannot be written"),
+        (["--html", "/dev/null"], 64, "/dev/null: is a device or a pipe"),
         (["--html", "empty"], 64, "--html"),
         (["--html", "x.html", "--address", "127.0.0.1:9"], 69, "does not answer"),
     ],
