@@ -18,7 +18,7 @@ from resilience.snapshot.arena import Arena
 from resilience.snapshot.inventory import read_inventory
 from tests.integration.harness import Run, digest, launched, resilience, wait_for
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.launch]
 
 CONFIG = """
 [snapshot]
@@ -57,7 +57,8 @@ def test_a_killed_rank_and_a_killed_guardian_cost_no_step(tmp_path: Path) -> Non
     last = report["generations"][-1]
     assert (last["restore"]["step"], last["resumed_after"]) == (9, 9), "no optimizer step is lost"
     told = report["snapshots"]
-    assert told["num_taken"] >= 12, "the heartbeat of the step at which the rank was killed may be gone with it"
+    # What the killed generation had not told in a heartbeat died with it: two a second, whatever a step takes.
+    assert 5 <= told["num_taken"] <= 14, "the second generation told all of its own before it ended"
     assert (told["interval_steps"], told["num_steps_lost"], told["rewinds"]) == (1, 0, [])
     assert told["blocked_s"] > 0.0
     assert report["badput_s"]["snapshot"] == told["blocked_s"]
