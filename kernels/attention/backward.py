@@ -15,6 +15,8 @@ import triton.language as tl
 
 from .device import (
     load_tile,
+    norm_of,
+    of_gradient,
     of_products,
     of_sums,
     operand,
@@ -48,18 +50,15 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _of_gradient(length):
-    """Tolerance of dQ or dK, a sum of `length` rows, relative to its bound; see `of_products`."""
-    return 2e-6 + 2.5e-8 * length
-
-
-@triton.jit
 def _no_keys(BLOCK_M: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """dQ, its checksum columns, sums of P, dS − P∘dP and dP, Σv, Σ‖k‖, Σ‖v‖, max‖k‖, max‖v‖ before any key."""
+    """dQ, its checksum columns and the most they were, sums of P, dS − P∘dP and dP, Σv, Σ‖k‖, Σ‖v‖, max‖k‖, max‖v‖
+    before any key.
+    """
     sums = tl.zeros([BLOCK_M], tl.float32)
     row = tl.zeros([D_PAD], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
-    return acc, tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32), sums, sums, sums, row, 0.0, 0.0, 0.0, 0.0
+    columns = tl.zeros([BLOCK_M, NUM_COLUMNS], tl.float32)
+    return acc, columns, columns, sums, sums, sums, row, 0.0, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -70,7 +69,7 @@ def _visit_keys(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Keys `first` … `last` − 1, in tiles, for one tile of queries."""
-    dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
+    dq, checked, dq_peak, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
     k_columns, v_sums, k_norms, v_norms = facts
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -101,6 +100,7 @@ def _visit_keys(
             index = tl.arange(0, NUM_COLUMNS)
             columns = tl.load(k_columns + keys[:, None] * NUM_COLUMNS + index[None, :])
             checked = tl.dot(rounded, columns, checked)
+            dq_peak = tl.maximum(dq_peak, tl.abs(checked))
             mass += tl.sum(probs, 1)
             tile = start // BLOCK_N
             k_norm += tl.load(k_norms + tile * 2)
@@ -112,7 +112,7 @@ def _visit_keys(
                 # Not masked: a sum over the whole tile is linear in V.
                 dp_sums += tl.sum(d_probs, 1)
                 v_sum += tl.load(v_sums + tile * D_PAD + tl.arange(0, D_PAD))
-    return dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max
+    return dq, checked, dq_peak, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _hold_dq(
     D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, WIDE_RANGE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of queries."""
-    dq, checked, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
+    dq, checked, dq_peak, mass, ds_sums, dp_sums, v_sum, k_norm, v_norm, k_norm_max, v_norm_max = state
     q_norm = tl.sqrt(tl.sum(q * q, 1))
     do_norm = tl.sqrt(tl.sum(d_o * d_o, 1))
     size = do_norm * v_norm_max
@@ -130,9 +130,9 @@ def _hold_dq(
     mass_tolerance = _TOLERANCE_MASS + _TOLERANCE_EXPONENT * scale_log2 * q_norm * k_norm_max
     mass_ratio = weigh(mass - tl.where(empty, 0.0, 1.0), mass_tolerance * tolerance_scale, valid & ~empty)
     ds_ratio = weigh(reference_column(checked, 4), (size * _TOLERANCE_DS + floor * num_keys) * tolerance_scale, valid)
-    dq_ratio = weigh(tl.sum(dq, 1) / D_PAD - reference_column(checked, 0),
-                     size * (k_norm_max * _of_gradient(num_keys) / D_PAD + 2.0 * floor) * tolerance_scale,
-                     valid)  # fmt: skip
+    dq_size = norm_of(dq_peak) * tl.sqrt(D_PAD * 1.0)
+    dq_tolerance = of_gradient(size * k_norm_max / D_PAD, dq_size, num_keys) + 2.0 * floor * size
+    dq_ratio = weigh(tl.sum(dq, 1) / D_PAD - reference_column(checked, 0), dq_tolerance * tolerance_scale, valid)
     checks = tl.where(mass_ratio <= 1.0, 0, 8)
     checks += tl.where(ds_ratio <= 1.0, 0, 16)
     checks += tl.where(dq_ratio <= 1.0, 0, 32)
@@ -213,14 +213,14 @@ def attention_dq_kernel(
 
 @triton.jit
 def _no_queries(BLOCK_N: tl.constexpr, D_PAD: tl.constexpr, NUM_COLUMNS: tl.constexpr):
-    """dK, dV, their checksum columns, sums of S and dP, worst residual of dS ÷ P, Σq, ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before
-    any query.
+    """dK, dV, their checksum columns, the largest norm of dK, sums of S and dP, worst residual of dS ÷ P, Σq,
+    ΣdO, Σ‖q‖, Σ‖dO‖, max‖q‖ before any query.
     """
     acc = tl.zeros([BLOCK_N, D_PAD], tl.float32)
     columns = tl.zeros([BLOCK_N, NUM_COLUMNS], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)
     row = tl.zeros([D_PAD], tl.float32)
-    return acc, acc, columns, columns, sums, sums, sums, row, row, 0.0, 0.0, 0.0
+    return acc, acc, columns, columns, sums, sums, sums, sums, row, row, 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def _visit_queries(
     MASKED: tl.constexpr, CHECKED: tl.constexpr, INNER: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
     """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
-    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
+    (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
      q_norm_max) = state  # fmt: skip
     q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms = of_head
     depth = tl.arange(0, D_PAD)
@@ -292,6 +292,8 @@ def _visit_queries(
             index = rows[:, None] * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)[None, :]
             dv_checked = tl.dot(rounded_probs, tl.load(do_columns + index), dv_checked)
             dk_checked = tl.dot(rounded_scores, tl.load(q_columns + index), dk_checked)
+            # Reduced at once: this kernel has no registers left.
+            dk_norm = tl.maximum(dk_norm, norm_of(dk_checked))
             q_norm += tl.load(q_norms + tile * 2)
             do_norm_here = tl.load(do_norms + tile * 2)
             do_norm += do_norm_here
@@ -306,7 +308,8 @@ def _visit_queries(
                                       propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
-    return dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm, q_norm_max
+    return (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
+            q_norm_max)  # fmt: skip
 
 
 @triton.jit
@@ -315,7 +318,7 @@ def _hold_dkdv(
     D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """(bits of the failing checks, worst ratio, whether the operands are to blame) of one tile of keys."""
-    (dk, dv, dk_checked, dv_checked, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
+    (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
      q_norm_max) = state  # fmt: skip
     k = k_tile.to(tl.float32)
     v = v_tile.to(tl.float32)
@@ -328,9 +331,9 @@ def _hold_dkdv(
                       + floor * reference_column(dv_checked, 4)) * tolerance_scale, valid)  # fmt: skip
     # P of dS is not rounded: in float16 it may be there where that of dV has become zero.
     size = 2.0 * v_norm_max * (mass * D_PAD + floor * do_norm)
-    dk_ratio = weigh(tl.sum(dk, 1) / D_PAD - reference_column(dk_checked, 0),
-                     size * (q_norm_max * _of_gradient(num_queries) / D_PAD + floor) * tolerance_scale,
-                     valid)  # fmt: skip
+    dk_size = dk_norm * tl.sqrt(D_PAD * 1.0)
+    dk_tolerance = of_gradient(size * q_norm_max / D_PAD, dk_size, num_queries) + floor * size
+    dk_ratio = weigh(tl.sum(dk, 1) / D_PAD - reference_column(dk_checked, 0), dk_tolerance * tolerance_scale, valid)
     checks = tl.where(dv_ratio <= 1.0, 0, 64)
     checks += tl.where(dk_ratio <= 1.0, 0, 128)
     ratio = tl.maximum(dv_ratio, dk_ratio)

