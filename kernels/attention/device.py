@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "load_tile", "norm_of", "of_gradient", "of_products", "of_sums", "operand", "reference_column", "seen", "sequence_of",
-    "settle", "store_tile", "strike", "weigh",
+    "load_tile", "norm_of", "of_gradient", "of_products", "of_sums", "operand", "reference_column", "seen",
+    "sequence_of", "settle", "store_tile", "strike", "weigh",
 ]  # fmt: skip
 
 _FIRST_SKETCH = tl.constexpr(5)

@@ -1,9 +1,10 @@
 """What the checks need to know of the operands, in one pass over each: row sums, tile sums, norms; and D = dO·O.
 
 Shapes, per (batch, head) pair: columns (tiles·BLOCK, c) in the operand's dtype, [hi, mid, lo of x·1 ÷ D_PAD, ‖x‖ ÷
-D_PAD, 1, x·r ÷ D_PAD for three vectors r of signs, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2) float32, Σ‖x‖ and max‖x‖ of a tile, of dO
-Σ‖dO‖ and Σ D. The three parts of x·1 carry it to about 2⁻²⁴ through a matrix unit that takes 8 (or 11) bits. Division
-by D_PAD, a power of two, keeps float16 from overflowing. Rows behind the end count as zero.
+D_PAD, 1, x·r ÷ D_PAD for three vectors r of signs, 0 …]; sums (tiles, D_PAD) float32, Σ x of a tile; norms (tiles, 2)
+float32, Σ‖x‖ and max‖x‖ of a tile, of dO Σ‖dO‖ and Σ D. The three parts of x·1 carry it to about 2⁻²⁴ through a matrix
+unit that takes 8 (or 11) bits. Division by D_PAD, a power of two, keeps float16 from overflowing. Rows behind the end
+count as zero.
 """
 
 # Triton has no types, and reads arguments of kernels by its own rules.
