@@ -320,7 +320,8 @@ def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
     """Sum over the query heads that share a key head: (…, hq, d) to (…, hk, d)."""
     if of_query_heads.shape[-2] == key_heads:
         return of_query_heads
-    return of_query_heads.unflatten(-2, (key_heads, -1)).sum(-2)
+    *outer, _, width = of_query_heads.shape
+    return of_query_heads.reshape(*outer, key_heads, -1, width).sum(-2)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
