@@ -247,6 +247,18 @@ def _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta, keys, row
 
 
 @triton.jit
+def _add_columns(
+    dk_checked, dv_checked, dk_norm, d_scores, probs, q_columns, do_columns, rows, NUM_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """What dK and dV are made of, added to their checksum columns; the largest norm of dK with it."""
+    index = rows[:, None] * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)[None, :]
+    dv_checked = tl.dot(probs, tl.load(do_columns + index), dv_checked)
+    dk_checked = tl.dot(d_scores, tl.load(q_columns + index), dk_checked)
+    # Not kept column by column, as that of dQ is: this kernel has no registers left.
+    return dk_checked, dv_checked, tl.maximum(dk_norm, norm_of(dk_checked))
+
+
+@triton.jit
 def _visit_queries(
     state, k, v, of_head, stride_qt, stride_dt,
     first, last, keys, length_q, scale_log2, strikes, block, first_tile, attempt,
@@ -289,11 +301,9 @@ def _visit_queries(
         if INJECT == _DK:
             dk = strike(dk, strikes, block, first_tile + tile, attempt)
         if CHECKED:
-            index = rows[:, None] * NUM_COLUMNS + tl.arange(0, NUM_COLUMNS)[None, :]
-            dv_checked = tl.dot(rounded_probs, tl.load(do_columns + index), dv_checked)
-            dk_checked = tl.dot(rounded_scores, tl.load(q_columns + index), dk_checked)
-            # Reduced at once: this kernel has no registers left.
-            dk_norm = tl.maximum(dk_norm, norm_of(dk_checked))
+            dk_checked, dv_checked, dk_norm = _add_columns(
+                dk_checked, dv_checked, dk_norm, rounded_scores, rounded_probs, q_columns, do_columns, rows, NUM_COLUMNS
+            )
             q_norm += tl.load(q_norms + tile * 2)
             do_norm_here = tl.load(do_norms + tile * 2)
             do_norm += do_norm_here
