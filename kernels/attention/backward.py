@@ -301,9 +301,8 @@ def _visit_queries(
         if INJECT == _DK:
             dk = strike(dk, strikes, block, first_tile + tile, attempt)
         if CHECKED:
-            dk_checked, dv_checked, dk_norm = _add_columns(
-                dk_checked, dv_checked, dk_norm, rounded_scores, rounded_probs, q_columns, do_columns, rows, NUM_COLUMNS
-            )
+            dk_checked, dv_checked, dk_norm = _add_columns(dk_checked, dv_checked, dk_norm, rounded_scores, rounded_probs,
+                                                           q_columns, do_columns, rows, NUM_COLUMNS)  # fmt: skip
             q_norm += tl.load(q_norms + tile * 2)
             do_norm_here = tl.load(do_norms + tile * 2)
             do_norm += do_norm_here
