@@ -301,11 +301,12 @@ def _visit_queries(
         if INJECT == _DK:
             dk = strike(dk, strikes, block, first_tile + tile, attempt)
         if CHECKED:
-            dk_checked, dv_checked, dk_norm = _add_columns(dk_checked, dv_checked, dk_norm, rounded_scores, rounded_probs,
-                                                           q_columns, do_columns, rows, NUM_COLUMNS)  # fmt: skip
+            dk_checked, dv_checked, dk_norm = _add_columns(dk_checked, dv_checked, dk_norm, rounded_scores,
+                                                           rounded_probs, q_columns, do_columns, rows,
+                                                           NUM_COLUMNS)  # fmt: skip
             q_norm += tl.load(q_norms + tile * 2)
-            do_norm_here = tl.load(do_norms + tile * 2)
-            do_norm += do_norm_here
+            tile_norm = tl.load(do_norms + tile * 2)
+            do_norm += tile_norm
             q_norm_max = tl.maximum(q_norm_max, tl.load(q_norms + tile * 2 + 1))
             if INNER:
                 score_sums += tl.sum(scores, 1)
@@ -313,8 +314,7 @@ def _visit_queries(
                 dp_sums += dp_sum
                 residual = _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows, MASKED)
                 residual -= dp_sum - tl.load(do_norms + tile * 2 + 1)
-                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (do_norm_here + 1e-24)),
-                                      propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (tile_norm + 1e-24)), tl.PropagateNan.ALL)
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
     return (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
