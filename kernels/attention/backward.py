@@ -233,17 +233,35 @@ def _load_statistics(lse, delta, rows, length_q):
 
 
 @triton.jit
-def _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta, keys, rows, MASKED: tl.constexpr):
-    """Σ dS ÷ P over the queries of a tile, 1 ÷ P from an exponential of its own.
+def _invert(probs, scores, scale_log2, lse2, keys, rows, MASKED: tl.constexpr):
+    """1 ÷ P from an exponential of its own, and Σ P·(1 ÷ P) over the queries of a tile, 1 of each that sees no key.
 
-    The other side of the check sums dP − D over all queries of the tile: those that do not see a key are added here.
     The exponents of P and of 1 ÷ P are fused, and so rounded alike: exact opposites.
     """
-    exponents = tl.fma(scores, -scale_log2, lse2[None, :])
-    quotients = d_scores * tl.exp2(tl.minimum(exponents, -_LEAST_EXPONENT))
+    inverse = tl.exp2(tl.minimum(tl.fma(scores, -scale_log2, lse2[None, :]), -_LEAST_EXPONENT))
+    units = probs * inverse
+    if MASKED:
+        units = tl.where(keys[:, None] <= rows[None, :], units, 1.0)
+    return inverse, tl.sum(units, 1)
+
+
+@triton.jit
+def _worse_quotient(
+    worst, d_scores, inverse, units, d_probs, dp_sum, delta, norms, v_norm_max, keys, rows,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The larger of `worst` and |Σ dS ÷ P − (dP − D)| ÷ Σ‖dO‖ over the queries of a tile; `norms`: its Σ‖dO‖ and Σ D.
+
+    The second sum is over all queries: what those have that see no key is added to the first. Alone it would not see a
+    P whose dP is near D; so Σ P·(1 ÷ P) counts as well, as if dP were as large as it can be.
+    """
+    quotients = d_scores * inverse
     if MASKED:
         quotients += tl.where(keys[:, None] <= rows[None, :], 0.0, d_probs - delta[None, :])
-    return tl.sum(quotients, 1)
+    do_norm = tl.load(norms)
+    residual = tl.sum(quotients, 1) - (dp_sum - tl.load(norms + 1))
+    residual += (units - BLOCK_M) * (do_norm * v_norm_max / BLOCK_M)
+    return tl.maximum(worst, tl.abs(residual) * (1.0 / (do_norm + 1e-24)), tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -268,7 +286,7 @@ def _visit_queries(
     """Queries `first` … `last` − 1 of one head, in tiles, for one tile of keys; tiles of scores are (keys, queries)."""
     (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
      q_norm_max) = state  # fmt: skip
-    q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms = of_head
+    q, d_o, lse, delta, q_columns, do_columns, q_sums, do_sums, q_norms, do_norms, v_norm_max = of_head
     depth = tl.arange(0, D_PAD)
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -284,6 +302,9 @@ def _visit_queries(
         probs = tl.exp2(tl.maximum(exponents, _LEAST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
         if INJECT == _PROBS:
             probs = strike(probs, strikes, block, first_tile + tile, attempt)
+        if CHECKED and INNER:
+            inverse, units = _invert(probs, scores, scale_log2, lse2, keys, rows, MASKED)
+            score_sums += tl.sum(scores, 1)
         if MASKED:
             probs = tl.where(keys[:, None] <= rows[None, :], probs, 0.0)
         rounded_probs = probs.to(do_tile.dtype)
@@ -301,20 +322,17 @@ def _visit_queries(
         if INJECT == _DK:
             dk = strike(dk, strikes, block, first_tile + tile, attempt)
         if CHECKED:
-            dk_checked, dv_checked, dk_norm = _add_columns(dk_checked, dv_checked, dk_norm, rounded_scores,
-                                                           rounded_probs, q_columns, do_columns, rows,
-                                                           NUM_COLUMNS)  # fmt: skip
+            dk_checked, dv_checked, dk_norm = _add_columns(
+                dk_checked, dv_checked, dk_norm, rounded_scores, rounded_probs, q_columns, do_columns, rows, NUM_COLUMNS
+            )
             q_norm += tl.load(q_norms + tile * 2)
-            tile_norm = tl.load(do_norms + tile * 2)
-            do_norm += tile_norm
+            do_norm += tl.load(do_norms + tile * 2)
             q_norm_max = tl.maximum(q_norm_max, tl.load(q_norms + tile * 2 + 1))
             if INNER:
-                score_sums += tl.sum(scores, 1)
                 dp_sum = tl.sum(d_probs, 1)
                 dp_sums += dp_sum
-                residual = _sum_quotients(d_scores, scores, scale_log2, lse2, d_probs, delta_rows, keys, rows, MASKED)
-                residual -= dp_sum - tl.load(do_norms + tile * 2 + 1)
-                quotient = tl.maximum(quotient, tl.abs(residual) * (1.0 / (tile_norm + 1e-24)), tl.PropagateNan.ALL)
+                quotient = _worse_quotient(quotient, d_scores, inverse, units, d_probs, dp_sum, delta_rows,
+                                           do_norms + tile * 2, v_norm_max, keys, rows, BLOCK_M, MASKED)  # fmt: skip
                 q_sum += tl.load(q_sums + tile * D_PAD + depth)
                 do_sum += tl.load(do_sums + tile * D_PAD + depth)
     return (dk, dv, dk_checked, dv_checked, dk_norm, score_sums, dp_sums, quotient, q_sum, do_sum, q_norm, do_norm,
@@ -373,8 +391,7 @@ def attention_dkdv_kernel(
     SM_KNOWN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, batch·key heads). Strides x are those of dk, y of dv. v_norm_max: (batch·key heads,)."""
-    tile = tl.program_id(0)
-    pair = tl.program_id(1)
+    tile, pair = tl.program_id(0), tl.program_id(1)
     block = pair * tl.num_programs(0) + tile
     if CHECKED:  # noqa: SIM102  # the outer condition is the compiler's
         if tl.load(status + block * 4, mask=attempt > 0, other=1) == 0:
@@ -393,6 +410,7 @@ def attention_dkdv_kernel(
     keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_tile = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
     v_tile = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
+    v_max = tl.load(v_norm_max + pair) if CHECKED else 0.0
     state = _no_queries(BLOCK_N, D_PAD, NUM_COLUMNS)
     end = tl.where(tile * BLOCK_N < length_k, length_q, 0)
     # Under a causal mask, queries before `first` see none of these keys, those from `whole` on all of them.
@@ -403,7 +421,7 @@ def attention_dkdv_kernel(
         at = query_row * tiles_q
         of_head = (q + member * stride_qh, d_o + member * stride_dh, lse + query_row * max_q, delta + query_row * max_q,
                    q_columns + at * (BLOCK_M * NUM_COLUMNS), do_columns + at * (BLOCK_M * NUM_COLUMNS),
-                   q_sums + at * D_PAD, do_sums + at * D_PAD, q_norms + at * 2, do_norms + at * 2)  # fmt: skip
+                   q_sums + at * D_PAD, do_sums + at * D_PAD, q_norms + at * 2, do_norms + at * 2, v_max)  # fmt: skip
         if CAUSAL:
             state = _visit_queries(state, k_tile, v_tile, of_head, stride_qt, stride_dt, first, whole, keys, length_q,
                                    scale * _LOG2_E, strikes, block, member * tiles_q, attempt, D, D_PAD, BLOCK_M,
@@ -417,7 +435,7 @@ def attention_dkdv_kernel(
         # Read again: registers that hold the tiles through the loop would be spilled.
         k_again = load_tile(k, keys, length_k, stride_kt, D, D_PAD)
         v_again = load_tile(v, keys, length_k, stride_vt, D, D_PAD)
-        checks, ratio, inputs = _hold_dkdv(state, k_again, v_again, tl.load(v_norm_max + pair), keys < length_k,
+        checks, ratio, inputs = _hold_dkdv(state, k_again, v_again, v_max, keys < length_k,
                                            group * (end - first), tolerance_scale, D_PAD, BLOCK_M, INNER)  # fmt: skip
         settle(status, ring, cursor, capacity, block, checks, ratio, inputs, attempt, last_attempt, sequence, layer,
                batch.to(tl.int32), key_head.to(tl.int32), tile, SM_KNOWN)  # fmt: skip

@@ -73,7 +73,9 @@ def residuals(
 
     d_rows = (d_out * run.out).sum(-1, keepdim=True)
     inverse = (run.lse[..., None] - scale * run.scores).exp()
-    quotient = torch.where(run.visible, run.d_scores * inverse - (run.d_probs - d_rows), 0.0)
+    weight = d_out.norm(dim=-1).mean() * v.norm(dim=-1).amax()
+    quotients = (run.d_scores + weight * run.probs) * inverse - (run.d_probs - d_rows + weight)
+    quotient = torch.where(run.visible, quotients, 0.0)
 
     def shared(of_query_heads: torch.Tensor) -> torch.Tensor:
         batch, _, *rest = of_query_heads.shape

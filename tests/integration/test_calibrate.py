@@ -12,7 +12,7 @@ import pytest
 from resilience.abft.calibration import FOLDER, Histogram, load_profile
 from tests.integration.harness import BIN, DEEPSPEED_CONFIG, TINY, free_port
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.launch]
+pytestmark = pytest.mark.integration
 
 
 def test_a_real_job_leaves_a_histogram_of_every_rank_and_a_profile_that_a_launch_reads(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     from resilience.deepspeed.sharded import KINDS, Sharded, bits
     from resilience.deepspeed.universal import run_conversion
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.launch]
+pytestmark = pytest.mark.integration
 
 WORKER = Path(__file__).parent / "workers" / "elastic_rank.py"
 CASES = [

@@ -22,7 +22,6 @@ from tests.integration.harness import BIN, SCRIPTS, free_port, launched, resilie
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.launch,
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates"),
 ]

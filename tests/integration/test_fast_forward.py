@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, launched
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 KILL = '[[fault]]\nstep = 54\nrank = 1\nmicro_step = 1\nsite = "process"\nkind = "kill"\n'
 EVERY_STEP = '[detection]\nstrength = "off"\n[snapshot]\ninterval_steps = 1\n'

@@ -18,7 +18,7 @@ from resilience.snapshot.arena import Arena
 from resilience.snapshot.inventory import read_inventory
 from tests.integration.harness import Run, digest, launched, resilience, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.launch]
+pytestmark = pytest.mark.integration
 
 CONFIG = """
 [snapshot]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.harness import DEEPSPEED_CONFIG, SCRIPTS, Run, digest, launched
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 FAULTS = """
 [[fault]]

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.harness import SCRIPTS, Run, launched, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 COLLECTIVE = SCRIPTS / "collective.py"
 LONG = ["--steps", "100000", "--child", "--buffer"]

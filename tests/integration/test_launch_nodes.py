@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.harness import SCRIPTS, Run, free_port, launched, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 COLLECTIVE = SCRIPTS / "collective.py"
 PDSH = f"""#!{sys.executable}

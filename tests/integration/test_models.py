@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.harness import DEEPSPEED_CONFIG, SCRIPTS, digest, launched
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long]
 
 PARAMETERS = {"gpt2": "transformer.h.1.mlp.c_fc.weight", "llama": "model.layers.1.mlp.up_proj.weight"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.harness import DEEPSPEED_CONFIG, launched
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
 
 FAULTS = """
 [[fault]]

@@ -19,7 +19,7 @@ import pytest
 from tests.integration.harness import DEEPSPEED_CONFIG, Run, digest, launched, wait_for
 from tests.integration.test_launch_nodes import PDSH
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 IN_CI = (2, 2, "bf16")
 """Nodes, ZeRO stage and type of the case that always runs; the others take an hour."""

@@ -18,7 +18,7 @@ from tests.integration.debian import command_of
 from tests.integration.harness import BIN, free_port, launched, wait_for
 from tests.integration.prometheus import DEPLOY, Prometheus, prometheus
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
 
 BOARDS = DEPLOY.parent / "grafana" / "dashboards"
 TOKEN = "a-token-that-is-long-enough"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.harness import DEEPSPEED_CONFIG, digest, launched, resilience, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 THREE_FAULTS = """
 seed = 7

@@ -16,7 +16,7 @@ import pytest
 from tests.integration.browser import Browser, chromium, opened
 from tests.integration.harness import launched, resilience, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 FAULTS = """
 [[fault]]

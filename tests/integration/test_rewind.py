@@ -27,7 +27,7 @@ ALL = [
 THOROUGH = "zero2-bf16"
 LEFT_FOR_RESTART = 76
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 Results = dict[str, dict[str, Any]]
 

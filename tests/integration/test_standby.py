@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.harness import SCRIPTS, Run, digest, launched, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.launch, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 SCRIPT = SCRIPTS / "train_waiting.py"
 FROM_CHECKPOINTS = "[snapshot]\ninterval_steps = 0\n"

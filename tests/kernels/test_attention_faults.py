@@ -163,6 +163,24 @@ def test_a_hundredth_of_a_gradient_is_seen_where_hundreds_of_rows_were_added(
     assert record.verdict == Verdict.REPAIRED
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probability_that_takes_all_of_the_attention_is_held_though_its_gradient_is_none(
+    device: torch.device, kind: str
+) -> None:
+    """Under a causal mask the first query sees one key: P = 1 and dS = 0, but dV is P·dO."""
+    case, ring = Case.random(device, seed=5, causal=True), api.Ring(device)
+    run = case.forward()
+    what, bits = KINDS[kind]
+    order = api.Strike(kernel="dkdv", site=Site.PROBS, block=0, tile=0, row=0, column=0, kind=what, bits=bits)
+    gradients = case.backward(run, api.Checks(max_repairs=1), ring, strikes=[order])
+    (record,) = ring.drain()[0]
+    assert CheckBit.QUOTIENT in record.checks
+    assert record.verdict == Verdict.REPAIRED
+    expected = case.backward(run)
+    assert torch.equal(gradients.dv, expected.dv)
+    assert torch.equal(gradients.dk, expected.dk)
+
+
 @pytest.mark.parametrize("kind", ["zero", "x1.5", "bit 22", "bit 27"])
 def test_a_faulty_exponential_of_the_forward_is_seen_in_backward(device: torch.device, case: Case, kind: str) -> None:
     ring = api.Ring(device)

@@ -52,7 +52,7 @@ def test_every_identity_holds_to_round_off(case: str) -> None:
     [
         ("scores", {"scores", "scores_again", "quotient"}),
         ("out", {"context", "ds_rows", "quotient"}),
-        ("probs", {"context", "mass", "ds_rows", "dv"}),
+        ("probs", {"context", "mass", "ds_rows", "dv", "quotient"}),
         ("d_probs", {"dp", "dp_rows", "ds_rows", "quotient"}),
         ("d_scores", {"ds", "ds_rows", "quotient", "dq", "dk"}),
         ("dq", {"dq"}),

@@ -126,7 +126,9 @@ def of_keys(length: int, depth: int) -> dict[str, torch.Tensor]:
         d_scores = (probs * (d_probs - delta).float()).float()
         inverses = torch.exp2((-exponents).clamp(max=64))
         residual = (d_scores * inverses).sum(1) - (d_probs.float().sum(1) - delta.float().sum())
-        quotient = torch.maximum(quotient, residual.abs() / do_tile.norm(dim=1).sum())
+        of_tile = float(do_tile.norm(dim=1).sum())
+        residual += ((probs.float() * inverses).sum(1) - TILE) * float(v.norm(dim=1).max()) * of_tile / TILE
+        quotient = torch.maximum(quotient, residual.abs() / of_tile)
         dv, of_dv = product(rounded(probs), do_tile, dv), product(rounded(probs), columns(do_tile), of_dv)
         dk, of_dk = product(rounded(d_scores), q_tile, dk), product(rounded(d_scores), columns(q_tile), of_dk)
         dk_peak = dk_peak.maximum(of_dk.abs())
