@@ -102,6 +102,8 @@ def _hold(
                           context_scale * tolerance_scale, valid)  # fmt: skip
     rounded_sum = reference_column(checked, 4)
     sum_ratio = weigh(row_sum - rounded_sum, rounded_sum * (_TOLERANCE_ROW_SUM * tolerance_scale), valid)
+    # No exponential is above 1.
+    sum_ratio = tl.maximum(sum_ratio, weigh(row_sum, tl.zeros_like(row_sum) + 2.002 * num_keys, valid))
     checks = tl.where(score_ratio <= 1.0, 0, 1)
     checks += tl.where(context_ratio <= 1.0, 0, 2)
     checks += tl.where(sum_ratio <= 1.0, 0, 4)

@@ -163,6 +163,22 @@ def test_a_hundredth_of_a_gradient_is_seen_where_hundreds_of_rows_were_added(
     assert record.verdict == Verdict.REPAIRED
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan, 3.3e38, 1e30, 1e3])
+def test_an_extreme_exponential_of_the_forward_is_mended_in_place(
+    device: torch.device, case: Case, clean: tuple[api.Forward, api.Gradients], value: float
+) -> None:
+    """Both sides of the other identities have it: that a sum of so few exponentials cannot be so large is all there is."""
+    ring = api.Ring(device)
+    order = api.Strike(
+        kernel="forward", site=Site.PROBS, block=BLOCK, tile=TILE, row=3, column=5, kind=0, bits=bits_of(value)
+    )
+    run = case.forward(api.Checks(max_repairs=1), ring, strikes=[order])
+    (record,) = ring.drain()[0]
+    assert record.verdict == Verdict.REPAIRED
+    assert torch.equal(run.out, clean[0].out)
+    assert torch.equal(run.lse, clean[0].lse)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_probability_that_takes_all_of_the_attention_is_held_though_its_gradient_is_none(
     device: torch.device, kind: str
