@@ -167,7 +167,7 @@ def test_a_hundredth_of_a_gradient_is_seen_where_hundreds_of_rows_were_added(
 def test_an_extreme_exponential_of_the_forward_is_mended_in_place(
     device: torch.device, case: Case, clean: tuple[api.Forward, api.Gradients], value: float
 ) -> None:
-    """Both sides of the other identities have it: that a sum of so few exponentials cannot be so large is all there is."""
+    """Both sides of the other identities have it: all there is, is that a sum of so few cannot be so large."""
     ring = api.Ring(device)
     order = api.Strike(
         kernel="forward", site=Site.PROBS, block=BLOCK, tile=TILE, row=3, column=5, kind=0, bits=bits_of(value)
