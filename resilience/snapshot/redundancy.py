@@ -402,8 +402,8 @@ class Redundancy:
 
     def _published(self) -> list[tuple[str, int]]:
         """The files of the published manifests: one that is published again is another file."""
-        with contextlib.suppress(OSError):
-            return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(self._arena.manifests))
+        with contextlib.suppress(OSError), os.scandir(self._arena.manifests) as entries:
+            return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
         return []
 
     def _is_protected(self, key: Key, found: list[Description], group: Group) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 from pathlib import Path
 
@@ -281,6 +282,15 @@ def test_a_peer_that_is_let_go_while_it_is_asked_is_no_error_of_the_thread(tmp_p
         nodes.begin(2)
         nodes.take(2, SMALL)
         nodes.protect(2)
+
+
+def test_manifests_that_go_while_they_are_listed_leave_nothing_open(tmp_path: Path) -> None:
+    with cluster(tmp_path, 2) as nodes:
+        node = nodes.nodes[0]
+        for name in ("one", "other"):
+            (node.arena.manifests / name).symlink_to("gone")
+        assert node.redundancy._published() == []
+        gc.collect()  # an open iterator would be told of here
 
 
 def test_a_hold_that_could_not_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
