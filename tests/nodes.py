@@ -25,7 +25,7 @@ TOKEN = "a token that is long enough"
 NUM_SLOTS = 5
 
 
-def eventually(met: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def eventually(met: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
     """Wait for a condition."""
     clock = SystemClock()
     deadline = clock.monotonic() + timeout_s

@@ -86,7 +86,7 @@ def forward_ratio(call: AttentionForward) -> torch.Tensor:
         excess = torch.zeros((), dtype=wide, device=call.out.device) * (out_low.sum() + out_high.sum())
     else:
         groups = call.out.shape[1] // call.value.shape[1]
-        low, high = extremes(call.value) if groups == 1 else extremes(call.value).repeat_interleave(groups, dim=2)
+        low, high = extremes(call.value).repeat_interleave(groups, dim=2)
         if call.masked:
             low, high = low.clamp(max=0), high.clamp(min=0)
         tolerance = torch.maximum(low.abs(), high.abs()) * _range_factor(call.out, call.value.shape[2]) + _TINY
@@ -107,7 +107,7 @@ def backward_ratios(call: AttentionBackward) -> torch.Tensor:
     On a CPU, float32 and bfloat16 are screened first (`_screened_ratios`, some twenty times cheaper); what raises no
     suspicion there is not computed exactly. On other devices nothing may wait for a value, and all is computed.
     """
-    if _is_screened(call):
+    if call.out.device.type == "cpu" and call.out.dtype in (torch.float32, torch.bfloat16):
         screened = _screened_ratios(call)
         worst = float(screened.max())
         if worst > 1.0 and call.out.dtype == torch.float32:
@@ -126,11 +126,6 @@ _SCREEN_SHARE = 0.8
 """Of the exact tolerance: leaves room for the error of an estimated scale."""
 
 
-def _is_screened(call: AttentionBackward) -> bool:
-    known = call.out.is_cpu and call.out.dtype in (torch.float32, torch.bfloat16)
-    return known and call.value.shape[3] == call.key.shape[3]
-
-
 @torch.no_grad()
 def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
     """As `_exact_ratios`, reading each tensor once. Sums of squares are estimated: the squared sum of terms under
@@ -145,47 +140,35 @@ def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
         _SCREEN_SHARE * invariant_factor(stored=stored, accumulated=wide, length=length, width=width),
         _SCREEN_SHARE * invariant_factor(stored=0.0, accumulated=wide, length=length, width=width),
     )
-    by_query, by_key = _swept(call)
-    # As in the exact form: what is no number, or too large, beside a query of 0.
-    finite = by_query[1, 0].square().sum() * 0.0
-    one, other = _estimated(by_key[:, ::2]), _estimated(by_query[:, ::2])
-    # As in the exact form, with the noise of the rows and the size of their queries taken as independent.
-    of_rows = other.squares[0, 1].sum(-1, keepdim=True) * (call.scale**2 / call.query.shape[2])
-    noise = _share(of_rows * _estimated(by_query[1, 1]).squares, heads)
-    other = other.shared(heads)
-    other.total[1, 0].zero_()
-    other.squares[1, 0].copy_(noise)
-    (dv, context), (dk, dq) = bound.ratio(one, other).unbind()
-    ratios = torch.stack([dv, dk, dq + finite, context])
-    has_value, has_key, has_query = (gradient is not None for gradient in (call.d_value, call.d_key, call.d_query))
-    applies = (has_value and not call.dropout, has_key, has_key and has_query, has_value)
-    return ratios if all(applies) else torch.where(torch.tensor(applies, device="cpu"), ratios, 0.0)
-
-
-def _swept(call: AttentionBackward) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over the length, (2, 3, 4, b, h, d) each: of (dO, O) and (dQ, Q), and of (dV, V) and (dK, K). Of each pair
-    those of the first, of the second and of their product, under every column of `_signs`. An operand stands for the
-    gradient that was not asked for.
-    """
-    d_query, d_key, d_value = (
-        operand if gradient is None else gradient
-        for operand, gradient in ((call.query, call.d_query), (call.key, call.d_key), (call.value, call.d_value))
-    )
-    of_queries, of_keys = _signs(call.query.shape[2]), _signs(call.key.shape[2])
-    return (
-        torch.stack([pair_sums(call.d_out, call.out, of_queries), pair_sums(d_query, call.query, of_queries)]),
-        torch.stack([pair_sums(d_value, call.value, of_keys), pair_sums(d_key, call.key, of_keys)]),
-    )
+    signs = _signs(call.query.shape[2])
+    of_d_out, _, weighted = pair_sums(call.d_out, call.out, signs)
+    terms = _estimated(weighted)
+    dv = dk = dq = context = torch.zeros((), dtype=torch.float32, device=call.out.device)
+    of_keys = _signs(call.key.shape[2])
+    if call.d_value is not None:
+        of_d_value, _, of_both = pair_sums(call.d_value, call.value, of_keys)
+        if not call.dropout:
+            dv = bound.ratio(_estimated(of_d_value), _estimated(of_d_out).shared(heads))
+        context = bound.ratio(_estimated(of_both), terms.shared(heads))
+    if call.d_key is not None:
+        # Where dQ was not asked for, Q takes its place.
+        d_query = call.query if call.d_query is None else call.d_query
+        of_d_query, of_query, of_queries = pair_sums(d_query, call.query, signs)
+        of_d_key, _, of_both = pair_sums(call.d_key, call.key, of_keys)
+        # As in the exact form, with the noise of the rows and the size of their queries taken as independent.
+        of_rows = terms.squares.sum(2, keepdim=True) * (call.scale**2 / call.query.shape[2])
+        squares = _share(of_rows * _estimated(of_query).squares, heads)
+        dk = bound.ratio(_estimated(of_d_key), _Sums(torch.zeros_like(squares), squares))
+        if call.d_query is not None:
+            dq = bound.ratio(_estimated(of_both), _estimated(of_queries).shared(heads))
+            dq = dq + of_d_query.square().sum() * 0.0  # as in the exact form
+    return torch.stack([dv, dk, dq, context])
 
 
 def _estimated(sums: torch.Tensor) -> _Sums:
-    """From sums under the columns of `_signs`, (…, 4, b, h, d)."""
-    total, *signed = sums.unbind(-4)
-    own = signed[0].square()
-    for column in signed[1:]:
-        own.addcmul_(column, column)
-    own.div_(len(signed))
-    return _Sums(total, torch.lerp(own, own.mean(-1, keepdim=True), 0.5))
+    """From sums under the columns of `_signs`, (4, b, h, d)."""
+    own = sums[1:].square().mean(0)
+    return _Sums(sums[0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
 
 
 @functools.lru_cache(maxsize=64)
@@ -236,7 +219,7 @@ def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Sums:
-    """One side of an identity, (…, b, h, d): the sum of its terms over the length and the sum of their squares."""
+    """One side of an identity, (b, h, d): the sum of its terms over the length and the sum of their squares."""
 
     total: torch.Tensor
     squares: torch.Tensor
@@ -279,7 +262,7 @@ class _Bound:
         residual = (one.total - other.total).abs()
         squares = one.squares + other.squares
         tolerance = self.random * squares.sqrt() + self.coherent * torch.minimum(one.total.abs(), other.total.abs())
-        return (residual / (tolerance + absolute + _TINY) + squares * 0.0).amax((-3, -2, -1))
+        return (residual / (tolerance + absolute + _TINY) + squares * 0.0).max()
 
 
 def _random_factor(call: AttentionBackward) -> float:
@@ -317,11 +300,11 @@ def _floor(call: AttentionBackward, operand: torch.Tensor) -> torch.Tensor | Non
 
 
 def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Sum over the query heads that share a key head: (…, hq, d) to (…, hk, d)."""
-    if of_query_heads.shape[-2] == key_heads:
+    """Sum over the query heads that share a key head: (b, hq, …) to (b, hk, …)."""
+    if of_query_heads.shape[1] == key_heads:
         return of_query_heads
-    *outer, _, width = of_query_heads.shape
-    return of_query_heads.reshape(*outer, key_heads, -1, width).sum(-2)
+    batch, _, *rest = of_query_heads.shape
+    return of_query_heads.reshape(batch, key_heads, -1, *rest).sum(2)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

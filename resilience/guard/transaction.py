@@ -157,12 +157,11 @@ class Guard:
         event = self.recorder.before_forward(args, kwargs)
         self._headway.fed((args, kwargs))
         began = self._trail.before_forward(args, kwargs) if self._trail is not None else None
-        try:
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(self.recorder.forget, event)
             with self.protected():
                 outputs = self._adapter.forward(*args, **kwargs)
-        except BaseException:
-            self.recorder.forget(event)
-            raise
+            undoing.pop_all()
         if self._trail is not None:
             self._trail.after_forward(began, event.micro_step, event, outputs)
         return self.recorder.after_forward(event, outputs)
