@@ -36,7 +36,7 @@ _CONTEXT = tl.constexpr(4)
 # Tolerances, each from a measurement and a bound: README.md.
 _TOLERANCE_ROW_SUM = tl.constexpr(8e-3)
 _FLOOR_HALF = tl.constexpr(1.2e-7)
-# No exponential is above 1; twice that, so that the ratio of clean rows stays below one half as that of other checks does.
+# No exponential is above 1; twice that, so that clean rows have a ratio below one half, as with the other checks.
 _MOST_OF_A_KEY = tl.constexpr(2.002)
 
 
