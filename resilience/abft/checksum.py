@@ -11,12 +11,13 @@ import functools
 
 import torch
 
+from resilience.abft.expectation import Expectation
 from resilience.abft.gemm import Gemm
-from resilience.abft.sums import sums_of, vectors
+from resilience.abft.sums import vectors
 from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
 from resilience.events import DetectionKind
 from resilience.kernels.precision import float32_precision
-from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio, worst_ratio_of
+from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio_of
 
 __all__ = [
     "MAX_ROWS",
@@ -62,17 +63,24 @@ def screen(
     return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
 
 
-def worst_residual(gemm: Gemm, expected: torch.Tensor, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
+def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
     """The largest ratio of `screen` for C = `out`, whose sums are taken here; waits for the device."""
-    dtype = out.dtype
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
-    weights = vectors(out.shape[-1], out)
-    worst = worst_ratio_of(out, weights, expected, factor)
+    call, n = expectation.call, expectation.width
+    weights = vectors(n, out)
+    precision = _matmul_precision(call.left)
+    factor = factor_scale * _screen_factor(out.dtype, precision, call.k, n, weights.shape[1])
+    worst = worst_ratio_of(
+        expectation.oriented(out),
+        weights,
+        expectation.product,
+        factor,
+        alpha=call.alpha,
+        addend=expectation.addend,
+        beta=call.beta,
+    )
     if worst is not None:
         return worst
-    observed = sums_of(out, right=weights).rows
-    assert observed is not None
-    return worst_ratio(expected, observed, factor)
+    return float(residual_ratios(expectation.sums, expectation.observed(out), factor).max())
 
 
 def deferred_residual(

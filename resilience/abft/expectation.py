@@ -14,6 +14,7 @@ a fault: they raise an alarm that the confirmation dismisses.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
@@ -30,15 +31,41 @@ _MAX_CARRIED = 4096
 class Expectation:
     """Row sums that a product must have."""
 
-    gemm: Gemm
-    """The product in the orientation that is checked: itself, or its transpose."""
+    call: Gemm
     transposed: bool
-    sums: torch.Tensor
-    """E, (m, c) or (b, m, c) in float32 (float64 for float64)."""
+    """Whether the rows of its transpose are checked."""
+    product: torch.Tensor
+    """Row sums of left·right, (m, c) or (b, m, c) in float32 (float64 for float64), maybe with more columns behind."""
+    addend: torch.Tensor | None = None
+    """D·V, broadcastable to them."""
     unknown: torch.Tensor | None = None
     """Rows, broadcastable to (…, m, 1), in which an addend like −∞ has swallowed elements of the product: their sums
     are 0 in E and in O.
     """
+
+    @property
+    def gemm(self) -> Gemm:
+        """The product in the orientation that is checked."""
+        call = self.call
+        if not self.transposed:
+            return call
+        return Gemm(call.right.mT, call.left.mT, alpha=call.alpha, repeatable=call.repeatable)
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """E = alpha·left·right·V + beta·D·V, (m, c) or (b, m, c)."""
+        call = self.call
+        sums = self.product[..., : vectors(self.width, call.left).shape[1]]
+        if call.alpha != 1.0:
+            sums = sums * call.alpha
+        if self.addend is not None:
+            sums = torch.add(sums, self.addend, alpha=call.beta)
+        return sums if self.unknown is None else sums.masked_fill(self.unknown, 0.0)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row that is checked."""
+        return self.call.m if self.transposed else self.call.n
 
     def oriented(self, out: torch.Tensor) -> torch.Tensor:
         """`out` in the orientation that is checked."""
@@ -68,8 +95,7 @@ class _Carried:
     """Row sums of the gradient that comes second: by which gradient it is, the pass, and the dC that they are of."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Role:
+class _Role(NamedTuple):
     """Which gradient a product is, and on which side dC stands."""
 
     of_left: bool
@@ -115,17 +141,16 @@ class Expectations:
         assert operand.left is not None
         sums = sums_of(gemm.left, right=operand.both).rows
         assert sums is not None
-        num_vectors = operand.right.shape[-1]
         self._carried[node] = _Carried(
             (gemm.m, gemm.k, gemm.n),
             gemm.left.data_ptr(),
             gemm.right.data_ptr(),
-            sums[..., num_vectors:],
+            sums[..., operand.right.shape[-1] :],
             operand.left,
         )
         if len(self._carried) > _MAX_CARRIED:
             del self._carried[next(iter(self._carried))]
-        return self._complete(gemm, out, sums[..., :num_vectors])
+        return self._complete(gemm, out, sums)
 
     def backward(self, gemm: Gemm, out: torch.Tensor, node: int) -> Expectation:
         """Expectation of a gradient of the product under `node`."""
@@ -133,9 +158,9 @@ class Expectations:
         role = None if carried is None or gemm.addend is not None else _role(gemm, carried)
         if carried is None or role is None:
             return self.alone(gemm, out)
-        if role.transposed:
-            gemm = Gemm(gemm.right.mT, gemm.left.mT, alpha=gemm.alpha, repeatable=gemm.repeatable)
-        d_out = gemm.left if role.of_left else gemm.left.mT
+        d_out = gemm.right if role.transposed else gemm.left
+        if role.transposed == role.of_left:
+            d_out = d_out.mT
         # The next backward pass through the same graph may have another dC at the same address.
         task = torch._C._current_graph_task_id()
         place = task, d_out.data_ptr(), d_out.shape, d_out.stride()
@@ -148,7 +173,7 @@ class Expectations:
             assert columns is not None
             sums, other = (rows, columns) if role.of_left else (columns, rows)
             carried.waiting = {(not role.of_left, *place): other}
-        return Expectation(gemm, role.transposed, sums * gemm.alpha if gemm.alpha != 1.0 else sums)
+        return Expectation(gemm, role.transposed, sums)
 
     def alone(self, gemm: Gemm, out: torch.Tensor) -> Expectation:
         """Expectation from the operands only."""
@@ -164,16 +189,12 @@ class Expectations:
             if operand is not None:
                 self._sums.discard(operand)
 
-    def _complete(self, gemm: Gemm, out: torch.Tensor, sums: torch.Tensor) -> Expectation:
-        if gemm.alpha != 1.0:
-            sums = sums * gemm.alpha
+    def _complete(self, gemm: Gemm, out: torch.Tensor, product: torch.Tensor) -> Expectation:
         if gemm.addend is None:
-            return Expectation(gemm, False, sums)
-        sums = torch.add(sums, self._sums.of_addend(gemm.addend, out), alpha=gemm.beta)
-        if _is_settled_at_once(out) or is_parameter(gemm.addend):
-            return Expectation(gemm, False, sums)
-        unknown = _swallows(gemm.addend)
-        return Expectation(gemm, False, sums.masked_fill(unknown, 0.0), unknown)
+            return Expectation(gemm, False, product)
+        addend = self._sums.of_addend(gemm.addend, out)
+        is_known = _is_settled_at_once(out) or is_parameter(gemm.addend)
+        return Expectation(gemm, False, product, addend, None if is_known else _swallows(gemm.addend))
 
 
 _MASKED = 1e15
@@ -198,14 +219,11 @@ def _role(gemm: Gemm, carried: _Carried) -> _Role | None:
     """
     m, k, n = carried.shape
     on_left, on_right = gemm.left.data_ptr(), gemm.right.data_ptr()
-    matches = [
-        (of_left, on_left == address)
-        for of_left, address in ((True, carried.right_address), (False, carried.left_address))
-        if (on_left == address) != (on_right == address)
-    ]
-    if len(matches) != 1:
+    is_left = carried.right_address in (on_left, on_right)
+    is_right = carried.left_address in (on_left, on_right)
+    if is_left == is_right or on_left == on_right:
         return None
-    role = _Role(*matches[0])
-    straight = (m, n, k) if role.of_left else (n, m, k)
-    shape = (gemm.n, gemm.k, gemm.m) if role.transposed else (gemm.m, gemm.k, gemm.n)
-    return role if shape == straight else None
+    transposed = on_left == (carried.right_address if is_left else carried.left_address)
+    straight = (m, n, k) if is_left else (n, m, k)
+    shape = (gemm.n, gemm.k, gemm.m) if transposed else (gemm.m, gemm.k, gemm.n)
+    return _Role(is_left, transposed) if shape == straight else None

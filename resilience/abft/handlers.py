@@ -160,13 +160,7 @@ class GemmHandlers:
         return out
 
     def _worst(self, call: _Call, out: torch.Tensor) -> float:
-        expectation = call.expectation
-        return checksum.worst_residual(
-            expectation.gemm,
-            expectation.sums,
-            expectation.oriented(out),
-            factor_scale=self._context.scale(call.label.site),
-        )
+        return checksum.worst_residual(call.expectation, out, factor_scale=self._context.scale(call.label.site))
 
     def _deferred(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         expectation = call.expectation

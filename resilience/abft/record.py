@@ -10,7 +10,8 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -51,7 +52,7 @@ class Record:
     def __init__(self, *, share: float, clock: Clock) -> None:
         self._share = share
         self._shares: Mapping[str, float] = {}
-        self._clock = clock
+        self.clock = clock
         self._findings: list[Finding] = []
         self._num_findings: Counter[bool] = Counter()
         """Of those, by whether they are faults that stayed."""
@@ -112,20 +113,13 @@ class Record:
         """Note an operation that no check understands."""
         self.unprotected[reason] += 1
 
-    @contextmanager
-    def checking(self, site: str) -> Iterator[float]:
+    def checking(self, site: str) -> AbstractContextManager[float]:
         """Around a check: gives the monotonic time of its beginning, and adds what it takes to that of the site.
 
         What goes wrong within is a defect of ours, or memory that only a check has asked for: the operation has run,
         the script goes on with its result, and the check counts as not made.
         """
-        started = self._clock.monotonic()
-        try:
-            yield started
-        except _DEFECTS as error:
-            self._failed(site, error)
-        finally:
-            self.seconds[site] += self._clock.monotonic() - started
+        return _Checking(self, site)
 
     @contextmanager
     def settling(self, label: Label, check: Check, ratio: float, started: float) -> Iterator[None]:
@@ -133,10 +127,11 @@ class Record:
         try:
             yield
         except _DEFECTS as error:
-            self._failed(label.site, error)
+            self.failed(label.site, error)
             self.alarm(label, check, DetectionKind.MISMATCH, ratio, started)
 
-    def _failed(self, site: str, error: Exception) -> None:
+    def failed(self, site: str, error: BaseException) -> None:
+        """Note a check that went wrong itself."""
         reason = f"the check of {site} failed ({type(error).__name__})"
         if reason not in self.unprotected:
             _log.warning("%s; the operation's result is used as it is", reason, exc_info=error)
@@ -144,9 +139,9 @@ class Record:
 
     def operation(self, site: str, run: Callable[[], Result]) -> Result:
         """Run an operation, and add its time to that of the site's operations."""
-        started = self._clock.monotonic()
+        started = self.clock.monotonic()
         result = run()
-        self.operation_seconds[site] += self._clock.monotonic() - started
+        self.operation_seconds[site] += self.clock.monotonic() - started
         return result
 
     def clean(self, site: str, ratio: float) -> None:
@@ -195,14 +190,14 @@ class Record:
                 mended=mended,
                 bit_exact=mended and bit_exact,
                 inputs_bad=inputs_bad,
-                detected_at=self._clock.wall(),
-                latency_ms=(self._clock.monotonic() - started) * 1e3,
+                detected_at=self.clock.wall(),
+                latency_ms=(self.clock.monotonic() - started) * 1e3,
             )
         )
 
     def defer(self, label: Label, check: Check, result: torch.Tensor) -> None:
         """Keep (worst ratio, whether the inputs were bad), shape (2,), on its device until the next drain."""
-        self._deferred.append((label, check, self._clock.monotonic(), result))
+        self._deferred.append((label, check, self.clock.monotonic(), result))
 
     def drain(self) -> list[Finding]:
         """Everything that was noted since the last call; waits for the device if results are deferred there."""
@@ -223,3 +218,26 @@ class Record:
         """Up to 64 clean ratios since the last call, drawn uniformly."""
         sample, self._sample, self._num_clean = self._sample, [], 0
         return sample
+
+
+class _Checking:
+    """What `Record.checking` gives: around every product, so no generator."""
+
+    __slots__ = ("_record", "_site", "_started")
+
+    def __init__(self, record: Record, site: str) -> None:
+        self._record = record
+        self._site = site
+
+    def __enter__(self) -> float:
+        self._started = self._record.clock.monotonic()
+        return self._started
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        record, is_ours = self._record, isinstance(error, _DEFECTS)
+        if error is not None and is_ours:
+            record.failed(self._site, error)
+        record.seconds[self._site] += record.clock.monotonic() - self._started
+        return is_ours

@@ -53,11 +53,12 @@ def sums_of(
     """matrix·right and matrixᵀ·left in one pass; `matrix` of any floating dtype that is checked. `into`: an earlier
     result for the same shapes, whose memory may be used again.
     """
-    if matrix.dtype == torch.float64:
+    dtype = matrix.dtype
+    if dtype is torch.float64:
         rows = None if right is None else matrix @ right
         return Sweep(rows, None if left is None else matrix.mT @ left)
     # The compiled kernel does not read float16; the one on a GPU does.
-    widened = matrix.float() if matrix.dtype == torch.float16 and matrix.is_cpu else matrix
+    widened = matrix.float() if dtype is torch.float16 and matrix.is_cpu else matrix
     return sweep(widened, right, left, into=into)
 
 
@@ -167,5 +168,4 @@ def _key(operand: torch.Tensor) -> tuple[object, ...]:
     # ZeRO-3 gathers one parameter after the other into the same memory, so the address alone tells too little.
     parameter = operand if operand._base is None else operand._base
     version = None if operand.is_inference() else operand._version
-    place = operand.data_ptr(), operand.shape, operand.stride(), operand.dtype, operand.device
-    return id(parameter), version, *place
+    return id(parameter), version, operand.data_ptr(), operand.shape, operand.stride()

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_threads.h"
+
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
 #endif
@@ -115,8 +117,6 @@ static void run(void *data)
     __atomic_fetch_add(&work->sum, sum, __ATOMIC_RELAXED);
 }
 
-typedef void parallel_function(void (*)(void *), void *, unsigned, unsigned);
-
 PyDoc_STRVAR(hash_doc, "hash(address, num_bytes, offset, GOMP_parallel, threads) -> int\n\n"
                        "Hash of the bytes at `address`, the first word at position `offset`; signed, as int64 is.");
 
@@ -128,9 +128,8 @@ static PyObject *hash(PyObject *module, PyObject *const *arguments, Py_ssize_t c
     job work = {.data = (const char *)(uintptr_t)PyLong_AsSize_t(arguments[0])};
     Py_ssize_t num_bytes = PyLong_AsSsize_t(arguments[1]);
     work.offset = PyLong_AsUnsignedLongLong(arguments[2]);
-    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(arguments[3]);
-    unsigned threads = (unsigned)PyLong_AsUnsignedLong(arguments[4]);
-    if (PyErr_Occurred())
+    team available;
+    if (PyErr_Occurred() || !read_team(arguments + 3, &available))
         return NULL;
     work.num_words = num_bytes / 4;
     work.hash = INSTRUCTION_SETS[instruction_set].hash;
@@ -138,8 +137,8 @@ static PyObject *hash(PyObject *module, PyObject *const *arguments, Py_ssize_t c
         run(&work);
     } else {
         Py_BEGIN_ALLOW_THREADS;
-        if (parallel != NULL && threads > 1)
-            parallel(run, &work, threads, 0);
+        if (available.parallel != NULL && available.most > 1)
+            available.parallel(run, &work, available.most, 0);
         else
             run(&work);
         Py_END_ALLOW_THREADS;

@@ -1,7 +1,7 @@
 /* The compiled form of lengthwise.py: what is taken over the length of attention's operands. Sums of two tensors and of
  * the products of their elements, in one pass over both; sums of one with its squares; the smallest and the largest.
  *
- * Knows addresses, sizes and strides only, as _sweep.c does. A unit is some columns of one matrix, over its whole length:
+ * Tensors and threads come to it as to _sweep.c. A unit is some columns of one matrix, over its whole length:
  * the bits of a sum depend on the length and the instruction set, not on the number of threads.
  */
 
@@ -12,7 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "_arguments.h"
+#include "_tensors.h"
+#include "_threads.h"
 
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
@@ -275,7 +276,7 @@ static void run(void *data)
 }
 
 /* Runs the job; called with the GIL held. */
-static void execute(job *work, parallel_function *parallel, unsigned threads)
+static void execute(job *work, const team *available)
 {
     for (work->unit_width = WIDTH; work->unit_width > LEAST_WIDTH && num_units(work) < ENOUGH_UNITS;)
         work->unit_width /= 2;
@@ -284,88 +285,106 @@ static void execute(job *work, parallel_function *parallel, unsigned threads)
         return;
     }
     Py_BEGIN_ALLOW_THREADS;
-    if (parallel != NULL && threads > 1)
-        parallel(run, work, threads, 0);
+    if (available->parallel != NULL && available->most > 1)
+        available->parallel(run, work, available->most, 0);
     else
         run(work);
     Py_END_ALLOW_THREADS;
 }
 
-/* Reads an operand from (address, strides). */
-static int read_operand(PyObject *const *arguments, int is_bfloat16, operand *found)
+/* --- what Python calls ---------------------------------------------------------------------------------------------- */
+
+/* Reads `count` operands (b, h, t, d) of one shape and dtype; heads that lie side by side in all of them are read as whole
+ * rows. 0 for what is not known. */
+static int read_operands(PyObject *const *arguments, int count, job *work, dl_tensor *first)
 {
-    ptrdiff_t strides[3], size = is_bfloat16 ? 2 : 4;
-    if (!read_tuple(arguments[1], 3, strides))
-        return 0;
-    *found = (operand){.data = read_address(arguments[0]),
-                       .outer = strides[0] * size,
-                       .inner = strides[1] * size,
-                       .row = strides[2] * size};
+    int in_rows = 1;
+    for (int side = 0; side < count; side++) {
+        dl_tensor next;
+        if (!read_tensor(arguments[side], &next) || next.ndim != 4 || (!is_float32(&next) && !is_bfloat16(&next)))
+            return 0;
+        if (side == 0)
+            *first = next;
+        for (int i = 0; i < 4; i++)
+            if (next.shape[i] != first->shape[i] || next.shape[i] < 1)
+                return 0;
+        if (is_bfloat16(&next) != is_bfloat16(first) || (next.strides[3] != 1 && next.shape[3] > 1))
+            return 0;
+        ptrdiff_t size = is_float32(&next) ? 4 : 2;
+        in_rows = in_rows && next.strides[1] == next.shape[3];
+        work->of[side] = (operand){next.data, next.strides[0] * size, next.strides[1] * size, next.strides[2] * size};
+    }
+    work->is_bfloat16 = is_bfloat16(first);
+    work->outer = first->shape[0];
+    work->inner = in_rows ? 1 : first->shape[1];
+    work->length = first->shape[2];
+    work->width = in_rows ? first->shape[1] * first->shape[3] : first->shape[3];
     return 1;
 }
 
-/* Shape, dtype, `operands` operands, [weights,] out, GOMP_parallel and threads; runs what they describe. */
-static PyObject *run_arguments(PyObject *const *arguments, int operands, int weighted, unit_function *what)
+/* (t, VECTORS), each vector contiguous. */
+static int read_weights(PyObject *argument, job *work)
 {
-    ptrdiff_t shape[4];
-    job work = {.is_bfloat16 = PyObject_IsTrue(arguments[1]), .run = what};
-    int fits = read_tuple(arguments[0], 4, shape);
-    for (int side = 0; side < operands && fits; side++)
-        fits = read_operand(arguments + 2 + 2 * side, work.is_bfloat16, &work.of[side]);
-    if (!fits) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "takes a shape of four numbers, and strides of three");
+    dl_tensor weights;
+    if (!read_tensor(argument, &weights) || !is_float32(&weights) || weights.ndim != 2 ||
+        weights.shape[0] != work->length || weights.shape[1] != VECTORS ||
+        (weights.strides[0] != 1 && work->length > 1) || weights.strides[1] != work->length)
+        return 0;
+    work->weights = weights.data;
+    return 1;
+}
+
+/* Takes the operands, weights if there are any, GOMP_parallel and threads; gives (…, b, h, d) with the dimensions of
+ * `kinds` in front. */
+static PyObject *run_arguments(PyObject *const *arguments, Py_ssize_t count, job work, int operands, int weighted,
+                               int kinds, int vectors)
+{
+    team available;
+    dl_tensor first;
+    if (count != operands + weighted + 2)
+        return PyErr_Format(PyExc_TypeError, "%zd arguments were given", count);
+    if (!read_operands(arguments, operands, &work, &first) || (weighted && !read_weights(arguments[operands], &work)))
+        Py_RETURN_NONE;
+    if (!read_team(arguments + operands + weighted, &available))
         return NULL;
-    }
-    work.outer = shape[0], work.inner = shape[1], work.length = shape[2], work.width = shape[3];
-    PyObject *const *rest = arguments + 2 + 2 * operands;
-    if (weighted)
-        work.weights = read_address(*rest++);
-    work.out = read_address(rest[0]);
-    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(rest[1]);
-    unsigned threads = (unsigned)PyLong_AsUnsignedLong(rest[2]);
-    if (PyErr_Occurred())
-        return NULL;
-    if (shape[0] > 0 && shape[1] > 0 && shape[2] > 0 && shape[3] > 0)
-        execute(&work, parallel, threads);
-    Py_RETURN_NONE;
+    int64_t batch = first.shape[0], heads = first.shape[1], width = first.shape[3], each = batch * heads * width;
+    const int64_t shape[] = {kinds, vectors, batch, heads, width};
+    const int64_t strides[] = {vectors * each, each, heads * width, width, 1};
+    int front = kinds == 1;
+    PyObject *found = new_tensor(5 - front, shape + front, strides + front, &work.out);
+    if (found != NULL)
+        execute(&work, &available);
+    return found;
 }
 
 PyDoc_STRVAR(sums_doc,
-             "sums(shape, is_bfloat16, one, strides, other, strides, weights, out, GOMP_parallel, threads)\n\n"
-             "Shape (outer, inner, length, width), not empty; addresses as integers; strides of the first three, in\n"
-             "elements. Writes (3, 4, outer, inner, width) contiguous float32 for (4, length) contiguous weights.");
+             "sums(one, other, weights, GOMP_parallel, threads) -> Tensor | None\n\n"
+             "(3, 4, b, h, d) in float32 for operands (b, h, t, d) and weights (t, 4). None for what it does not know.");
 
 static PyObject *sums(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 10)
-        return PyErr_Format(PyExc_TypeError, "sums takes 10 arguments, %zd were given", count);
-    return run_arguments(arguments, 2, 1, INSTRUCTION_SETS[instruction_set].sum);
+    job work = {.run = INSTRUCTION_SETS[instruction_set].sum};
+    return run_arguments(arguments, count, work, 2, 1, KINDS, VECTORS);
 }
 
 PyDoc_STRVAR(moments_doc,
-             "moments(shape, is_bfloat16, operand, strides, weights, out, GOMP_parallel, threads)\n\n"
-             "As sums; writes (5, outer, inner, width) contiguous float32.");
+             "moments(operand, weights, GOMP_parallel, threads) -> Tensor | None\n\nAs sums; (5, b, h, d).");
 
 static PyObject *moments(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 8)
-        return PyErr_Format(PyExc_TypeError, "moments takes 8 arguments, %zd were given", count);
-    return run_arguments(arguments, 1, 1, INSTRUCTION_SETS[instruction_set].moment);
+    job work = {.run = INSTRUCTION_SETS[instruction_set].moment};
+    return run_arguments(arguments, count, work, 1, 1, 1, MOMENTS);
 }
 
-PyDoc_STRVAR(extremes_doc,
-             "extremes(shape, is_bfloat16, operand, strides, out, GOMP_parallel, threads)\n\n"
-             "As sums; writes (2, outer, inner, width) contiguous float32.");
+PyDoc_STRVAR(extremes_doc, "extremes(operand, GOMP_parallel, threads) -> Tensor | None\n\nAs sums; (2, b, h, d).");
 
 static PyObject *extremes(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 7)
-        return PyErr_Format(PyExc_TypeError, "extremes takes 7 arguments, %zd were given", count);
-    return run_arguments(arguments, 1, 0, INSTRUCTION_SETS[instruction_set].bound);
+    job work = {.run = INSTRUCTION_SETS[instruction_set].bound};
+    return run_arguments(arguments, count, work, 1, 0, 1, EXTREMES);
 }
 
 static PyMethodDef METHODS[] = {

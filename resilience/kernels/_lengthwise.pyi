@@ -1,38 +1,9 @@
 """Types of the compiled module; what it does stands in `_lengthwise.c`."""
 
-def sums(
-    shape: tuple[int, ...],
-    is_bfloat16: bool,
-    one: int,
-    one_strides: tuple[int, ...],
-    other: int,
-    other_strides: tuple[int, ...],
-    weights: int,
-    out: int,
-    gomp_parallel: int,
-    threads: int,
-    /,
-) -> None: ...
-def moments(
-    shape: tuple[int, ...],
-    is_bfloat16: bool,
-    operand: int,
-    strides: tuple[int, ...],
-    weights: int,
-    out: int,
-    gomp_parallel: int,
-    threads: int,
-    /,
-) -> None: ...
-def extremes(
-    shape: tuple[int, ...],
-    is_bfloat16: bool,
-    operand: int,
-    strides: tuple[int, ...],
-    out: int,
-    gomp_parallel: int,
-    threads: int,
-    /,
-) -> None: ...
+from torch import Tensor
+
+def sums(one: Tensor, other: Tensor, weights: Tensor, gomp_parallel: int, threads: int, /) -> Tensor | None: ...
+def moments(operand: Tensor, weights: Tensor, gomp_parallel: int, threads: int, /) -> Tensor | None: ...
+def extremes(operand: Tensor, gomp_parallel: int, threads: int, /) -> Tensor | None: ...
 def use(name: str, /) -> bool: ...
 def instructions() -> str: ...

@@ -1,7 +1,7 @@
 /* The compiled form of sweep.py: weighted sums of a matrix's rows and columns in one pass over its memory.
  *
- * Knows addresses, sizes and strides only: neither torch's headers nor an OpenMP library are needed to build it, and one
- * build serves every Python from 3.11 on. Threads are torch's own: sweep.py passes the address of GOMP_parallel in the
+ * Neither torch's headers nor an OpenMP library are needed to build it, and one build serves every Python from 3.11 on.
+ * Tensors are read as `_tensors.h` says. Threads are torch's own: sweep.py passes the address of GOMP_parallel in the
  * library that torch loaded.
  *
  * The matrix is cut into units by its shape alone: chunks of rows by groups of columns, for every matrix of a batch.
@@ -17,7 +17,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_arguments.h"
+#include "_residual.h"
+#include "_tensors.h"
+#include "_threads.h"
 
 #if !defined(__GNUC__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "vector extensions of GCC and Clang are used, on little-endian machines; elsewhere the package falls back to torch"
@@ -149,7 +151,8 @@ typedef struct {
 typedef struct {
     const char *data;
     ptrdiff_t batches, num_rows, num_columns, batch_bytes, row_bytes;
-    int size; /* bytes of an element: 4 for float32, 2 for bfloat16 */
+    int size;      /* bytes of an element: 4 for float32, 2 for bfloat16 */
+    int is_turned; /* rows and columns of the matrix are those of its transpose, which lies by rows */
     weights right, left;
     sums rows, columns;
     ptrdiff_t chunk, chunks, width, groups, padded_width;
@@ -371,29 +374,33 @@ static void plan(job *work)
     work->columns.count = work->left.count;
 }
 
-/* Scratch memory stays for the next call: fresh pages would cost more than the sums in them. Guarded by the GIL. */
-static void *kept_memory;
-static size_t kept_size;
+/* Memory stays for the next call: fresh pages would cost more than the sums in them. Guarded by the GIL. */
+typedef struct {
+    void *memory;
+    size_t size;
+} kept;
 
-static void *take_scratch(size_t *size)
+static kept kept_scratch, kept_sums;
+
+static void *take(kept *from, size_t *size)
 {
-    if (kept_memory == NULL || kept_size < *size)
+    if (from->memory == NULL || from->size < *size)
         return malloc(*size);
-    void *memory = kept_memory;
-    *size = kept_size;
-    kept_memory = NULL;
+    void *memory = from->memory;
+    *size = from->size;
+    from->memory = NULL;
     return memory;
 }
 
-static void give_back_scratch(void *memory, size_t size)
+static void give_back(kept *to, void *memory, size_t size)
 {
-    if (size > MAX_KEPT || (kept_memory != NULL && kept_size >= size)) {
+    if (size > MAX_KEPT || (to->memory != NULL && to->size >= size)) {
         free(memory);
         return;
     }
-    free(kept_memory);
-    kept_memory = memory;
-    kept_size = size;
+    free(to->memory);
+    to->memory = memory;
+    to->size = size;
 }
 
 static size_t scratch_size(const sums *side, ptrdiff_t batches)
@@ -408,16 +415,17 @@ static void set_counters(int *counters, ptrdiff_t count, ptrdiff_t value)
 }
 
 /* Runs the job; called with the GIL held. Returns -1 where memory is short. */
-static int execute(job *work, parallel_function *parallel, unsigned threads)
+static int execute(job *work, const team *available)
 {
-    if (parallel == NULL || work->batches * work->num_rows * work->num_columns <= SMALL)
+    unsigned threads = available->most;
+    if (available->parallel == NULL || work->batches * work->num_rows * work->num_columns <= SMALL)
         threads = 1;
     size_t buffer_bytes = threads * (size_t)buffer_floats(work) * sizeof(float);
     size_t row_bytes = scratch_size(&work->rows, work->batches);
     size_t column_bytes = scratch_size(&work->columns, work->batches);
     ptrdiff_t row_counters = work->batches * work->chunks, column_counters = work->batches * work->groups;
     size_t size = buffer_bytes + row_bytes + column_bytes + (size_t)(row_counters + column_counters) * sizeof(int);
-    char *memory = take_scratch(&size);
+    char *memory = take(&kept_scratch, &size);
     if (memory == NULL)
         return -1;
     work->buffers = (float *)memory;
@@ -432,93 +440,199 @@ static int execute(job *work, parallel_function *parallel, unsigned threads)
     } else {
         Py_BEGIN_ALLOW_THREADS;
         if (threads > 1)
-            parallel(run, work, threads, 0);
+            available->parallel(run, work, threads, 0);
         else
             run(work);
         Py_END_ALLOW_THREADS;
     }
-    give_back_scratch(memory, size);
+    give_back(&kept_scratch, memory, size);
     return 0;
 }
 
-/* Weights from (address, shape, strides), for matrices with `length` of the elements; 0 if they do not fit. Address 0
- * stands for none. */
-static int read_weights(PyObject *const *arguments, ptrdiff_t batches, Py_ssize_t dimensions, ptrdiff_t length,
-                        weights *found)
+/* --- what Python calls ---------------------------------------------------------------------------------------------- */
+
+/* Reads a matrix, or a batch of them, and turns it so that its rows lie contiguous; 0 if it does not fit. */
+static int read_matrix(PyObject *object, job *work, dl_tensor *matrix)
 {
-    ptrdiff_t shape[3] = {batches}, strides[3] = {0};
-    *found = (weights){.data = read_address(arguments[0])};
-    if (found->data == NULL)
-        return !PyErr_Occurred();
-    Py_ssize_t own = PyTuple_Check(arguments[1]) ? PyTuple_Size(arguments[1]) : 0;
-    if ((own != 2 && own != dimensions) || !read_tuple(arguments[1], own, shape + 3 - own) ||
-        !read_tuple(arguments[2], own, strides + 3 - own))
+    if (!read_tensor(object, matrix) || (matrix->ndim != 2 && matrix->ndim != 3) ||
+        (!is_float32(matrix) && !is_bfloat16(matrix)))
         return 0;
-    if (shape[0] != batches || shape[1] != length || shape[2] < 1 || shape[2] > MAX_COLUMNS)
+    const int64_t *shape = matrix->shape + matrix->ndim - 2, *strides = matrix->strides + matrix->ndim - 2;
+    work->size = is_float32(matrix) ? 4 : 2;
+    work->data = matrix->data;
+    work->batches = matrix->ndim == 3 ? matrix->shape[0] : 1;
+    work->batch_bytes = matrix->ndim == 3 ? matrix->strides[0] * work->size : 0;
+    work->num_rows = shape[0];
+    work->num_columns = shape[1];
+    work->row_bytes = strides[0] * work->size;
+    int by_rows = strides[1] == 1 || shape[1] == 1, by_columns = strides[0] == 1 || shape[0] == 1;
+    if (work->batches < 1 || shape[0] < 1 || shape[1] < 1 || (!by_rows && !by_columns))
         return 0;
-    found->batch = strides[0];
-    found->element = strides[1];
-    found->vector = strides[2];
-    found->count = (int)shape[2];
+    work->is_turned = by_columns && (!by_rows || shape[0] > shape[1]);
+    if (work->is_turned) {
+        work->num_rows = shape[1];
+        work->num_columns = shape[0];
+        work->row_bytes = strides[1] * work->size;
+    }
     return 1;
 }
 
+/* Reads (length, c) or (b, length, c) weights for matrices of `dimensions`; 0 if they do not fit. None stands for no
+ * weights. */
+static int read_weights(PyObject *object, const dl_tensor *matrix, ptrdiff_t length, weights *found)
+{
+    dl_tensor tensor;
+    *found = (weights){0};
+    if (object == Py_None)
+        return 1;
+    if (!read_tensor(object, &tensor) || !is_float32(&tensor) || (tensor.ndim != 2 && tensor.ndim != matrix->ndim))
+        return 0;
+    const int64_t *shape = tensor.shape + tensor.ndim - 2, *strides = tensor.strides + tensor.ndim - 2;
+    if (shape[0] != length || shape[1] < 1 || shape[1] > MAX_COLUMNS ||
+        (tensor.ndim == 3 && tensor.shape[0] != matrix->shape[0]))
+        return 0;
+    found->data = tensor.data;
+    found->batch = tensor.ndim == 3 ? tensor.strides[0] : 0;
+    found->element = strides[0];
+    found->vector = strides[1];
+    found->count = (int)shape[1];
+    return 1;
+}
+
+/* A tensor for `count` vectors of `length`, or what was given to be used again; a new reference. None for no weights.
+ * NULL with no error set where what was given does not fit. */
+static PyObject *make_room(PyObject *given, const dl_tensor *matrix, ptrdiff_t length, int count, float **data)
+{
+    dl_tensor tensor;
+    if (count == 0) {
+        Py_INCREF(Py_None);
+        return Py_None;
+    }
+    if (given == Py_None) {
+        int first = 3 - matrix->ndim;
+        const int64_t shape[] = {matrix->shape[0], length, count}, strides[] = {length * count, 1, length};
+        return new_tensor(matrix->ndim, shape + first, strides + first, data);
+    }
+    if (!read_tensor(given, &tensor) || !is_float32(&tensor) || tensor.ndim != 2 || matrix->ndim != 2 ||
+        tensor.shape[0] != length || tensor.shape[1] != count || (length > 1 && tensor.strides[0] != 1) ||
+        (count > 1 && tensor.strides[1] != length))
+        return NULL;
+    *data = tensor.data;
+    Py_INCREF(given);
+    return given;
+}
+
+/* Runs the job on what was read; called with the GIL held. -1 with an error set where memory is short. */
+static int run_job(job *work, PyObject *const *arguments)
+{
+    team available;
+    if (!read_team(arguments, &available))
+        return -1;
+    if (work->is_turned) {
+        weights side = work->right;
+        work->right = work->left, work->left = side;
+        float *out = work->rows.out;
+        work->rows.out = work->columns.out, work->columns.out = out;
+    }
+    work->by = INSTRUCTION_SETS[instruction_set].what;
+    plan(work);
+    if (execute(work, &available) == 0)
+        return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
 PyDoc_STRVAR(sweep_doc,
-             "sweep(matrix, shape, strides, is_bfloat16, right, shape, strides, left, shape, strides, rows, columns,\n"
-             "      GOMP_parallel, threads) -> bool\n\n"
-             "Addresses as integers, 0 for none; strides in elements. Writes (b, c, m) sums of rows and (b, c', n) sums\n"
-             "of columns, contiguous float32. False, and nothing is done, for what it does not know.");
+             "sweep(matrix, right, left, rows, columns, GOMP_parallel, threads) -> (rows, columns) | None\n\n"
+             "Tensors, or None for none; rows and columns may be an earlier result to be overwritten. Sums in float32,\n"
+             "each vector contiguous. None, and nothing is done, for what it does not know.");
 
 static PyObject *sweep(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 14)
-        return PyErr_Format(PyExc_TypeError, "sweep takes 14 arguments, %zd were given", count);
-    ptrdiff_t shape[3] = {1, 0, 0}, strides[3] = {0, 0, 0};
-    Py_ssize_t dimensions = PyTuple_Check(arguments[1]) ? PyTuple_Size(arguments[1]) : 0;
-    job work = {.data = read_address(arguments[0]), .size = PyObject_IsTrue(arguments[3]) ? 2 : 4};
-    if ((dimensions != 2 && dimensions != 3) || !read_tuple(arguments[1], dimensions, shape + 3 - dimensions) ||
-        !read_tuple(arguments[2], dimensions, strides + 3 - dimensions) ||
-        !read_weights(arguments + 4, shape[0], dimensions, shape[2], &work.right) ||
-        !read_weights(arguments + 7, shape[0], dimensions, shape[1], &work.left))
-        goto refuse;
-    work.rows.out = read_address(arguments[10]);
-    work.columns.out = read_address(arguments[11]);
-    parallel_function *parallel = (parallel_function *)(uintptr_t)PyLong_AsSize_t(arguments[12]);
-    unsigned threads = (unsigned)PyLong_AsUnsignedLong(arguments[13]);
+    if (count != 7)
+        return PyErr_Format(PyExc_TypeError, "sweep takes 7 arguments, %zd were given", count);
+    dl_tensor matrix;
+    job work = {0};
+    if (!read_matrix(arguments[0], &work, &matrix) ||
+        !read_weights(arguments[1], &matrix, matrix.shape[matrix.ndim - 1], &work.right) ||
+        !read_weights(arguments[2], &matrix, matrix.shape[matrix.ndim - 2], &work.left) ||
+        (work.right.count == 0 && work.left.count == 0))
+        Py_RETURN_NONE;
+    PyObject *rows = make_room(arguments[3], &matrix, matrix.shape[matrix.ndim - 2], work.right.count, &work.rows.out);
+    PyObject *columns =
+        make_room(arguments[4], &matrix, matrix.shape[matrix.ndim - 1], work.left.count, &work.columns.out);
+    PyObject *result = NULL;
+    if (rows != NULL && columns != NULL && run_job(&work, arguments + 5) == 0)
+        result = PyTuple_Pack(2, rows, columns);
+    Py_XDECREF(rows);
+    Py_XDECREF(columns);
+    if (result == NULL && !PyErr_Occurred())
+        Py_RETURN_NONE;
+    return result;
+}
+
+/* Reads (…, m, c) sums that a matrix's rows are to have, or, broadcast, what is to be added to them. */
+static int read_table(PyObject *object, const job *work, ptrdiff_t rows, table *found, int64_t *count)
+{
+    dl_tensor tensor;
+    if (!read_tensor(object, &tensor) || !is_float32(&tensor) || (tensor.ndim != 2 && tensor.ndim != 3))
+        return 0;
+    const int64_t *shape = tensor.shape + tensor.ndim - 2, *strides = tensor.strides + tensor.ndim - 2;
+    int64_t batches = tensor.ndim == 3 ? tensor.shape[0] : 1;
+    if ((batches != 1 && batches != work->batches) || (shape[0] != 1 && shape[0] != rows))
+        return 0;
+    *found = (table){tensor.data, batches == 1 ? 0 : tensor.strides[0], shape[0] == 1 ? 0 : strides[0], strides[1]};
+    *count = shape[1];
+    return 1;
+}
+
+PyDoc_STRVAR(worst_doc,
+             "worst(matrix, right, sums, alpha, addend, beta, factor, tiny, GOMP_parallel, threads) -> float | None\n\n"
+             "The largest ratio of the rows of matrix · right, where alpha · sums + beta · addend are expected: of the\n"
+             "sums as many columns as `right` has, the addend None or broadcast. None for what it does not know.");
+
+static PyObject *worst(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)module;
+    if (count != 10)
+        return PyErr_Format(PyExc_TypeError, "worst takes 10 arguments, %zd were given", count);
+    dl_tensor matrix;
+    job work = {0};
+    expectation expected = {.alpha = PyFloat_AsDouble(arguments[3]), .beta = PyFloat_AsDouble(arguments[5])};
+    double factor = PyFloat_AsDouble(arguments[6]), tiny = PyFloat_AsDouble(arguments[7]);
     if (PyErr_Occurred())
         return NULL;
-    if (work.data == NULL || shape[0] < 1 || shape[1] < 1 || shape[2] < 1 || (!work.right.count && !work.left.count) ||
-        (work.right.count && work.rows.out == NULL) || (work.left.count && work.columns.out == NULL))
-        goto refuse;
-    int by_rows = strides[2] == 1 || shape[2] == 1, by_columns = strides[1] == 1 || shape[1] == 1;
-    if (!by_rows && !by_columns)
-        goto refuse;
-    if (by_columns && (!by_rows || shape[1] > shape[2])) { /* the transposed matrix lies by rows */
-        ptrdiff_t length = shape[1], stride = strides[1];
-        shape[1] = shape[2], shape[2] = length;
-        strides[1] = strides[2], strides[2] = stride;
-        weights side = work.right;
-        work.right = work.left, work.left = side;
-        float *out = work.rows.out;
-        work.rows.out = work.columns.out, work.columns.out = out;
-    }
-    work.batches = shape[0];
-    work.num_rows = shape[1];
-    work.num_columns = shape[2];
-    work.batch_bytes = strides[0] * work.size;
-    work.row_bytes = strides[1] * work.size;
-    work.by = INSTRUCTION_SETS[instruction_set].what;
-    plan(&work);
-    if (execute(&work, parallel, threads) < 0)
+    int64_t num_sums, num_added;
+    if (!read_matrix(arguments[0], &work, &matrix) ||
+        !read_weights(arguments[1], &matrix, matrix.shape[matrix.ndim - 1], &work.right) || work.right.count == 0)
+        Py_RETURN_NONE;
+    ptrdiff_t batches = work.batches, rows = matrix.shape[matrix.ndim - 2], columns = work.right.count;
+    if (!read_table(arguments[2], &work, rows, &expected.sums, &num_sums) || num_sums < columns)
+        Py_RETURN_NONE;
+    if (arguments[4] != Py_None &&
+        (!read_table(arguments[4], &work, rows, &expected.addend, &num_added) || num_added != columns))
+        Py_RETURN_NONE;
+    size_t size = (size_t)(batches * rows * columns) * sizeof(float);
+    float *found = work.rows.out = take(&kept_sums, &size);
+    if (found == NULL)
         return PyErr_NoMemory();
-    return PyBool_FromLong(1);
-refuse:
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(0);
+    PyObject *result = NULL;
+    if (run_job(&work, arguments + 8) == 0) {
+        table observed = {found, rows * columns, 1, rows};
+        double ratio;
+        Py_BEGIN_ALLOW_THREADS;
+        ratio = worst_ratio(&expected, &observed, batches, rows, columns, factor, tiny);
+        Py_END_ALLOW_THREADS;
+        result = PyFloat_FromDouble(ratio);
+    }
+    give_back(&kept_sums, found, size);
+    return result;
 }
 
 static PyMethodDef METHODS[] = {
     {"sweep", (PyCFunction)(void (*)(void))sweep, METH_FASTCALL, sweep_doc},
+    {"worst", (PyCFunction)(void (*)(void))worst, METH_FASTCALL, worst_doc},
     INSTRUCTION_METHODS,
     {NULL, NULL, 0, NULL},
 };

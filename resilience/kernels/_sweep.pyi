@@ -1,21 +1,29 @@
 """Types of the compiled module; what it does stands in `_sweep.c`."""
 
+from torch import Tensor
+
 def sweep(
-    matrix: int,
-    matrix_shape: tuple[int, ...],
-    matrix_strides: tuple[int, ...],
-    is_bfloat16: bool,
-    right: int,
-    right_shape: tuple[int, ...],
-    right_strides: tuple[int, ...],
-    left: int,
-    left_shape: tuple[int, ...],
-    left_strides: tuple[int, ...],
-    rows: int,
-    columns: int,
+    matrix: Tensor,
+    right: Tensor | None,
+    left: Tensor | None,
+    rows: Tensor | None,
+    columns: Tensor | None,
     gomp_parallel: int,
     threads: int,
     /,
-) -> bool: ...
+) -> tuple[Tensor | None, Tensor | None] | None: ...
+def worst(
+    matrix: Tensor,
+    right: Tensor,
+    sums: Tensor,
+    alpha: float,
+    addend: Tensor | None,
+    beta: float,
+    factor: float,
+    tiny: float,
+    gomp_parallel: int,
+    threads: int,
+    /,
+) -> float | None: ...
 def use(name: str, /) -> bool: ...
 def instructions() -> str: ...

@@ -23,7 +23,6 @@ NUM_WEIGHTS = 4
 """Weight vectors of one pass."""
 
 _GOMP_PARALLEL = gomp_parallel() if _compiled is not None else 0
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pair_sums(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -38,23 +37,11 @@ def pair_sums(one: torch.Tensor, other: torch.Tensor, weights: torch.Tensor) -> 
         Products and partial sums in float32; NaN and INF propagate. No gradient flows. The compiled kernel's bits
         depend on the length and the processor's instruction set, not on the number of threads.
     """
+    if _compiled is not None and not one.is_neg() and not other.is_neg():
+        found = _compiled.sums(one, other, weights, _GOMP_PARALLEL, torch.get_num_threads())
+        if found is not None:
+            return found
     batch, heads, length, width = one.shape
-    if _compiled is not None and _fits(one) and _fits(other) and one.dtype is other.dtype:
-        sums = torch.empty(3, NUM_WEIGHTS, batch, heads, width, dtype=torch.float32, device="cpu")
-        shape, strides = _as_it_lies(one, other)
-        _compiled.sums(
-            shape,
-            one.dtype is torch.bfloat16,
-            one.data_ptr(),
-            strides[0],
-            other.data_ptr(),
-            strides[1],
-            weights.data_ptr(),
-            sums.data_ptr(),
-            _GOMP_PARALLEL,
-            torch.get_num_threads(),
-        )
-        return sums
     parts = []
     with torch.no_grad():
         for terms in (one, other, one.float() * other.float()):
@@ -71,21 +58,11 @@ def moments(operand: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         operand: a, (b, h, t, d), not empty; float32, float64, bfloat16 or float16.
         weights: w, (t, 4), float32, each vector contiguous.
     """
+    if _compiled is not None and not operand.is_neg():
+        found = _compiled.moments(operand, weights, _GOMP_PARALLEL, torch.get_num_threads())
+        if found is not None:
+            return found
     batch, heads, length, width = operand.shape
-    if _compiled is not None and _fits(operand):
-        found = torch.empty(NUM_WEIGHTS + 1, batch, heads, width, dtype=torch.float32, device="cpu")
-        shape, (strides,) = _as_it_lies(operand)
-        _compiled.moments(
-            shape,
-            operand.dtype is torch.bfloat16,
-            operand.data_ptr(),
-            strides,
-            weights.data_ptr(),
-            found.data_ptr(),
-            _GOMP_PARALLEL,
-            torch.get_num_threads(),
-        )
-        return found
     operand = operand.detach().reshape(batch * heads, length, width)
     if operand.dtype == torch.float64:
         columns = operand.mT @ weights.double()
@@ -101,36 +78,10 @@ def extremes(operand: torch.Tensor) -> torch.Tensor:
     """Smallest and largest of every component over the length, (2, b, h, d), in float32 or wider; NaN where one of its
     elements is not finite. `operand`: (b, h, t, d), not empty. No gradient flows.
     """
-    if _compiled is not None and _fits(operand):
-        batch, heads, _, width = operand.shape
-        found = torch.empty(2, batch, heads, width, dtype=torch.float32, device="cpu")
-        shape, (strides,) = _as_it_lies(operand)
-        _compiled.extremes(
-            shape,
-            operand.dtype is torch.bfloat16,
-            operand.data_ptr(),
-            strides,
-            found.data_ptr(),
-            _GOMP_PARALLEL,
-            torch.get_num_threads(),
-        )
-        return found
+    if _compiled is not None and not operand.is_neg():
+        found = _compiled.extremes(operand, _GOMP_PARALLEL, torch.get_num_threads())
+        if found is not None:
+            return found
     operand = operand.detach()
-    found = torch.stack([operand.amin(2), operand.amax(2)]).to(torch.promote_types(operand.dtype, torch.float32))
-    return found + (found * 0.0).sum(0)
-
-
-def _fits(operand: torch.Tensor) -> bool:
-    is_known = operand.is_cpu and operand.dtype in _DTYPES and not operand.is_neg()
-    return is_known and operand.stride(3) == 1 and operand.numel() > 0
-
-
-def _as_it_lies(*operands: torch.Tensor) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Shape (outer, inner, length, width) and the strides of the first three: heads that lie side by side in every
-    operand are read as whole rows.
-    """
-    batch, heads, length, width = operands[0].shape
-    strides = [operand.stride()[:3] for operand in operands]
-    if all(by_head == width for _, by_head, _ in strides):
-        return (batch, 1, length, heads * width), [(by_batch, 0, by_row) for by_batch, _, by_row in strides]
-    return (batch, heads, length, width), strides
+    both = torch.stack([operand.amin(2), operand.amax(2)]).to(torch.promote_types(operand.dtype, torch.float32))
+    return both + (both * 0.0).sum(0)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 
 from resilience.kernels import triton_kernels
-from resilience.kernels.sweep import row_sums_at
+from resilience.kernels.threads import gomp_parallel
 
 try:
-    from resilience.kernels import _residual as _compiled
+    from resilience.kernels import _sweep as _compiled
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["TINY", "deferred_worst_ratio", "residual_ratios", "worst_ratio", "worst_ratio_of"]
+__all__ = ["TINY", "deferred_worst_ratio", "residual_ratios", "worst_ratio_of"]
+
+_GOMP_PARALLEL = gomp_parallel() if _compiled is not None else 0
 
 TINY = 1e-36
 """Added to squares of tolerances: keeps 0 ÷ 0 out of the ratio of an empty row. Sums below 1e-18 count as nothing."""
@@ -37,37 +39,34 @@ def residual_ratios(
     return _energy(expected - observed).div_(tolerance).sqrt_()
 
 
-def worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> float:
-    """The largest of `residual_ratios`; NaN if one is. Waits for the device."""
-    if _compiled is None or not _fits(expected) or not _fits(observed):
-        return float(residual_ratios(expected, observed, factor).max())
-    rows, count = expected.shape[-2:]
-    batches = expected.shape[0] if expected.dim() == 3 else 1
-    of_expected, of_observed = _strides(expected), _strides(observed)
-    return _compiled.worst(
-        expected.data_ptr(), *of_expected, observed.data_ptr(), *of_observed, batches, rows, count, factor, TINY
-    )
+def worst_ratio_of(
+    matrix: torch.Tensor,
+    right: torch.Tensor,
+    sums: torch.Tensor,
+    factor: float,
+    *,
+    alpha: float = 1.0,
+    addend: torch.Tensor | None = None,
+    beta: float = 1.0,
+) -> float | None:
+    """The largest of `residual_ratios` where matrix · right is observed and alpha · sums + beta · addend expected; NaN
+    if one is. None where there is no compiled form of it.
 
-
-def worst_ratio_of(matrix: torch.Tensor, right: torch.Tensor, expected: torch.Tensor, factor: float) -> float | None:
-    """`worst_ratio` of `expected` and matrix · right, without a tensor for the latter; None where not compiled for it.
+    Every product's result comes here once: tensors for its sums would cost more than the sums of a small one.
 
     Args:
-        matrix: (m, n) or (b, m, n), float32 or bfloat16.
-        right: (n, c).
-        expected: (m, c) or (b, m, c), each column contiguous.
+        matrix: (m, n) or (b, m, n), float32 or bfloat16, not lazily negated.
+        right: (n, c), float32.
+        sums: (m, c) or (b, m, c), float32; what it has in columns beyond c does not count.
         factor: as in `residual_ratios`.
+        alpha: on the sums.
+        addend: c columns, broadcast to the sums; float32.
+        beta: on the addend.
     """
-    if _compiled is None or not _fits(expected):
+    if _compiled is None:
         return None
-    address = row_sums_at(matrix, right)
-    if not address:
-        return None
-    rows, count = expected.shape[-2:]
-    batches = expected.shape[0] if expected.dim() == 3 else 1
-    return _compiled.worst(
-        expected.data_ptr(), *_strides(expected), address, rows * count, rows, batches, rows, count, factor, TINY
-    )
+    threads = torch.get_num_threads()
+    return _compiled.worst(matrix, right, sums, alpha, addend, beta, factor, TINY, _GOMP_PARALLEL, threads)
 
 
 def deferred_worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> torch.Tensor:
@@ -81,15 +80,6 @@ def deferred_worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor:
         return result
     ratios = residual_ratios(expected, observed, factor)
     return torch.stack([ratios.max().float(), (~expected.isfinite().all()).float()])
-
-
-def _fits(sums: torch.Tensor) -> bool:
-    return sums.is_cpu and sums.dtype == torch.float32 and sums.stride(-2) == 1 and not sums.is_neg()
-
-
-def _strides(sums: torch.Tensor) -> tuple[int, int]:
-    """(by batch, by column)"""
-    return (sums.stride(0), sums.stride(2)) if sums.dim() == 3 else (0, sums.stride(1))
 
 
 def _energy(sums: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ products of torch do, with the same results within round-off. No thresholds, no 
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -21,17 +20,13 @@ try:
 except ImportError:  # built without a C compiler
     _compiled = None  # type: ignore[assignment]
 
-__all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "row_sums_at", "sweep"]
+__all__ = ["MAX_COLUMNS", "Sweep", "describe", "is_compiled", "sweep"]
 
 MAX_COLUMNS = 8
 """Weight vectors a side that one sweep takes."""
 
 _GOMP_PARALLEL = gomp_parallel() if _compiled is not None else 0
 _DTYPES = (torch.float32, torch.bfloat16)
-_Weights = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Address, shape and strides."""
-_NONE: _Weights = (0, (), ())
-"""Of weights that are not there."""
 
 
 class Sweep(NamedTuple):
@@ -77,10 +72,19 @@ def sweep(
         compiled kernel's bits depend on shapes, strides and the processor's instruction set, not on the number of
         threads.
     """
-    if _compiled is not None and matrix.is_cpu:
-        swept = _swept(matrix, right, left, into)
-        if swept is not None:
-            return swept
+    if _compiled is not None:
+        rows, columns = (None, None) if into is None else into
+        found = _compiled.sweep(
+            _settled(matrix),
+            None if right is None else _settled(right),
+            None if left is None else _settled(left),
+            rows,
+            columns,
+            _GOMP_PARALLEL,
+            torch.get_num_threads(),
+        )
+        if found is not None:
+            return Sweep(*found)
     kernels = triton_kernels("checksum.sweep", matrix)
     if kernels is not None:
         sums = kernels.sweep(matrix.resolve_neg(), right, left)
@@ -89,98 +93,15 @@ def sweep(
     assert matrix.dim() in (2, 3), matrix.shape
     # Autocast would round what is multiplied.
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        rows = None if right is None else _products(matrix, right)
-        columns = None if left is None else _products(matrix.mT, left)
-    return Sweep(rows, columns)
+        return Sweep(
+            None if right is None else _products(matrix, right),
+            None if left is None else _products(matrix.mT, left),
+        )
 
 
-def row_sums_at(matrix: torch.Tensor, right: torch.Tensor) -> int:
-    """Address of matrix · right, as `sweep` gives it, in memory that this thread's next call overwrites; 0 where the
-    compiled kernel does not take them. Every product's result is swept once: a fresh tensor each costs more than the
-    sums of a small one.
-    """
-    if _compiled is None or not matrix.is_cpu:
-        return 0
-    weights = _weights(right)
-    if weights is None:
-        return 0
-    shape = matrix.shape
-    address = _scratch.address((shape[0] if len(shape) == 3 else 1) * shape[-2] * right.shape[-1])
-    return address if _run(matrix, weights, _NONE, address, 0) else 0
-
-
-class _Scratch(threading.local):
-    memory = torch.empty(0, device="cpu")
-    start = 0
-
-    def address(self, count: int) -> int:
-        """Of room for `count` numbers in float32."""
-        if count > self.memory.numel():
-            self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
-            self.start = self.memory.data_ptr()
-        return self.start
-
-
-_scratch = _Scratch()
-
-
-def _swept(
-    matrix: torch.Tensor, right: torch.Tensor | None, left: torch.Tensor | None, into: Sweep | None
-) -> Sweep | None:
-    """The sums by the compiled kernel; None for what it does not take. It runs on every small product of a step, so it
-    asks each tensor as little as possible; shapes are compared in C.
-    """
-    shape = matrix.shape
-    if len(shape) < 2:
-        return None
-    rows, columns = into if into is not None else (None, None)
-    from_rows: _Weights | None = _NONE
-    from_columns: _Weights | None = _NONE
-    to_rows = to_columns = 0
-    if right is not None:
-        from_rows = _weights(right)
-        rows = _empty_sums(shape[:-2], shape[-2], right.shape[-1]) if rows is None else rows
-        to_rows = rows.data_ptr()
-    if left is not None:
-        from_columns = _weights(left)
-        columns = _empty_sums(shape[:-2], shape[-1], left.shape[-1]) if columns is None else columns
-        to_columns = columns.data_ptr()
-    if from_rows is None or from_columns is None:
-        return None
-    return Sweep(rows, columns) if _run(matrix, from_rows, from_columns, to_rows, to_columns) else None
-
-
-def _weights(vectors: torch.Tensor) -> _Weights | None:
-    """What the compiled kernel is told of weights; None for what it does not take."""
-    if vectors.dtype is not torch.float32 or not vectors.is_cpu or vectors.is_neg():
-        return None
-    return vectors.data_ptr(), vectors.shape, vectors.stride()
-
-
-def _run(matrix: torch.Tensor, from_rows: _Weights, from_columns: _Weights, to_rows: int, to_columns: int) -> bool:
-    dtype = matrix.dtype
-    if dtype not in _DTYPES or matrix.is_neg():
-        return False
-    return _compiled.sweep(
-        matrix.data_ptr(),
-        matrix.shape,
-        matrix.stride(),
-        dtype is torch.bfloat16,
-        *from_rows,
-        *from_columns,
-        to_rows,
-        to_columns,
-        _GOMP_PARALLEL,
-        torch.get_num_threads(),
-    )
-
-
-def _empty_sums(batch: tuple[int, ...], length: int, count: int) -> torch.Tensor:
-    """Memory for (length, count) or (b, length, count) sums, each vector of `length` contiguous."""
-    if batch:
-        size, stride = (batch[0], length, count), (length * count, 1, length)
-        return torch.empty_strided(size, stride, dtype=torch.float32, device="cpu")
-    return torch.empty_strided((length, count), (1, length), dtype=torch.float32, device="cpu")
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with its elements in memory as they are: a lazily negated one is not."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def _products(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

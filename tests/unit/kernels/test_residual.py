@@ -10,89 +10,122 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilience.kernels import residual
-from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio, worst_ratio_of
+from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio_of
 from resilience.kernels.sweep import sweep
 
-
-def sums(batch: int, rows: int, count: int, seed: int, *, wider: int = 0) -> torch.Tensor:
-    """As a sweep leaves them: each column contiguous, maybe the first of several columns."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, count + wider, rows) if batch else (count + wider, rows)
-    return torch.randn(shape, generator=generator).mT[..., :count]
+FACTOR = 1e-3
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(0, 3),
-    rows=st.integers(1, 40),
-    count=st.integers(1, 5),
-    wider=st.integers(0, 3),
-    seed=st.integers(0, 10**6),
-)
-def test_both_forms_agree(batch: int, rows: int, count: int, wider: int, seed: int) -> None:
-    expected = sums(batch, rows, count, seed, wider=wider)
-    observed = expected + 1e-3 * sums(batch, rows, count, seed + 1)
-    reference = residual_ratios(expected.double(), observed.double(), 1e-3)
-    assert reference.shape == expected.shape[:-1]
-    assert worst_ratio(expected, observed, 1e-3) == pytest.approx(float(reference.max()), rel=1e-4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(residual, "_compiled", None)
-        assert worst_ratio(expected, observed, 1e-3) == pytest.approx(float(reference.max()), rel=1e-3)
+def numbers(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("side", ["expected", "observed"])
-@pytest.mark.parametrize("row", [0, 7, 29])
-def test_what_is_not_finite_is_never_a_small_ratio(
-    compiled: bool, bad: float, side: str, row: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(residual, "_compiled", None)
-    pair = {"expected": sums(2, 30, 2, 1), "observed": sums(2, 30, 2, 1)}
-    assert worst_ratio(**pair, factor=1e-3) == 0.0
-    pair[side] = pair[side].clone()
-    pair[side][1, row, 1] = bad
-    assert not worst_ratio(**pair, factor=1e-3) <= 1.0
+def weights_of(columns: int, count: int) -> torch.Tensor:
+    return numbers(count, columns, seed=2).mT
 
 
-@settings(max_examples=60, deadline=None)
+def observed(matrix: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    rows = sweep(matrix, weights).rows
+    assert rows is not None
+    return rows
+
+
+def ratio_of(
+    matrix: torch.Tensor,
+    weights: torch.Tensor,
+    sums: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    addend: torch.Tensor | None = None,
+    beta: float = 1.0,
+) -> float:
+    """By the compiled form."""
+    ratio = worst_ratio_of(matrix, weights, sums, FACTOR, alpha=alpha, addend=addend, beta=beta)
+    assert ratio is not None
+    return ratio
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     batch=st.integers(0, 3),
     rows=st.integers(1, 300),
     columns=st.integers(1, 200),
     count=st.integers(1, 5),
+    wider=st.integers(0, 3),
     transposed=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 10**6),
+    alpha=st.sampled_from([1.0, 0.125, -2.5]),
+    addend=st.sampled_from(["none", "one row", "every row", "every matrix"]),
+    beta=st.sampled_from([1.0, 0.5]),
 )
-def test_sums_that_are_never_a_tensor_are_compared_the_same(
-    batch: int, rows: int, columns: int, count: int, transposed: bool, dtype: torch.dtype, seed: int
+def test_the_compiled_form_finds_the_largest_ratio(
+    batch: int,
+    rows: int,
+    columns: int,
+    count: int,
+    wider: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    alpha: float,
+    addend: str,
+    beta: float,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
     lengths = (columns, rows) if transposed else (rows, columns)
-    matrix = torch.randn((batch, *lengths) if batch else lengths, generator=generator).to(dtype)
+    matrix = numbers(*((batch, *lengths) if batch else lengths)).to(dtype)
     matrix = matrix.mT if transposed else matrix
-    weights = torch.randn(count, columns, generator=generator).mT
-    observed = sweep(matrix, weights).rows
-    assert observed is not None
-    expected = observed * 1.001
-    ratio = worst_ratio_of(matrix, weights, expected, 1e-3)
-    assert ratio == worst_ratio(expected, observed, 1e-3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(residual, "_compiled", None)
-        assert worst_ratio_of(matrix, weights, expected, 1e-3) is None
+    weights = weights_of(columns, count)
+    added = {
+        "none": None,
+        "one row": numbers(count, 1, seed=3).mT,
+        "every row": numbers(count, rows, seed=3).mT,
+        "every matrix": numbers(*([batch] if batch else []), count, rows, seed=3).mT,
+    }[addend]
+    found = observed(matrix, weights)
+    wanted = found * 1.001 + 1e-3 * numbers(*found.shape, seed=4)
+    product = (wanted - (0.0 if added is None else beta * added)) / alpha
+    # As a sweep leaves them: each column contiguous, maybe the first of several columns.
+    sums = torch.cat([product.mT, torch.full((*product.mT.shape[:-2], wider, rows), math.nan)], -2).mT
+    expected = alpha * product.double() + (0.0 if added is None else beta * added.double())
+    reference = float(residual_ratios(expected, found, FACTOR).max())
+    assert ratio_of(matrix, weights, sums, alpha=alpha, addend=added, beta=beta) == pytest.approx(reference, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["matrix", "sums", "addend"])
+@pytest.mark.parametrize("row", [0, 7, 29])
+def test_what_is_not_finite_is_never_a_small_ratio(bad: float, side: str, row: int) -> None:
+    matrix, weights = numbers(2, 30, 70), weights_of(70, 2)
+    parts = {"matrix": matrix, "sums": observed(matrix, weights), "addend": torch.zeros(2, 2, 30).mT}
+
+    def both() -> tuple[float, float]:
+        expected = parts["sums"] + parts["addend"]
+        torchs = residual_ratios(expected, observed(parts["matrix"], weights), FACTOR).max()
+        return float(torchs), ratio_of(parts["matrix"], weights, parts["sums"], addend=parts["addend"])
+
+    assert max(both()) <= 1e-3
+    parts[side] = parts[side].clone()
+    parts[side][1, row, 1] = bad
+    assert not any(ratio <= 1.0 for ratio in both())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_what_the_compiled_form_does_not_read_is_left_to_others(dtype: torch.dtype) -> None:
-    matrix, weights = torch.ones(4, 6, dtype=dtype), torch.ones(2, 6).mT
-    assert worst_ratio_of(matrix, weights, torch.ones(2, 4).mT, 1e-3) is None
+def test_what_the_compiled_form_does_not_read_is_left_to_others(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, weights, sums = torch.ones(4, 6), torch.ones(2, 6).mT, torch.ones(2, 4).mT
+    assert worst_ratio_of(matrix.to(dtype), weights, sums, FACTOR) is None
+    assert worst_ratio_of(matrix, weights, sums.to(dtype), FACTOR) is None
+    assert worst_ratio_of(matrix, weights, sums[:, :1], FACTOR) is None
+    assert worst_ratio_of(matrix, weights, sums, FACTOR, addend=torch.ones(3, 2)) is None
+    assert worst_ratio_of(matrix[:, ::2], torch.ones(2, 3).mT, sums, FACTOR) is None
+    monkeypatch.setattr(residual, "_compiled", None)
+    assert worst_ratio_of(matrix, weights, sums, FACTOR) is None
 
 
 def test_sums_of_nothing_are_nothing() -> None:
     zero = torch.zeros(2, 5).mT
-    assert worst_ratio(zero, zero, 1e-3) == 0.0
+    assert float(residual_ratios(zero, zero, FACTOR).max()) == 0.0
+    assert ratio_of(torch.zeros(5, 7), weights_of(7, 2), zero) == 0.0
 
 
 def test_the_compiled_form_is_in_use_here() -> None:
@@ -101,14 +134,15 @@ def test_the_compiled_form_is_in_use_here() -> None:
 
 def test_one_huge_row_hides_no_fault_in_others() -> None:
     """Where squares of float32 would be infinite."""
-    expected = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).T.contiguous().T
-    expected[0] *= 1e20
-    assert worst_ratio(expected, expected.clone(), 1e-5) == 0.0
-    observed = expected.clone()
-    observed[0] *= 2.0
+    matrix, weights = numbers(100, 40), weights_of(40, 2)
+    matrix[0] *= 1e20
+    expected = observed(matrix, weights)
+    assert ratio_of(matrix, weights, expected) == 0.0
+    struck = matrix.clone()
+    struck[0] *= 2.0
     for found in (
-        worst_ratio(expected, observed, 1e-5),
-        float(residual_ratios(expected, observed, 1e-5).max()),
-        float(deferred_worst_ratio(expected, observed, 1e-5)[0]),
+        ratio_of(struck, weights, expected),
+        float(residual_ratios(expected, observed(struck, weights), FACTOR).max()),
+        float(deferred_worst_ratio(expected, observed(struck, weights), FACTOR)[0]),
     ):
-        assert found > 1e3
+        assert found > 100.0
