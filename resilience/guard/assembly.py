@@ -102,7 +102,7 @@ def guard_engine(
         adapter,
         settings,
         reporter=reporter,
-        screen=_screen(adapter, settings, tensor_injector),
+        screen=_screen(adapter, settings, tensor_injector, protection),
         protector=protection,
         listeners=tuple(item for item in listeners if item is not None),
         replay_problem=problem,
@@ -147,10 +147,15 @@ def _settings(config: Config, context: RunContext | None) -> Settings:
     return Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
 
 
-def _screen(adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None) -> GradientScreen:
+def _screen(
+    adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None, protection: Protection | None
+) -> GradientScreen:
     detection = settings.config.detection
     is_on = detection.strength != "off"
-    return GradientScreen(adapter.module, detection, enabled=is_on, injector=injector, clock=settings.clock)
+    screen = GradientScreen(adapter.module, detection, enabled=is_on, injector=injector, clock=settings.clock)
+    if protection is not None:
+        screen.squares_of = protection.squares_of
+    return screen
 
 
 def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:
