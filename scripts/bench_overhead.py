@@ -27,10 +27,6 @@ __all__ = ["main"]
 SCRIPTS = Path(__file__).parent
 CHECKSUM = {"strength": "checksum"}
 ADAPTIVE = {"strength": "checksum", "share": "adaptive", "overhead_budget_ratio": 0.01}
-KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""For glibc. Else it gives the memory of a large tensor back at once, to get it again page by page: the loss of GPT-2,
-with its logits of 400 MB, took between 0.5 s and 2.6 s of a step of 6 s. Both sides are faster and steadier for it.
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +96,7 @@ def measure(case: Case, arguments: argparse.Namespace, directory: Path) -> dict[
     words += ["--checkpointing"] if case.checkpointing else []
     words += ["--detections", json.dumps(case.detections)]
     words += ["--pairs", str(arguments.pairs), "--steps", str(arguments.steps), "--result", str(result_file)]
-    num_threads = max(1, (os.cpu_count() or 1) // case.num_ranks)
-    with _environment({"OMP_NUM_THREADS": str(num_threads), **KEEPS_MEMORY}):
+    with _threads(max(1, (os.cpu_count() or 1) // case.num_ranks)):
         launch(words, directory)
     measured: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     what = {key: value for key, value in dataclasses.asdict(case).items() if key != "detections"}
@@ -111,18 +106,17 @@ def measure(case: Case, arguments: argparse.Namespace, directory: Path) -> dict[
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """What is launched within has these."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _threads(number: int) -> Iterator[None]:
+    """All cores shared among the ranks."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(number)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def show(results: list[dict[str, Any]]) -> None:

@@ -32,7 +32,9 @@ class LastGradient:
         None also where squares are beyond the range of the arithmetic.
         """
         kept = None if self._of is None else self._of()
-        if kept is None or gradient.data_ptr() != kept.data_ptr() or gradient._version != self._version:
+        if kept is None or type(gradient) is not torch.Tensor or gradient.layout is not torch.strided:
+            return None
+        if gradient.data_ptr() != kept.data_ptr() or gradient._version != self._version:
             return None
         place, straight = (gradient.shape, gradient.stride()), (kept.shape, kept.stride())
         turned = tuple(reversed(kept.shape)), tuple(reversed(kept.stride()))

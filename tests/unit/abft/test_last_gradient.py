@@ -32,6 +32,13 @@ def test_nothing_else_is_taken_for_it() -> None:
     assert last.squares_of(gradient.as_strided((4, 4), (4, 0))) is None
 
 
+def test_a_gradient_without_plain_memory_is_not_known() -> None:
+    last, gradient = LastGradient(), torch.ones(4, 4)
+    last.keep(gradient, 16.0)
+    assert last.squares_of(gradient.to_sparse()) is None
+    assert last.squares_of(gradient.to("meta")) is None
+
+
 def test_a_gradient_that_was_written_to_is_not_known_any_more() -> None:
     last, gradient = LastGradient(), torch.ones(4, 4)
     last.keep(gradient, 16.0)
@@ -121,6 +128,21 @@ def test_a_gradient_summed_from_two_products_is_not_known(protection: Protection
             return out
 
     assert known_in_hooks(protection, Twice())["both.weight"] == [None]
+
+
+def test_a_sparse_gradient_after_a_product_is_not_known(protection: Protection) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 20, sparse=True), nn.Linear(20, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.out(self.words(x[..., 0].abs().long()))
+            return out
+
+    found = known_in_hooks(protection, Words())
+    assert found["words.weight"] == [None]
+    assert found["out.weight"] != [None]
 
 
 def test_a_gradient_that_a_script_has_changed_is_not_known(protection: Protection) -> None:
