@@ -63,17 +63,13 @@ def screen(
     return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
 
 
-def worst_residual(
-    expectation: Expectation, out: torch.Tensor, *, factor_scale: float = 1.0, squares: bool = False
-) -> tuple[float, float | None]:
-    """The largest ratio of `screen` for C = `out`, whose sums are taken here; beside it the sum of the squares of C,
-    where that is asked for and comes with them. Waits for the device.
-    """
+def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
+    """The largest ratio of `screen` for C = `out`, whose sums are taken here; waits for the device."""
     call, n = expectation.call, expectation.width
     weights = vectors(n, out)
     precision = _matmul_precision(call.left)
     factor = factor_scale * _screen_factor(out.dtype, precision, call.k, n, weights.shape[1])
-    found = worst_ratio_of(
+    worst = worst_ratio_of(
         expectation.oriented(out),
         weights,
         expectation.product,
@@ -81,11 +77,10 @@ def worst_residual(
         alpha=call.alpha,
         addend=expectation.addend,
         beta=call.beta,
-        squares=squares,
     )
-    if found is not None:
-        return found[0], found[1] if squares else None
-    return float(residual_ratios(expectation.sums, expectation.observed(out), factor).max()), None
+    if worst is not None:
+        return worst
+    return float(residual_ratios(expectation.sums, expectation.observed(out), factor).max())
 
 
 def deferred_residual(

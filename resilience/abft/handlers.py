@@ -18,7 +18,6 @@ from resilience.abft import checksum
 from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
-from resilience.abft.last_gradient import LastGradient
 from resilience.abft.mend import rebuilt, repeat_until_clean, restore_overwritten
 from resilience.abft.record import Record
 from resilience.abft.seam import Handler, Original
@@ -75,7 +74,6 @@ class GemmHandlers:
         self._scale = context.config.threshold_scale
         self._sums = WeightSums()
         self._expectations = Expectations(self._sums)
-        self.last_gradient = LastGradient()
 
     def clear(self) -> None:
         """Forget the sums of weights, and those that wait for their backward: a step or a replay begins."""
@@ -93,8 +91,7 @@ class GemmHandlers:
                 record.count_unprotected(unchecked_reason(operator, args))
                 return original(*args, **kwargs)
             label = labels.gemm(gemm)
-            node, is_left = labels.sequence, labels.is_left
-            in_forward = is_left is None
+            node, in_forward = labels.sequence, labels.is_left is None
 
             def run() -> torch.Tensor:
                 out: torch.Tensor = original(*args, **kwargs)
@@ -107,7 +104,7 @@ class GemmHandlers:
             with record.checking(label.site) as started:
                 expect = self._expectations.forward if in_forward else self._expectations.backward
                 expectation = expect(gemm, out, node)
-                return self._check(_Call(label, gemm, node, is_left is False, expectation, run, started), out)
+                return self._check(_Call(label, gemm, node, expectation, run, started), out)
             return out
 
         return handle
@@ -131,10 +128,8 @@ class GemmHandlers:
         if out.device.type != "cpu":
             record.defer(call.label, Check.CHECKSUM, self._deferred(call, out))
             return out
-        worst, squares = self._worst(call, out)
+        worst = self._worst(call, out)
         if worst <= 1.0:
-            if squares is not None:
-                self.last_gradient.keep(out, squares)
             record.clean(call.label.site, worst)
             return out
         with record.settling(call.label, Check.CHECKSUM, worst, call.started):
@@ -164,9 +159,8 @@ class GemmHandlers:
             record.dismissed(call.label.site, worst)
         return out
 
-    def _worst(self, call: _Call, out: torch.Tensor) -> tuple[float, float | None]:
-        scale = self._context.scale(call.label.site)
-        return checksum.worst_residual(call.expectation, out, factor_scale=scale, squares=call.is_of_right)
+    def _worst(self, call: _Call, out: torch.Tensor) -> float:
+        return checksum.worst_residual(call.expectation, out, factor_scale=self._context.scale(call.label.site))
 
     def _deferred(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         expectation = call.expectation
@@ -198,7 +192,7 @@ class GemmHandlers:
             return call.run()
 
         def clean(out: torch.Tensor) -> bool:
-            return self._worst(call, out)[0] <= 1.0 or self._confirm(call, out).kind is None
+            return self._worst(call, out) <= 1.0 or self._confirm(call, out).kind is None
 
         max_mends = self._context.config.max_mends if call.gemm.repeatable else 0
         return repeat_until_clean(again, clean, max_mends=max_mends)
@@ -211,8 +205,6 @@ class _Call:
     label: Label
     gemm: Gemm
     node: int
-    is_of_right: bool
-    """Whether it is the gradient of a right operand: of a weight, mostly."""
     expectation: Expectation
     run: Callable[[], torch.Tensor]
     """Makes the same call again, through the fault plan too."""

@@ -160,10 +160,6 @@ class Protection:
         self._named_shortfalls.update(new)
         return new
 
-    def squares_of(self, gradient: torch.Tensor) -> float | None:
-        """Sum of squares of a gradient that the check of its product has just read; None for any other tensor."""
-        return self._gemms.last_gradient.squares_of(gradient)
-
     def observe(self, observer: Observer | None) -> None:
         """Tell `observer` of every product that reaches a check; None ends it."""
         self._labels.observer = observer

@@ -102,7 +102,7 @@ def guard_engine(
         adapter,
         settings,
         reporter=reporter,
-        screen=_screen(adapter, settings, tensor_injector, protection),
+        screen=_screen(adapter, settings, tensor_injector),
         protector=protection,
         listeners=tuple(item for item in listeners if item is not None),
         replay_problem=problem,
@@ -147,15 +147,10 @@ def _settings(config: Config, context: RunContext | None) -> Settings:
     return Settings.from_environment(config, run_id=run_id, rank=rank, environ=os.environ)
 
 
-def _screen(
-    adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None, protection: Protection | None
-) -> GradientScreen:
+def _screen(adapter: EngineAdapter, settings: Settings, injector: TensorInjector | None) -> GradientScreen:
     detection = settings.config.detection
     is_on = detection.strength != "off"
-    screen = GradientScreen(adapter.module, detection, enabled=is_on, injector=injector, clock=settings.clock)
-    if protection is not None:
-        screen.squares_of = protection.squares_of
-    return screen
+    return GradientScreen(adapter.module, detection, enabled=is_on, injector=injector, clock=settings.clock)
 
 
 def _last_place(context: RunContext | None, settings: Settings) -> LastPlace | None:

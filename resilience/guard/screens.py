@@ -1,9 +1,8 @@
 """Screens of this rank's own gradients, before any reduction: what is not finite, and norms out of all proportion.
 
 A hook on each parameter reads the gradient once (its 2-norm, in which an INF or a NaN shows) just before autograd
-accumulates it, so blame stays with the rank that computed it. What the check of its product has read a moment before,
-and nobody has written to since, is not read again. The norms stay on the device; the host reads them once, at the
-boundary. Injected faults of the site `gradient` strike in the same hook, before the screen reads.
+accumulates it, so blame stays with the rank that computed it. The norms stay on the device; the host reads them once,
+at the boundary. Injected faults of the site `gradient` strike in the same hook, before the screen reads.
 """
 
 from __future__ import annotations
@@ -107,8 +106,6 @@ class GradientScreen:
         self._history = NormHistory(config.norm_factor, config.norm_history_steps)
         self.micro_step: Callable[[], int] = lambda: 0
         """Which micro-step a gradient belongs to; set by the transaction."""
-        self.squares_of: Callable[[torch.Tensor], float | None] = lambda gradient: None
-        """The sum of squares of a gradient where that is known already; set by the assembly."""
         self.fingerprinting = False
         """Whether gradients are fingerprinted too: while replaying, never on the clean path."""
         self.begin()
@@ -183,19 +180,13 @@ class GradientScreen:
         return read
 
     def _read(self, index: int, gradient: torch.Tensor) -> None:
-        self._places.append((self.micro_step(), index))
-        squares = self.squares_of(gradient)
-        if squares is None:
-            self._take_norm(gradient)
-        else:
-            self._norms.append(math.sqrt(squares))
-        if self.fingerprinting:
-            self._fingerprints.append(fingerprint(_values(gradient)))
-
-    def _take_norm(self, gradient: torch.Tensor) -> None:
-        gradient = _values(gradient)
+        # Not under no_grad(): entered for each parameter, it would cost as much as the norm of a small one.
+        gradient = gradient.detach()
+        if gradient.is_sparse:
+            gradient = gradient.coalesce().values()
         norm = _norm(gradient)
-        if norm.is_cpu:
+        self._places.append((self.micro_step(), index))
+        if norm.device.type == "cpu":
             value = norm.item()
             if math.isinf(value) and bool(torch.isfinite(gradient).all()):
                 # Finite, but its squares overflow. On a GPU, where the host does not look, this reads as INF.
@@ -203,6 +194,8 @@ class GradientScreen:
             self._norms.append(value)
         else:
             self._norms.append(norm.double())
+        if self.fingerprinting:
+            self._fingerprints.append(fingerprint(gradient))
 
     def _not_finite(self, reading: Reading, *, near: bool) -> Finding:
         kind = DetectionKind.NAN if math.isnan(reading.norm) else DetectionKind.INF
@@ -221,17 +214,10 @@ class GradientScreen:
         )
 
 
-def _values(gradient: torch.Tensor) -> torch.Tensor:
-    # Not under no_grad(): entered for each parameter, it would cost as much as the norm of a small one.
-    gradient = gradient.detach()
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
     """2-norm, a scalar in float32 or wider; INF and NaN come through."""
-    dtype = gradient.dtype
-    wide = dtype if dtype is torch.float32 else torch.promote_types(dtype, torch.float32)
-    if gradient.dim() > 1 and gradient.is_cpu and gradient.is_floating_point():
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    if gradient.is_cpu and gradient.dim() > 1 and gradient.is_floating_point():
         # One result would be the work of one thread.
         gradient = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide)
     norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=wide)

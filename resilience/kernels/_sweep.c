@@ -76,7 +76,6 @@ typedef struct {
     void (*pack)(float *, const float *, ptrdiff_t, ptrdiff_t, int);
     void (*unpack)(float *, const float *, ptrdiff_t, int, int);
     pass_function *passes[2][MAX_WIDE + 1][MAX_WIDE + 1];
-    pass_function *squares[2];
 } instructions;
 
 INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -153,7 +152,6 @@ typedef struct {
     const char *data;
     ptrdiff_t batches, num_rows, num_columns, batch_bytes, row_bytes;
     int size;      /* bytes of an element: 4 for float32, 2 for bfloat16 */
-    int squares;   /* whether the sums of rows end with one more vector, that of their squares */
     int is_turned; /* rows and columns of the matrix are those of its transpose, which lies by rows */
     weights right, left;
     sums rows, columns;
@@ -203,8 +201,6 @@ static void sweep_block(const job *work, block part)
         part.left += l * part.left_vector;
         part.column_sums += l * TILE;
     }
-    if (work->squares)
-        work->by->squares[work->size == 2](&part); /* the block is in the first-level cache by now */
 }
 
 /* Rows that are no whole group, or columns that are no whole step: a copy with zeros around it. `part` is as for
@@ -212,7 +208,7 @@ static void sweep_block(const job *work, block part)
 static void sweep_edge(const job *work, block part, ptrdiff_t num_rows, ptrdiff_t num_columns)
 {
     char copy[BLOCK_BYTES] __attribute__((aligned(64)));
-    float left[PANEL][MAX_COLUMNS], found[MAX_COLUMNS + 1][PANEL];
+    float left[PANEL][MAX_COLUMNS], found[MAX_COLUMNS][PANEL];
     ptrdiff_t step_bytes = work->by->lanes * 4, bytes = num_columns * work->size;
     ptrdiff_t padded_bytes = ceiling(bytes, step_bytes) * step_bytes, padded_rows = ceiling(num_rows, ROWS) * ROWS;
     for (ptrdiff_t i = 0; i < padded_rows; i++) {
@@ -234,7 +230,7 @@ static void sweep_edge(const job *work, block part, ptrdiff_t num_rows, ptrdiff_
     padded.row_vector = PANEL;
     padded.first = 1;
     sweep_block(work, padded);
-    for (int c = 0; c < work->rows.count; c++)
+    for (int c = 0; c < work->right.count; c++)
         for (ptrdiff_t i = 0; i < num_rows; i++) {
             float *sum = part.row_sums + c * part.row_vector + i;
             *sum = part.first ? found[c][i] : *sum + found[c][i];
@@ -300,7 +296,7 @@ static void sweep_unit(const job *work, float *right, float *panel_sums, ptrdiff
     const int is_bfloat16 = work->size == 2, rights = work->right.count, lefts = work->left.count;
     const ptrdiff_t row_begin = chunk * work->chunk, row_end = least(row_begin + work->chunk, work->num_rows);
     const ptrdiff_t begin = group * work->width, end = least(begin + work->width, work->num_columns);
-    float *row_sums = work->rows.count ? place(&work->rows, batch, group) : panel_sums;
+    float *row_sums = rights ? place(&work->rows, batch, group) : panel_sums;
     float *column_sums = lefts ? place(&work->columns, batch, chunk) : panel_sums;
     const float *left = lefts ? work->left.data + batch * work->left.batch : panel_sums;
     const float *weight = work->right.data + batch * work->right.batch;
@@ -372,7 +368,7 @@ static void plan(job *work)
     work->chunks = ceiling(work->num_rows, work->chunk);
     work->rows.length = work->num_rows;
     work->rows.parts = work->groups;
-    work->rows.count = work->right.count + work->squares;
+    work->rows.count = work->right.count;
     work->columns.length = work->num_columns;
     work->columns.parts = work->chunks;
     work->columns.count = work->left.count;
@@ -481,8 +477,7 @@ static int read_matrix(PyObject *object, job *work, dl_tensor *matrix)
     return 1;
 }
 
-/* Reads (length, c) or (b, length, c) weights for matrices of `dimensions`; 0 if they do not fit. None stands for no
- * weights. */
+/* Reads (length, c) or (b, length, c) weights for `matrix`; 0 if they do not fit. None stands for no weights. */
 static int read_weights(PyObject *object, const dl_tensor *matrix, ptrdiff_t length, weights *found)
 {
     dl_tensor tensor;
@@ -548,8 +543,8 @@ static int run_job(job *work, PyObject *const *arguments)
 
 PyDoc_STRVAR(sweep_doc,
              "sweep(matrix, right, left, rows, columns, GOMP_parallel, threads) -> (rows, columns) | None\n\n"
-             "Tensors, or None for none; rows and columns may be an earlier result to be overwritten. Sums in float32,\n"
-             "each vector contiguous. None, and nothing is done, for what it does not know.");
+             "Tensors, or None for none; rows and columns may be an earlier result of a single matrix, to be overwritten.\n"
+             "Sums in float32, each vector contiguous. None, and nothing is done, for what it does not know.");
 
 static PyObject *sweep(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -564,8 +559,9 @@ static PyObject *sweep(PyObject *module, PyObject *const *arguments, Py_ssize_t 
         (work.right.count == 0 && work.left.count == 0))
         Py_RETURN_NONE;
     PyObject *rows = make_room(arguments[3], &matrix, matrix.shape[matrix.ndim - 2], work.right.count, &work.rows.out);
-    PyObject *columns =
-        make_room(arguments[4], &matrix, matrix.shape[matrix.ndim - 1], work.left.count, &work.columns.out);
+    PyObject *columns = rows == NULL ? NULL
+                                     : make_room(arguments[4], &matrix, matrix.shape[matrix.ndim - 1], work.left.count,
+                                                 &work.columns.out);
     PyObject *result = NULL;
     if (rows != NULL && columns != NULL && run_job(&work, arguments + 5) == 0)
         result = PyTuple_Pack(2, rows, columns);
@@ -592,26 +588,15 @@ static int read_table(PyObject *object, const job *work, ptrdiff_t rows, table *
 }
 
 PyDoc_STRVAR(worst_doc,
-             "worst(matrix, right, sums, alpha, addend, beta, factor, tiny, squares, GOMP_parallel, threads)\n"
-             "-> (ratio, squares) | None\n\n"
+             "worst(matrix, right, sums, alpha, addend, beta, factor, tiny, GOMP_parallel, threads) -> float | None\n\n"
              "The largest ratio of the rows of matrix · right, where alpha · sums + beta · addend are expected: of the\n"
-             "sums as many columns as `right` has, the addend None or broadcast. And the sum of the squares of the\n"
-             "matrix, 0 unless it is asked for. None for what it does not know.");
-
-/* In double: of many large numbers. */
-static double total_of(const float *vector, ptrdiff_t length)
-{
-    double total = 0.0;
-    for (ptrdiff_t i = 0; i < length; i++)
-        total += (double)vector[i];
-    return total;
-}
+             "sums as many columns as `right` has, the addend None or broadcast. None for what it does not know.");
 
 static PyObject *worst(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)module;
-    if (count != 11)
-        return PyErr_Format(PyExc_TypeError, "worst takes 11 arguments, %zd were given", count);
+    if (count != 10)
+        return PyErr_Format(PyExc_TypeError, "worst takes 10 arguments, %zd were given", count);
     dl_tensor matrix;
     job work = {0};
     expectation expected = {.alpha = PyFloat_AsDouble(arguments[3]), .beta = PyFloat_AsDouble(arguments[5])};
@@ -628,26 +613,18 @@ static PyObject *worst(PyObject *module, PyObject *const *arguments, Py_ssize_t 
     if (arguments[4] != Py_None &&
         (!read_table(arguments[4], &work, rows, &expected.addend, &num_added) || num_added != columns))
         Py_RETURN_NONE;
-    work.squares = PyObject_IsTrue(arguments[8]);
-    /* Squares are those of the rows as they lie: behind the sums of each matrix, or, turned, behind all sums. */
-    ptrdiff_t behind = work.is_turned ? 0 : work.squares * rows, num_sums_in_all = batches * rows * columns;
-    size_t size = (size_t)(num_sums_in_all + work.squares * batches * work.num_rows) * sizeof(float);
-    float *found = take(&kept_sums, &size);
+    size_t size = (size_t)(batches * rows * columns) * sizeof(float);
+    float *found = work.rows.out = take(&kept_sums, &size);
     if (found == NULL)
         return PyErr_NoMemory();
-    work.rows.out = found;
-    work.columns.out = found + num_sums_in_all;
     PyObject *result = NULL;
-    if (run_job(&work, arguments + 9) == 0) {
-        table observed = {found, rows * columns + behind, 1, rows};
-        double ratio, squares = 0.0;
+    if (run_job(&work, arguments + 8) == 0) {
+        table observed = {found, rows * columns, 1, rows};
+        double ratio;
         Py_BEGIN_ALLOW_THREADS;
         ratio = worst_ratio(&expected, &observed, batches, rows, columns, factor, tiny);
-        for (ptrdiff_t batch = 0; batch < batches && work.squares; batch++)
-            squares += work.is_turned ? total_of(found + num_sums_in_all + batch * work.num_rows, work.num_rows)
-                                      : total_of(found + (batch + 1) * (rows * columns + behind) - behind, rows);
         Py_END_ALLOW_THREADS;
-        result = Py_BuildValue("(dd)", ratio, squares);
+        result = PyFloat_FromDouble(ratio);
     }
     give_back(&kept_sums, found, size);
     return result;

@@ -104,31 +104,6 @@ INLINE TARGET void NAME(pass)(const block *work, int is_bfloat16, int rights, in
     }
 }
 
-/* Sums of the squares of every row; of `work`, the right and the left are not read. */
-INLINE TARGET void NAME(square)(const block *work, int is_bfloat16)
-{
-    const ptrdiff_t bytes = work->width * (is_bfloat16 ? 2 : 4);
-    for (ptrdiff_t group = 0; group < work->groups; group++) {
-        const char *start = work->start + group * ROWS * work->row_bytes;
-        NAME(floats) sums[ROWS] = {0};
-        for (ptrdiff_t at = 0; at < bytes; at += LANES * 4)
-            UNROLL for (int i = 0; i < ROWS; i++)
-                for (int odd = 0; odd < (is_bfloat16 ? 2 : 1); odd++) {
-                    NAME(words) loaded = *(const NAME(words) *)(start + i * work->row_bytes + at);
-                    NAME(floats) value = NAME(widen)(loaded, is_bfloat16, odd);
-                    sums[i] += value * value;
-                }
-        quad *out = (quad *)(work->row_sums + group * ROWS);
-        quad total = totals(NAME(fold)(sums[0]), NAME(fold)(sums[1]), NAME(fold)(sums[2]), NAME(fold)(sums[3]));
-        if (!work->first)
-            total += *out;
-        *out = total;
-    }
-}
-
-TARGET static void NAME(square_f32)(const block *work) { NAME(square)(work, 0); }
-TARGET static void NAME(square_bf16)(const block *work) { NAME(square)(work, 1); }
-
 #define PASS(rights, lefts)                                                                                            \
     TARGET static void NAME(pass_f32_##rights##lefts)(const block *work) { NAME(pass)(work, 0, rights, lefts); }       \
     TARGET static void NAME(pass_bf16_##rights##lefts)(const block *work) { NAME(pass)(work, 1, rights, lefts); }
@@ -179,7 +154,5 @@ TARGET static void NAME(unpack)(float *total, const float *added, ptrdiff_t widt
             {NAME(pass_##dtype##_20), NAME(pass_##dtype##_21), NAME(pass_##dtype##_22)},                               \
             {NAME(pass_##dtype##_30)}, {NAME(pass_##dtype##_40)},                                                      \
     }
-static const instructions NAME(instructions) = {
-    LANES, NAME(pack), NAME(unpack), {TABLE(f32), TABLE(bf16)}, {NAME(square_f32), NAME(square_bf16)},
-};
+static const instructions NAME(instructions) = {LANES, NAME(pack), NAME(unpack), {TABLE(f32), TABLE(bf16)}};
 #undef TABLE

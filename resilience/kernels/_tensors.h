@@ -56,20 +56,23 @@ static int find_exchange(PyObject *tensor)
         return 0;
     const dl_exchange *found = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     Py_DECREF(capsule);
-    if (found != NULL && found->version.major == DL_MAJOR)
+    if (found != NULL && found->version.major == DL_MAJOR && found->tensor_from_object != NULL &&
+        found->object_from_managed != NULL)
         exchange = found;
     return exchange != NULL;
 }
 
-/* 0 where `object` is no tensor in this machine's memory, with no error set. */
+/* 0 where `object` is no tensor with elements in this machine's memory, with no error set. */
 static int read_tensor(PyObject *object, dl_tensor *found)
 {
     if ((exchange == NULL && !find_exchange(object)) || exchange->tensor_from_object(object, found) != 0) {
         PyErr_Clear();
         return 0;
     }
+    if (found->device_type != DL_CPU || found->data == NULL)
+        return 0;
     found->data = (char *)found->data + found->byte_offset;
-    return found->device_type == DL_CPU;
+    return 1;
 }
 
 static int is_float32(const dl_tensor *tensor)
@@ -115,10 +118,6 @@ static PyObject *new_tensor(int dimensions, const int64_t *shape, const int64_t 
     };
     memcpy(made->shape, shape, (size_t)dimensions * sizeof *shape);
     memcpy(made->strides, strides, (size_t)dimensions * sizeof *strides);
-    void *object;
-    if (exchange->object_from_managed(&made->managed, &object) != 0) {
-        free(made);
-        return NULL;
-    }
-    return object;
+    void *object; /* takes `made` over, even where it fails */
+    return exchange->object_from_managed(&made->managed, &object) == 0 ? object : NULL;
 }

@@ -48,10 +48,9 @@ def worst_ratio_of(
     alpha: float = 1.0,
     addend: torch.Tensor | None = None,
     beta: float = 1.0,
-    squares: bool = False,
-) -> tuple[float, float] | None:
+) -> float | None:
     """The largest of `residual_ratios` where matrix · right is observed and alpha · sums + beta · addend expected; NaN
-    if one is. Beside it the sum of the squares of the matrix, if that is asked for. None without a compiled form.
+    if one is. None where there is no compiled form, and for what that does not take.
 
     Every product's result comes here once: tensors for its sums would cost more than the sums of a small one.
 
@@ -63,12 +62,11 @@ def worst_ratio_of(
         alpha: on the sums.
         addend: c columns, broadcast to the sums; float32.
         beta: on the addend.
-        squares: sum them, too; in float32 by rows, infinite where one is beyond its range.
     """
     if _compiled is None:
         return None
     threads = torch.get_num_threads()
-    return _compiled.worst(matrix, right, sums, alpha, addend, beta, factor, TINY, squares, _GOMP_PARALLEL, threads)
+    return _compiled.worst(matrix, right, sums, alpha, addend, beta, factor, TINY, _GOMP_PARALLEL, threads)
 
 
 def deferred_worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> torch.Tensor:

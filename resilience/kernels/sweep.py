@@ -65,7 +65,7 @@ def sweep(
             lie contiguous.
         right: (n, c), or (b, n, c) for one set a matrix; float32, c ≤ 8.
         left: (m, c'), or (b, m, c') for one set a matrix; float32, c' ≤ 8.
-        into: an earlier result for the same shapes, whose memory may be used again.
+        into: an earlier result for a single matrix of the same shape, whose memory may be used again.
 
     Returns:
         The sums in float32, of products and partial sums in float32; NaN and INF propagate. No gradient flows. The

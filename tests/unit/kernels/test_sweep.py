@@ -246,3 +246,11 @@ def test_without_the_compiled_module_products_of_torch_serve() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "False [[3.0], [3.0]]"
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    """Never read: a sweep of it would end the process."""
+    gone = numbers(4, 6)
+    gone.untyped_storage().resize_(0)
+    for matrix in (gone, torch.empty(4, 6, device="meta")):
+        assert module._compiled is None or module._compiled.sweep(matrix, numbers(6, 2), None, None, None, 0, 1) is None
