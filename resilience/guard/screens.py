@@ -215,7 +215,11 @@ class GradientScreen:
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    """2-norm, a scalar in float32 or wider; INF and NaN come through."""
+    """2-norm, a scalar in float32 or wider; INF and NaN come through.
+
+    Always by this arithmetic, whatever else has read the gradient: a replay's norms are held against those of the step
+    that it repeats, to the bit.
+    """
     wide = torch.promote_types(gradient.dtype, torch.float32)
     if gradient.is_cpu and gradient.dim() > 1 and gradient.is_floating_point():
         # One result would be the work of one thread.
