@@ -29,7 +29,7 @@ from campaign.models import DTYPES, Setting, Subject, batches, build, optimizer_
 from campaign.outcomes import Outcome, is_harmless, outcomes
 from campaign.report import LARGE, cells, curve, outcome_summary, show
 from campaign.trials import Schedule, Trial, Trials
-from result_file import result_file
+from result_file import result_file, revision
 
 from resilience.abft.protection import Protection
 from resilience.config import DetectionConfig
@@ -47,7 +47,9 @@ class Tally:
     outcomes: dict[str, list[Outcome]] = dataclasses.field(default_factory=lambda: {name: [] for name in DTYPES})
     control: Counter[str] = dataclasses.field(default_factory=Counter)
     clean_checks: int = 0
+    """Of training without faults. Those between trials, of one step again and again, say nothing new."""
     false_alarms: int = 0
+    """Of training, and between trials."""
 
     def add(self, other: Tally) -> None:
         for dtype in DTYPES:
@@ -74,7 +76,6 @@ def run_trials(setting: Setting, subject: Subject, num_trials: int, draw: random
         tally.control["equal"] += all(torch.equal(one, other) for one, other in zip(result, clean, strict=True))
         if len(runner.trials) == before:
             break
-    tally.clean_checks += runner.num_clean_checks
     tally.false_alarms += len(runner.false_alarms)
     if setting.dtype == "float32":
         for trial in runner.trials:
@@ -161,6 +162,7 @@ def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
+        "revision": revision(),
         "seed": arguments.seed,
         "trials_per_cell": arguments.trials,
         "num_trials": sum(len(trials) for trials in tally.trials.values()),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launching import LaunchError, launch
-from result_file import result_file
+from result_file import result_file, revision
 from rich.console import Console
 from rich.table import Table
 
@@ -102,7 +102,7 @@ def measure(case: Case, arguments: argparse.Namespace, directory: Path) -> dict[
     what = {key: value for key, value in dataclasses.asdict(case).items() if key != "detections"}
     if case.model != "demo":
         what |= {"num_layers": arguments.layers, "batch_size": arguments.batch, "sequence": 512, "width": 768}
-    return what | measured
+    return what | {"revision": revision()} | measured
 
 
 @contextlib.contextmanager

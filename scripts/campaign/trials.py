@@ -175,7 +175,6 @@ class Trials(TorchDispatchMode):
         self._model = model
         self._pending: dict[int, tuple[Trial, torch.Tensor, torch.Tensor]] = {}
         self.trials: list[Trial] = []
-        self.num_clean_checks = 0
         self.false_alarms: list[Finding] = []
 
     def run(self, step: Any) -> list[torch.Tensor]:
@@ -212,7 +211,6 @@ class Trials(TorchDispatchMode):
             return result
         findings = self._protection.drain()
         if striker.trial is None:
-            self.num_clean_checks += 1
             self.false_alarms += findings
         else:
             self._finish(striker, result, bool(findings))
