@@ -14,7 +14,7 @@ import torch
 from resilience.abft.expectation import Expectation
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import vectors
-from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor
+from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor, screen_grain
 from resilience.events import DetectionKind
 from resilience.kernels.precision import float32_precision
 from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio_of
@@ -60,7 +60,8 @@ def screen(
     `not (ratio <= 1)` is an alarm.
     """
     factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
-    return residual_ratios(expected, observed, factor, finite_rows=finite_rows)
+    grain = factor_scale * _screen_grain(dtype, gemm.n, expected.shape[-1])
+    return residual_ratios(expected, observed, factor, grain=grain, finite_rows=finite_rows)
 
 
 def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
@@ -69,18 +70,20 @@ def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale:
     weights = vectors(n, out)
     precision = _matmul_precision(call.left)
     factor = factor_scale * _screen_factor(out.dtype, precision, call.k, n, weights.shape[1])
+    grain = factor_scale * _screen_grain(out.dtype, n, weights.shape[1])
     worst = worst_ratio_of(
         expectation.oriented(out),
         weights,
         expectation.product,
         factor,
+        grain=grain,
         alpha=call.alpha,
         addend=expectation.addend,
         beta=call.beta,
     )
     if worst is not None:
         return worst
-    return float(residual_ratios(expectation.sums, expectation.observed(out), factor).max())
+    return float(residual_ratios(expectation.sums, expectation.observed(out), factor, grain=grain).max())
 
 
 def deferred_residual(
@@ -88,12 +91,19 @@ def deferred_residual(
 ) -> torch.Tensor:
     """(largest ratio of `screen`, whether a sum that the inputs give is not finite), (2,), without waiting for it."""
     factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
-    return deferred_worst_ratio(expected, observed, factor)
+    grain = factor_scale * _screen_grain(dtype, gemm.n, expected.shape[-1])
+    return deferred_worst_ratio(expected, observed, factor, grain=grain)
 
 
 @functools.lru_cache(maxsize=1024)
 def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int) -> float:
     return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _screen_grain(dtype: torch.dtype, n: int, columns: int) -> float:
+    limits = torch.finfo(dtype)
+    return screen_grain(limits.smallest_normal * limits.eps, n=n, columns=columns)
 
 
 def _matmul_precision(matrix: torch.Tensor) -> str:

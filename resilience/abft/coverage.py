@@ -114,7 +114,7 @@ def coverage(
             step()
         if "torch._dynamo" in sys.modules:
             seen = _Seen(protection)
-            protection.begin_micro_step(1, 0, 1)
+            protection.begin_micro_step(2, 0, 0)
             with seen, protection.active():
                 step()
             count.replace(seen.products)

@@ -3,7 +3,7 @@
 Here for matrix products; for softmax in `softmax.py`, for fused attention in `fused.py`. The arithmetic is in
 `checksum.py`, `probabilities.py` and `invariants.py`; how an operation is reached is in `seam.py`. On a CPU the check
 is read at once, and a faulty operation is run again in place. On any other device nothing is read: the result of the
-check goes to the record as a tensor, and a fault is repaired by a replay of the step.
+check goes to the record as a tensor, and a suspicion is settled in a replay of the step, which is read at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from resilience.abft import checksum
+from resilience.abft.defects import defects
 from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
@@ -86,11 +87,15 @@ class GemmHandlers:
         labels, record = context.labels, context.record
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            gemm = parse_gemm(operator, args, kwargs)
-            if gemm is None:
+            try:
+                gemm = parse_gemm(operator, args, kwargs)
+                label = None if gemm is None else labels.gemm(gemm)
+            except defects() as error:
+                record.failed(operator, error)
+                return original(*args, **kwargs)
+            if gemm is None or label is None:
                 record.count_unprotected(unchecked_reason(operator, args))
                 return original(*args, **kwargs)
-            label = labels.gemm(gemm)
             node, in_forward = labels.sequence, labels.is_left is None
 
             def run() -> torch.Tensor:
@@ -125,7 +130,7 @@ class GemmHandlers:
 
     def _check(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         record = self._context.record
-        if out.device.type != "cpu":
+        if not record.reads_at_once(out):
             record.defer(call.label, Check.CHECKSUM, self._deferred(call, out))
             return out
         worst = self._worst(call, out)

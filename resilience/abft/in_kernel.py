@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from resilience.abft.defects import defects
 from resilience.abft.fused import bind, fused_backward_handler, fused_forward_handler
 from resilience.abft.handlers import Context
 from resilience.abft.labels import Label
@@ -77,6 +78,8 @@ class InKernelAttention:
         self._find = find
         self._rings: dict[torch.device, Any] = {}
         self._num_calls = 0
+        self._broken: dict[str, str] = {}
+        """Operators whose place our kernel could not take, and why."""
         self.fallbacks: Counter[str] = Counter()
         """Calls that went to the operator and its invariants, by reason."""
 
@@ -86,7 +89,7 @@ class InKernelAttention:
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = bind(operator, args, kwargs)
-            kernels, reason = self._kernels(bound)
+            kernels, reason = self._kernels(operator, bound)
             if kernels is None:
                 self.fallbacks[reason] += 1
                 return fallback(original, args, kwargs)
@@ -102,7 +105,7 @@ class InKernelAttention:
                 return fallback(lambda *_, **__: ours(-1), args, kwargs)
             label = context.labels.fused_attention((query, key, value))
             context.record.due(label.site)
-            return ours(label.layer)
+            return self._run(operator, label, ours, lambda: original(*args, **kwargs))
 
         return handle
 
@@ -114,7 +117,7 @@ class InKernelAttention:
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = bind(name, args, kwargs)
-            kernels, reason = self._kernels(bound)
+            kernels, reason = self._kernels(name, bound)
             if kernels is None:
                 self.fallbacks[reason] += 1
                 return fallback(original, args, kwargs)
@@ -133,9 +136,9 @@ class InKernelAttention:
 
             if self._is_armed:
                 return fallback(lambda *_, **__: ours(-1), args, kwargs)
-            layer = context.labels.fused_attention_backward(operands)
-            context.record.due("attention.dk")
-            return ours(layer)
+            label = Label("attention.dk", context.labels.fused_attention_backward(operands))
+            context.record.due(label.site)
+            return self._run(name, label, ours, lambda: original(*args, **kwargs))
 
         return handle
 
@@ -153,8 +156,20 @@ class InKernelAttention:
         injector = self._context.injector
         return injector is not None and injector.armed
 
-    def _kernels(self, bound: dict[str, Any]) -> tuple[Any, str]:
-        """(module of kernels that can take this call or None, why not)."""
+    def _run(self, name: str, label: Label, ours: Callable[[int], Any], theirs: Callable[[], Any]) -> Any:
+        """Our results; those of the operator where our kernel cannot run here, which is not tried again."""
+        try:
+            return ours(label.layer)
+        except defects() as error:
+            self._broken[name] = f"its kernel failed ({type(error).__name__})"
+            self._context.record.failed(label.site, error)
+            self._context.record.checks[label.site] -= 1
+            return theirs()
+
+    def _kernels(self, name: str, bound: dict[str, Any]) -> tuple[Any, str]:
+        """(module of kernels that can take this call of operator `name` or None, why not)."""
+        if name in self._broken:
+            return None, self._broken[name]
         query, key, value = bound["query"], bound["key"], bound["value"]
         if query.dim() != 4:
             return None, f"tensors of {query.dim()} dimensions"

@@ -14,7 +14,13 @@ import torch
 
 from resilience.abft.checksum import MAX_ROWS, Confirmation, worst_kind
 from resilience.abft.sums import beside, sums_of, vectors
-from resilience.abft.thresholds import gradient_factor, gradient_mass_factor, probability_factor, row_mass_tolerance
+from resilience.abft.thresholds import (
+    gradient_factor,
+    gradient_mass_factor,
+    probability_factor,
+    row_mass_tolerance,
+    screen_grain,
+)
 
 __all__ = [
     "confirm_gradient",
@@ -80,7 +86,9 @@ def screen_gradient(gradient: torch.Tensor) -> torch.Tensor:
         energy.addcmul_(column, column)
     factor = gradient_mass_factor(**_precision(gradient.dtype), n=n)
     usual = energy.nan_to_num(0.0, 0.0, 0.0).mean() / len(signed)  # one bad row says nothing about the others
-    tolerance = energy.div_(len(signed)).add_(usual).mul_(factor * factor).add_(_TINY).sqrt_()
+    limits = torch.finfo(gradient.dtype)
+    grain = screen_grain(limits.smallest_normal * limits.eps, n=n, columns=1)
+    tolerance = energy.div_(len(signed)).add_(usual).mul_(factor * factor).add_(grain * grain + _TINY).sqrt_()
     # A value near the largest number makes its own tolerance infinite, and must not hide behind it.
     return mass.abs().div_(tolerance).add_(tolerance.mul_(0.0))
 

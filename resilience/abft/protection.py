@@ -14,6 +14,7 @@ import torch
 
 from resilience.abft.adaptive import Solution
 from resilience.abft.calibration import load_profile
+from resilience.abft.device import on_device
 from resilience.abft.finding import Finding
 from resilience.abft.frequency import Frequency
 from resilience.abft.fused import FUSED_OPERATORS, fused_backward_handler, fused_forward_handler
@@ -41,8 +42,9 @@ class Protection:
     CUDA device by a kernel that checks and repairs itself, and is `checksum` elsewhere.
 
     On a CPU a check is read at once, and a faulty operation is run again in place, verified again, and reported as
-    mended. On a GPU nothing is read while the model runs: a fault is reported by `drain` at the boundary, to be
-    repaired by a replay.
+    mended. On a GPU nothing is read while the model runs: a suspicion is reported by `drain` at the boundary. In the
+    replay that follows, checks are read at once there, too: what is round-off is dismissed, what is faulty again is
+    mended in place.
 
     Args:
         config: strength, share, number of mends, scale of the thresholds.
@@ -54,12 +56,12 @@ class Protection:
     def __init__(
         self, config: DetectionConfig, *, injector: Injector | None = None, clock: Clock | None = None
     ) -> None:
-        self._gate = Gate()
-        self._seam = Seam(self._gate)
         self._labels = Labels()
         clock = clock or SystemClock()
         share = 1.0 if config.share == "adaptive" else config.share
         self._record = Record(share=share, clock=clock)
+        self._gate = Gate()
+        self._seam = Seam(self._gate, on_cuda=lambda handler: on_device(handler, self._record.count_unprotected))
         self._frequency = (
             Frequency(config, measured=self._record.measured, use=self._record.set_shares, clock=clock)
             if config.share == "adaptive"
@@ -107,8 +109,12 @@ class Protection:
         self._gemms.clear()
 
     def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None:
-        """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay."""
+        """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay.
+
+        A replay (`attempt` above 0) is checked throughout, whatever the share, and its checks are read at once.
+        """
         self._labels.begin_micro_step()
+        self._record.replaying = attempt > 0
         if step != self._step and self._frequency is not None:
             self._frequency.step_begins()
         if step != self._step or attempt > 0:

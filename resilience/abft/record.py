@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from resilience.abft.adaptive import Measured, is_due
+from resilience.abft.defects import defects
 from resilience.abft.finding import Finding
 from resilience.abft.labels import Label
 from resilience.clock import Clock
@@ -27,11 +28,6 @@ __all__ = ["Record"]
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
-
-_DEFECTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-"""What a defect of ours raises, or a device without memory for a check (a RuntimeError of torch)."""
 
 _MAX_FINDINGS = 4096
 """Findings kept between two drains, of what was mended and of what followed from bad inputs; a tensor of NaN would
@@ -60,6 +56,9 @@ class Record:
         self._sample: list[float] = []
         self._num_clean = 0
         self._random = random.Random(0)
+        self.replaying = False
+        """Set while a step is repeated. Then all is checked, whatever the share, or a lasting fault would seem to be gone;
+        and all is read at once, on every device, so that the second stage tells a fault from round-off."""
         self.calls: Counter[str] = Counter()
         """Operations that were asked about, by site."""
         self.checks: Counter[str] = Counter()
@@ -98,7 +97,7 @@ class Record:
         """Whether this call is among the share that is checked; counts it if so. Spread evenly, the first included."""
         call = self.calls[site]
         self.calls[site] = call + 1
-        if not is_due(call, self._shares.get(site, self._share)):
+        if not self.replaying and not is_due(call, self._shares.get(site, self._share)):
             return False
         self.checks[site] += 1
         return True
@@ -108,6 +107,10 @@ class Record:
         self.calls[site] += 1
         self.checks[site] += is_due
         return is_due
+
+    def reads_at_once(self, result: torch.Tensor) -> bool:
+        """Whether the check of `result` is read now; else it waits on the device for the boundary."""
+        return result.is_cpu or self.replaying
 
     def count_unprotected(self, reason: str) -> None:
         """Note an operation that no check understands."""
@@ -126,7 +129,7 @@ class Record:
         """Around what follows a suspicion: where that goes wrong, the operation is reported as faulty and unmended."""
         try:
             yield
-        except _DEFECTS as error:
+        except defects() as error:
             self.failed(label.site, error)
             self.alarm(label, check, DetectionKind.MISMATCH, ratio, started)
 
@@ -203,7 +206,7 @@ class Record:
         """Everything that was noted since the last call; waits for the device if results are deferred there."""
         deferred, self._deferred = self._deferred, []
         if deferred:
-            results = torch.stack([result for *_, result in deferred]).tolist()
+            results = _values([result for *_, result in deferred])
             for (label, check, started, _), (ratio, inputs_bad) in zip(deferred, results, strict=True):
                 if ratio <= 1.0:
                     self.clean(label.site, ratio)
@@ -218,6 +221,17 @@ class Record:
         """Up to 64 clean ratios since the last call, drawn uniformly."""
         sample, self._sample, self._num_clean = self._sample, [], 0
         return sample
+
+
+def _values(results: list[torch.Tensor]) -> list[list[float]]:
+    """The elements of tensors of one shape, read once from each of their devices."""
+    places: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for place, result in enumerate(results):
+        places[result.device].append(place)
+    values: dict[int, list[float]] = {}
+    for at in places.values():
+        values.update(zip(at, torch.stack([results[place] for place in at]).tolist(), strict=True))
+    return [values[place] for place in range(len(results))]
 
 
 class _Checking:
@@ -236,8 +250,9 @@ class _Checking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        record, is_ours = self._record, isinstance(error, _DEFECTS)
+        record, is_ours = self._record, error is not None and isinstance(error, defects())
         if error is not None and is_ours:
             record.failed(self._site, error)
+            record.checks[self._site] -= 1
         record.seconds[self._site] += record.clock.monotonic() - self._started
         return is_ours

@@ -108,10 +108,16 @@ class Gate:
 
 
 class Seam:
-    """A set of overrides that are installed and removed together."""
+    """A set of overrides that are installed and removed together.
 
-    def __init__(self, gate: Gate) -> None:
+    Args:
+        gate: which threads they are for.
+        on_cuda: put around every handler at the key CUDA.
+    """
+
+    def __init__(self, gate: Gate, *, on_cuda: Callable[[Handler], Handler] = lambda handler: handler) -> None:
         self._gate = gate
+        self._on_cuda = on_cuda
         self._library: Any = None
         self._handlers: dict[tuple[str, str], Handler] = {}
 
@@ -128,7 +134,7 @@ class Seam:
             if torch._C._dispatch_has_kernel_for_dispatch_key(name, key) or (
                 inherited and torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
             ):
-                self._handlers[operator, key] = handler
+                self._handlers[operator, key] = self._on_cuda(handler) if key == "CUDA" else handler
 
     @property
     def operators(self) -> tuple[tuple[str, str], ...]:

@@ -40,6 +40,7 @@ __all__ = [
     "probability_factor",
     "row_mass_tolerance",
     "screen_factor",
+    "screen_grain",
 ]
 
 UNCONFIRMED = 4.0
@@ -69,6 +70,17 @@ class Precision:
     """Of the stored row sums E and O."""
     operand: float = 0.0
     """Of operands that are rounded on the way in (TF32, or bf16 passes for float32); 0 where they are exact."""
+
+
+_SQUARED_WEIGHT = 7.0 / 3.0
+"""Mean of w², w spread evenly from 1 to 2: of the vectors with weights, and a bound for those without."""
+
+
+def screen_grain(spacing: float, *, n: int, columns: int) -> float:
+    """Tolerance of ‖E_i − O_i‖₂ that does not shrink with the row: below the smallest normal number a dtype's elements
+    are multiples of `spacing`, off by spacing ÷ √12 on average. It counts in float16, where small gradients lie there.
+    """
+    return _SIGMAS * spacing * math.sqrt(n * columns * _SQUARED_WEIGHT / 12.0)
 
 
 def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> float:

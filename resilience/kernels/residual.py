@@ -1,7 +1,7 @@
 """The largest residual ÷ tolerance of a set of sums: the end of every check, compiled where it could be.
 
-With E expected and O observed, row i has ratio_i² = ‖E_i − O_i‖² ÷ (factor²·(‖E_i‖² + mean_i ‖E_i‖²) + tiny). What the
-factor means is not known here.
+With E expected and O observed, row i has ratio_i² = ‖E_i − O_i‖² ÷ (factor²·(‖E_i‖² + mean_i ‖E_i‖²) + grain²). What
+factor and grain mean is not known here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TINY = 1e-36
 
 
 def residual_ratios(
-    expected: torch.Tensor, observed: torch.Tensor, factor: float, *, finite_rows: bool = False
+    expected: torch.Tensor, observed: torch.Tensor, factor: float, *, grain: float = 0.0, finite_rows: bool = False
 ) -> torch.Tensor:
     """Ratio of every row, (m,) or (b, m), of sums (m, c) or (b, m, c), on their device; NaN where one is not finite.
 
@@ -35,7 +35,7 @@ def residual_ratios(
     expected, observed = expected.double(), observed.double()  # squares of float32 may overflow
     scale = _energy(expected)
     usual = scale[scale.isfinite()].mean() if finite_rows else scale.mean()
-    tolerance = scale.add_(usual).mul_(factor * factor).add_(TINY)
+    tolerance = scale.add_(usual).mul_(factor * factor).add_(_least(grain))
     return _energy(expected - observed).div_(tolerance).sqrt_()
 
 
@@ -45,6 +45,7 @@ def worst_ratio_of(
     sums: torch.Tensor,
     factor: float,
     *,
+    grain: float = 0.0,
     alpha: float = 1.0,
     addend: torch.Tensor | None = None,
     beta: float = 1.0,
@@ -59,6 +60,7 @@ def worst_ratio_of(
         right: (n, c), float32.
         sums: (m, c) or (b, m, c), float32; what it has in columns beyond c does not count.
         factor: as in `residual_ratios`.
+        grain: as there.
         alpha: on the sums.
         addend: c columns, broadcast to the sums; float32.
         beta: on the addend.
@@ -66,20 +68,28 @@ def worst_ratio_of(
     if _compiled is None:
         return None
     threads = torch.get_num_threads()
-    return _compiled.worst(matrix, right, sums, alpha, addend, beta, factor, TINY, _GOMP_PARALLEL, threads)
+    least = _least(grain)
+    return _compiled.worst(matrix, right, sums, alpha, addend, beta, factor, least, _GOMP_PARALLEL, threads)
 
 
-def deferred_worst_ratio(expected: torch.Tensor, observed: torch.Tensor, factor: float) -> torch.Tensor:
+def deferred_worst_ratio(
+    expected: torch.Tensor, observed: torch.Tensor, factor: float, *, grain: float = 0.0
+) -> torch.Tensor:
     """(largest of `residual_ratios`, 1 if a sum in `expected` is not finite), (2,), on the device and without waiting.
 
     The sums are float32 or float64 and not empty. The largest ratio is NaN if one is.
     """
     kernels = triton_kernels("checksum.residual", expected)
     if kernels is not None and expected.dtype == torch.float32:
-        result: torch.Tensor = kernels.worst_ratio(expected, observed, factor, TINY)
+        result: torch.Tensor = kernels.worst_ratio(expected, observed, factor, _least(grain))
         return result
-    ratios = residual_ratios(expected, observed, factor)
+    ratios = residual_ratios(expected, observed, factor, grain=grain)
     return torch.stack([ratios.max().float(), (~expected.isfinite().all()).float()])
+
+
+def _least(grain: float) -> float:
+    """Square of the tolerance of an empty row."""
+    return grain * grain + TINY
 
 
 def _energy(sums: torch.Tensor) -> torch.Tensor:
