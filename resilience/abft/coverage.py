@@ -113,14 +113,20 @@ def coverage(
         with _without_compilation(), count, protection.active():
             step()
         if "torch._dynamo" in sys.modules:
-            seen = _Seen(protection)
+            seen, num_failed = _Seen(protection), _num_failed(protection)
             protection.begin_micro_step(2, 0, 0)
             with seen, protection.active():
                 step()
-            count.replace(seen.products)
+            if _num_failed(protection) == num_failed:
+                count.replace(seen.products)
     finally:
         protection.uninstall()
     return CoverageReport(tuple(count.operations))
+
+
+def _num_failed(protection: Protection) -> int:
+    """Checks that went wrong themselves."""
+    return sum(count for reason, count in protection.unprotected().items() if reason.startswith("the check of "))
 
 
 def _without_compilation() -> contextlib.AbstractContextManager[object]:
@@ -184,6 +190,8 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has n
         if missing > 0 or (reasons and not products):
             reason = ", ".join(sorted(reasons)) or "not seen by a check"
             self.operations.append(Operation(name, packet.__name__, -1, max(missing, 0), None, reason))
+        elif not products and name.partition("::")[0] not in _KNOWN_LIBRARIES:
+            self.operations.append(Operation(name, packet.__name__, -1, 0, None, "not known what it computes"))
 
     def replace(self, products: list[_Product]) -> None:
         """Take what was checked in the step as it is, where parts of it are compiled, for what was in plain PyTorch."""
@@ -263,6 +271,10 @@ _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
     aten._scaled_dot_product_fused_attention_overrideable_backward: _of_attention_backward,
 }
 """What PyTorch's own registry of formulas does not have."""
+
+
+_KNOWN_LIBRARIES = frozenset({"aten", "prim", "prims", "c10d", "_c10d_functional", "profiler"})
+"""Whose products all have a formula; what another library's operator multiplies cannot be told from outside."""
 
 
 def _is_product(packet: Any) -> bool:

@@ -57,8 +57,8 @@ class Record:
         self._num_clean = 0
         self._random = random.Random(0)
         self.replaying = False
-        """Set while a step is repeated. Then all is checked, whatever the share, or a lasting fault would seem to be gone;
-        and all is read at once, on every device, so that the second stage tells a fault from round-off."""
+        """Set while a step is repeated. Then all is checked, whatever the share, or a lasting fault would seem to be
+        gone; and all is read at once, on every device, so that the second stage tells a fault from round-off."""
         self.calls: Counter[str] = Counter()
         """Operations that were asked about, by site."""
         self.checks: Counter[str] = Counter()

@@ -222,6 +222,27 @@ def test_without_triton_everything_goes_to_the_operator(wire: Wire) -> None:
     assert attention.fallbacks == {"no GPU, or no Triton": 2}
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_kernel_that_cannot_run_leaves_its_place_to_the_operator(wire: Wire, direction: str) -> None:
+    """As where a device has no room for it."""
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def refused(*_: object, **__: object) -> None:
+        raise errors.OutOfResources(300000, 232448, "shared memory")
+
+    expected = step(Gate(), operands())
+    attention, record, gate = wire()
+    setattr(attention._find("", torch.empty(0)), f"attention_{direction}", refused)
+    for _ in range(2):
+        for ours, theirs in zip(step(gate, operands()), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0.02)
+    assert attention.fallbacks["its kernel failed (OutOfResources)"] > 0, "it is not tried again"
+    site = {"forward": "attention.context", "backward": "attention.dk"}[direction]
+    assert record.unprotected == {f"the check of {site} failed (OutOfResources)": 1}
+    attention.drain()
+    assert record.drain() == []
+
+
 @pytest.mark.parametrize("operator", REPLACED_OPERATORS)
 def test_results_have_the_form_of_the_replaced_operator(operator: str) -> None:
     for strides in ((0, 1, 2, 3), (0, 2, 1, 3)):

@@ -269,6 +269,20 @@ def test_products_that_a_compiler_generates_are_reported_as_unprotected() -> Non
 # --- what cannot be checked -------------------------------------------------------------------------------------------
 
 
+def test_an_operator_of_another_library_is_listed_since_nobody_knows_what_it_multiplies() -> None:
+    library = torch.library.Library("resilience_test", "DEF")
+    library.define("opaque(Tensor x) -> Tensor")
+    library.impl("opaque", lambda x: torch.from_numpy(x.numpy() @ x.numpy()), "CPU")
+    try:
+        module = nn.Linear(6, 6)
+        (unknown,) = coverage(
+            lambda: torch.ops.resilience_test.opaque(torch.ones(6, 6)) + module(torch.ones(6)), module
+        ).unprotected
+    finally:
+        library._destroy()
+    assert (unknown.operator, unknown.reason) == ("resilience_test::opaque", "not known what it computes")
+
+
 def sparse(layout: str) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

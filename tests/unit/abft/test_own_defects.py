@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from resilience.abft import carried, checksum, expectation, invariants, probabilities, sums
+from resilience.abft.coverage import coverage
 from resilience.abft.labels import Label
 from resilience.abft.record import Record
 from resilience.events import Check, DetectionKind
@@ -132,6 +133,65 @@ def test_a_check_that_fails_leaves_the_result_and_is_counted_and_said_once(
     assert f"operations that run unchecked: {reason}" in protection.new_shortfalls()
     assert protection.new_shortfalls() == []
     assert [record.message.startswith(reason) for record in caplog.records].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "where", "operator"),
+    [
+        (False, "resilience.abft.handlers.parse_gemm", "addmm"),
+        (True, "resilience.abft.fused.bind", "_scaled_dot_product_flash_attention_for_cpu"),
+    ],
+)
+def test_what_fails_before_an_operation_leaves_it_to_itself(
+    sdpa: bool,
+    where: str,
+    operator: str,
+    gpt: Callable[..., torch.nn.Module],
+    protect: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy for which there is no memory; a schema of another version of torch."""
+    model = gpt(sdpa=sdpa, dropout=0.0)
+    clean = model(TOKENS)
+    protection = protect()
+    protection.attach(model)
+    monkeypatch.setattr(where, broken)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        loss = model(TOKENS)
+        loss.backward()
+    assert torch.equal(loss, clean)
+    assert protection.unprotected()[f"the check of {operator} failed (RuntimeError)"] > 0
+    assert protection.drain() == []
+
+
+def test_what_triton_s_compiler_raises_ends_no_forward(
+    gpt: Callable[..., torch.nn.Module], protect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without room for a kernel, an assembler that does not know it: no errors of Python's own classes."""
+    errors = pytest.importorskip("triton.runtime.errors")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise errors.OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(expectation, "sums_of", refused)
+    protection = protect()
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        gpt(dropout=0.0)(TOKENS)
+    assert protection.unprotected()["the check of linear.out failed (OutOfResources)"] > 0
+
+
+def test_a_check_that_fails_is_not_counted_as_made(
+    gpt: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gpt(dropout=0.0)
+    monkeypatch.setattr(expectation, "sums_of", broken)
+    report = coverage(lambda: model(TOKENS).backward(), model)
+    assert report.share == 0.0
+    assert {operation.reason.partition(" failed")[0] for operation in report.unprotected} >= {
+        "the check of linear.out", "the check of attention.scores", "the check of linear.wgrad",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])

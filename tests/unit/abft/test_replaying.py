@@ -1,6 +1,4 @@
-"""A replay looks at everything, at once, on every device: else a lasting fault would seem to be gone, or round-off to be
-one.
-"""
+"""A replay looks at everything, at once, on every device: else a lasting fault seems gone, or round-off a fault."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def test_the_compiled_form_is_in_use_here() -> None:
     assert residual._compiled is not None
 
 
-def test_one_huge_row_hides_no_fault_in_others() -> None:
+def test_a_huge_row_hides_no_fault_of_its_own() -> None:
     """Where squares of float32 would be infinite."""
     matrix, weights = numbers(100, 40), weights_of(40, 2)
     matrix[0] *= 1e20
@@ -146,3 +146,16 @@ def test_one_huge_row_hides_no_fault_in_others() -> None:
         float(deferred_worst_ratio(expected, observed(struck, weights), FACTOR)[0]),
     ):
         assert found > 100.0
+
+
+def test_a_row_far_above_all_others_widens_their_tolerance() -> None:
+    """A limit: the mean energy of all rows is in every tolerance, since the estimate of a row may be low by chance."""
+    matrix, weights = numbers(1000, 40), weights_of(40, 2)
+    struck = matrix.clone()
+    struck[7] *= 3.0
+    alone = ratio_of(struck, weights, observed(matrix, weights))
+    matrix[0] *= 1000.0
+    struck[0] *= 1000.0
+    beside = ratio_of(struck, weights, observed(matrix, weights))
+    assert alone > 1.0
+    assert alone / 60.0 < beside < alone / 10.0, "√(1000² ÷ 1000 rows), roughly"
