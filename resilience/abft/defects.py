@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from resilience.kernels import triton_errors
 
 __all__ = ["defects"]
 
@@ -17,5 +17,4 @@ def defects() -> tuple[type[BaseException], ...]:
     """Classes for an `except`: those of our defects, and those of Triton's compiler where it is loaded: a kernel that a
     device cannot have, a cache that cannot be written.
     """
-    of_triton = getattr(sys.modules.get("triton"), "TritonError", None)
-    return _DEFECTS if of_triton is None else (*_DEFECTS, of_triton)
+    return *_DEFECTS, *triton_errors()

@@ -1,7 +1,7 @@
 """Numerical primitives of the checks, in the form that is fastest where the tensors live.
 
 Plain functions of tensors: no state, no thresholds, no knowledge of sites or steps. Each has a form in torch in its
-module here, `sweep` and `hashing`; where Triton's form takes its place is decided by `triton_kernels` and nowhere else.
+module here, `sweep` and `hashing`; where Triton's form takes its place is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,16 +11,57 @@ import importlib
 import importlib.util
 import logging
 import subprocess
+import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
-__all__ = ["triton_kernels"]
+__all__ = ["launch", "triton_errors", "triton_kernels"]
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
 _MIN_CAPABILITY = (8, 0)
 """Of a CUDA device: the kernels read bfloat16, and are compiled in tests for nothing older."""
+
+_given_up: set[tuple[str, int | None]] = set()
+"""Modules whose kernels a device, by its index, could not have."""
+
+
+def launch(module: str, tensor: torch.Tensor, run: Callable[[ModuleType], Result]) -> Result | None:
+    """What `run` makes of the Triton kernels that serve `tensor`; None where torch's arithmetic does.
+
+    A kernel that a device cannot have (its shared memory, an assembler that does not know it, a cache that cannot be
+    written) is not tried again: nothing may fail in a user's training for that.
+
+    Args:
+        module: as in `triton_kernels`.
+        tensor: as there.
+        run: launches.
+    """
+    kernels = triton_kernels(module, tensor)
+    place = module, tensor.device.index
+    if kernels is None or place in _given_up:
+        return None
+    try:
+        return run(kernels)
+    except _compilation_errors() as error:
+        _given_up.add(place)
+        _log.warning("Triton's kernel %s cannot run on device %s, torch's operators take its place: %s", *place, error)
+        return None
+
+
+def _compilation_errors() -> tuple[type[Exception], ...]:
+    return OSError, ImportError, subprocess.CalledProcessError, *triton_errors()
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises that is no error of Python's own classes; nothing while it is not loaded."""
+    error = getattr(sys.modules.get("triton"), "TritonError", None)
+    return () if error is None else (error,)
 
 
 def triton_kernels(module: str, tensor: torch.Tensor) -> ModuleType | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from resilience.kernels import triton_kernels
+from resilience.kernels import launch
 from resilience.kernels.threads import gomp_parallel
 
 try:
@@ -106,9 +106,8 @@ def _hash_words(words: torch.Tensor, offset: int) -> torch.Tensor:
     """Hash of int32 words, contiguous, as an int64 scalar."""
     if _compiled is not None and words.is_cpu:
         return _hash_memory(words, offset)
-    kernel = triton_kernels("hash.kernel", words)
-    if kernel is not None:
-        hashed: torch.Tensor = kernel.hash_words(words, offset)
+    hashed: torch.Tensor | None = launch("hash.kernel", words, lambda kernels: kernels.hash_words(words, offset))
+    if hashed is not None:
         return hashed
     values = words.long().bitwise_and_(0xFFFFFFFF)
     return values.mul_(_weights(offset, words.numel(), words.device)).sum()

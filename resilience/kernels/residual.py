@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from resilience.kernels import triton_kernels
+from resilience.kernels import launch
 from resilience.kernels.threads import gomp_parallel
 
 try:
@@ -79,10 +79,13 @@ def deferred_worst_ratio(
 
     The sums are float32 or float64 and not empty. The largest ratio is NaN if one is.
     """
-    kernels = triton_kernels("checksum.residual", expected)
-    if kernels is not None and expected.dtype == torch.float32:
-        result: torch.Tensor = kernels.worst_ratio(expected, observed, factor, _least(grain))
-        return result
+    if expected.dtype == torch.float32:
+        least = _least(grain)
+        result: torch.Tensor | None = launch(
+            "checksum.residual", expected, lambda kernels: kernels.worst_ratio(expected, observed, factor, least)
+        )
+        if result is not None:
+            return result
     ratios = residual_ratios(expected, observed, factor, grain=grain)
     return torch.stack([ratios.max().float(), (~expected.isfinite().all()).float()])
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from resilience.kernels import triton_kernels
+from resilience.kernels import launch
 from resilience.kernels.precision import float32_precision
 from resilience.kernels.threads import gomp_parallel
 
@@ -85,9 +85,8 @@ def sweep(
         )
         if found is not None:
             return Sweep(*found)
-    kernels = triton_kernels("checksum.sweep", matrix)
-    if kernels is not None:
-        sums = kernels.sweep(matrix.resolve_neg(), right, left)
+    sums = launch("checksum.sweep", matrix, lambda kernels: kernels.sweep(matrix.resolve_neg(), right, left))
+    if sums is not None:
         return Sweep(sums.rows, sums.columns)
     assert matrix.dtype in (*_DTYPES, torch.float16), matrix.dtype
     assert matrix.dim() in (2, 3), matrix.shape

@@ -193,3 +193,22 @@ def test_a_fault_is_found_at_the_boundary_and_named(
     assert not first.mended
     assert not first.inputs_bad
     assert first.residual_ratio > 1.0
+
+
+@pytest.mark.parametrize("site", ["attention.q", "attention.probs", "linear.wgrad"])
+def test_a_fault_that_comes_again_is_mended_in_the_replay(
+    site: str, striker: Striker, protect: Callable[[str], Protection]
+) -> None:
+    model, x = model_and_input(torch.bfloat16, fused=False)
+    protection = protect("checksum")
+    protection.attach(model)
+    clean = protected(protection, model, x)
+    striker.corrupt = infinite
+    for attempt, is_mended in ((0, False), (1, True)):
+        striker.address = (site, 0)
+        protection.begin_micro_step(2, 0, attempt)
+        with protection.active():
+            found = step(model, x)
+        first, *_ = protection.drain()
+        assert (first.site, first.mended) == (site, is_mended)
+    assert all(torch.equal(one, other) for one, other in zip(found, clean, strict=True))

@@ -15,7 +15,7 @@ from resilience.abft.checksum import deferred_residual
 from resilience.abft.expectation import Expectations
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import WeightSums
-from resilience.kernels import residual, sweep
+from resilience.kernels import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,7 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return importlib.import_module(f"resilience.kernels.{module}")
 
     monkeypatch.setattr(sweep, "_compiled", None)
-    for module in (sweep, residual):
-        monkeypatch.setattr(module, "triton_kernels", kernels)
+    monkeypatch.setattr("resilience.kernels.triton_kernels", kernels)
     return asked
 
 

@@ -26,6 +26,7 @@ def fresh() -> Iterator[None]:
     for cache in caches:
         cache.cache_clear()
     yield
+    kernels._given_up.clear()
     for cache in caches:
         cache.cache_clear()
 
@@ -62,3 +63,38 @@ def test_devices_from_ampere_on_are_served(
     tensor: Any = OnCuda()
     module = kernels.triton_kernels("hash.kernel", tensor)
     assert (module is not None) == is_there
+
+
+@pytest.mark.parametrize("error", [OSError("the cache is full"), "OutOfResources"])
+def test_a_kernel_that_a_device_cannot_have_is_replaced_and_not_tried_again(
+    error: OSError | str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    raised = errors.OutOfResources(300000, 232448, "shared memory") if isinstance(error, str) else error
+    monkeypatch.setattr(kernels, "triton_kernels", lambda module, tensor: kernels)
+    num_tried = 0
+
+    def run(module: object) -> int:
+        nonlocal num_tried
+        num_tried += 1
+        raise raised
+
+    tensor: Any = OnCuda()
+    with caplog.at_level(logging.WARNING):
+        assert kernels.launch("checksum.sweep", tensor, run) is None
+        assert kernels.launch("checksum.sweep", tensor, run) is None
+    assert num_tried == 1
+    assert "checksum.sweep cannot run on device 0" in caplog.text
+    assert kernels.launch("hash.kernel", tensor, lambda module: 7) == 7
+
+
+def test_what_is_no_fault_of_a_kernel_s_compilation_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is short now, a device that broke."""
+    monkeypatch.setattr(kernels, "triton_kernels", lambda module, tensor: kernels)
+
+    def run(module: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    tensor: Any = OnCuda()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        kernels.launch("checksum.sweep", tensor, run)
