@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages by head dimension and hardware. Pure.
 
-Chosen from compilation ahead of time (registers, spills, shared memory: tests/kernels/test_attention_compiled.py), not
-from measurements: none of this has run on a GPU yet.
+Chosen from compilation ahead of time (registers, spills, shared memory: `scripts/test -m long -s -k every_tile
+tests/kernels/test_attention_compiled.py`), not from measurements: none of this has run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -62,6 +62,25 @@ def test_nvidia_loops_hardly_spill(target: str, kernel: str, head_dim: int, spil
         assert count(body, "HGMMA" if target == "sm_90" else "HMMA") > 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_tile_fits(target: str, kernel: str, head_dim: int) -> None:
+    """Prints what kernels/attention/README.md says of spills."""
+    usage = compile_attention(target, kernel, head_dim)
+    in_loops = [count(body, "LDL") + count(body, "STL") for body in loops(usage)]
+    print(
+        f"{target} {kernel} {head_dim}: {usage.registers} registers, {usage.shared_bytes} bytes shared, "
+        f"{usage.spilled_bytes} bytes spilled, accesses to them a tile {in_loops}"
+    )
+    assert usage.shared_bytes <= SHARED_BYTES[target]
+    assert usage.registers <= (512 if target == "gfx942" else 255)
+    if (target, kernel, head_dim) != ("sm_80", "dkdv", 256):  # it needs Hopper
+        assert usage.spilled_bytes <= (200 if target == "gfx942" else 410)
+        assert max(in_loops, default=0) <= 66
+
+
 def test_a_tile_of_the_forward_grows_by_a_quarter_at_most() -> None:
     checked, plain = (compile_attention("sm_90", "forward", 128, checked=checked) for checked in (True, False))
     (ours, _), (theirs, _) = (sorted(loops(usage), key=len) for usage in (checked, plain))
