@@ -77,7 +77,9 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
 
         results = context.record.operation(label.site, run)
         inputs = (bound["query"], bound["key"], bound["value"])
-        return _guarded(context, label, (label.site,), inputs, results, run, ratio)
+        # Dropout would draw other random numbers the second time.
+        max_mends = context.config.max_mends if bound["dropout_p"] == 0.0 else 0
+        return _guarded(context, label, (label.site,), inputs, results, run, ratio, max_mends=max_mends)
 
     return handle
 
@@ -121,7 +123,8 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
 
         results = context.record.operation(BACKWARD_SITES[1], run)
         inputs = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
-        return _guarded(context, Label(BACKWARD_SITES[1], layer), BACKWARD_SITES, inputs, results, run, ratios)
+        label, max_mends = Label(BACKWARD_SITES[1], layer), context.config.max_mends
+        return _guarded(context, label, BACKWARD_SITES, inputs, results, run, ratios, max_mends=max_mends)
 
     return handle
 
@@ -139,6 +142,8 @@ def _guarded(
     results: Any,
     run: Callable[[], Any],
     ratios: Callable[[Any], torch.Tensor],
+    *,
+    max_mends: int,
 ) -> Any:
     """Hold one call against its identities; `sites` are to blame for their ratios, in order."""
     record, scale = context.record, context.scale(label.site)
@@ -163,7 +168,7 @@ def _guarded(
                 context.inputs_alarm(blamed, Check.INVARIANT, checked[0], values[index], started)
                 return results
             mended = repeat_until_clean(
-                run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=context.config.max_mends
+                run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=max_mends
             )
             record.alarm(blamed, Check.INVARIANT, _kind(checked), values[index], started, mended=mended is not None)
             return results if mended is None else mended

@@ -121,11 +121,12 @@ def test_damaged_masters_lead_back_to_the_checkpoint_where_no_snapshots_are(tmp_
     assert (report["deterministic"], len(measured)) == (True, 1), "the second generation need not measure it again"
 
 
-def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path) -> None:
-    faults = (
-        '[[fault]]\nstep = 3\nrank = 1\nsite = "linear.out"\nlayer = 1\nkind = "scale"\nfactor = 64.0\nrepeat = -1\n'
-    )
-    with launched(tmp_path, faults=faults) as run:
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_persistent_fault_stops_with_75_and_cordons_the_device(tmp_path: Path, share: float) -> None:
+    """Also where only a share of the calls is checked: not every step is seen, but every replay is."""
+    fault = 'rank = 1\nsite = "linear.out"\nlayer = 1\nkind = "scale"\nfactor = 64.0\nrepeat = -1\n'
+    faults = "".join(f"[[fault]]\nstep = {step}\n{fault}" for step in range(3, 4 if share == 1.0 else 9))
+    with launched(tmp_path, faults=faults, resilience=f"[detection]\nshare = {share}\n") as run:
         assert run.wait() == 75, run.output()[-4000:]
         report = run.report()
         run.assert_nothing_left()

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 
 from resilience.abft import carried, checksum, expectation, invariants, probabilities, sums
 from resilience.abft.coverage import coverage
-from resilience.abft.labels import Label
+from resilience.abft.fused import fused_forward_handler
+from resilience.abft.handlers import Context
+from resilience.abft.labels import Label, Labels
 from resilience.abft.record import Record
+from resilience.clock import SystemClock
+from resilience.config import DetectionConfig
 from resilience.events import Check, DetectionKind
 from resilience.kernels.precision import float32_precision
 
@@ -247,3 +251,24 @@ def test_a_gradient_of_another_pass_at_the_same_address_is_none_of_ours(protect:
             torch.autograd.grad((y * torch.randn(64, 48)).sum(), weight)
     assert len(worst) == 90
     assert max(worst) <= 1.0
+
+
+@pytest.mark.parametrize(("dropout", "num_calls"), [(0.0, 2), (0.2, 1)])
+def test_attention_that_draws_random_numbers_is_not_run_again_in_place(dropout: float, num_calls: int) -> None:
+    """The mask would be another one, and so would all random numbers after it."""
+    operator = "_scaled_dot_product_flash_attention_for_cpu"
+    record = Record(share=1.0, clock=SystemClock())
+    handle = fused_forward_handler(Context(DetectionConfig(), Labels(), record, None), operator)
+    query = torch.randn(1, 2, 8, 16)
+    num_run = 0
+
+    def broken_once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_run
+        num_run += 1
+        out = torch.full_like(query, float("nan")) if num_run == 1 else torch.zeros_like(query)
+        return out, torch.zeros(1, 2, 8)
+
+    handle(broken_once, (query, query, query), {"dropout_p": dropout})
+    (finding,) = record.drain()
+    assert num_run == num_calls
+    assert finding.mended is (dropout == 0.0)
