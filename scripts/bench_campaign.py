@@ -125,11 +125,11 @@ def run_setting(number: int, arguments: argparse.Namespace) -> Tally:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    started = time.monotonic()
+    started, commit = time.monotonic(), revision()
     tally = Tally()
     for part in _tallies(arguments):
         tally.add(part)
-    return summary(tally, arguments, time.monotonic() - started)
+    return {"revision": commit} | summary(tally, arguments, time.monotonic() - started)
 
 
 def _tallies(arguments: argparse.Namespace) -> Iterator[Tally]:
@@ -162,7 +162,6 @@ def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         },
-        "revision": revision(),
         "seed": arguments.seed,
         "trials_per_cell": arguments.trials,
         "num_trials": sum(len(trials) for trials in tally.trials.values()),

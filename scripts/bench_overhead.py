@@ -96,13 +96,14 @@ def measure(case: Case, arguments: argparse.Namespace, directory: Path) -> dict[
     words += ["--checkpointing"] if case.checkpointing else []
     words += ["--detections", json.dumps(case.detections)]
     words += ["--pairs", str(arguments.pairs), "--steps", str(arguments.steps), "--result", str(result_file)]
+    commit = revision()  # before hours in which files may change
     with _threads(max(1, (os.cpu_count() or 1) // case.num_ranks)):
         launch(words, directory)
     measured: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     what = {key: value for key, value in dataclasses.asdict(case).items() if key != "detections"}
     if case.model != "demo":
         what |= {"num_layers": arguments.layers, "batch_size": arguments.batch, "sequence": 512, "width": 768}
-    return what | {"revision": revision()} | measured
+    return what | {"revision": commit} | measured
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result_file import result_file
+from result_file import result_file, revision
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +47,6 @@ def hardware() -> dict[str, Any]:
 
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     return {
         "gpu": properties.name,
         "num_gpus": torch.cuda.device_count(),
@@ -59,7 +58,7 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
-        "commit": _first_line(commit),
+        "commit": revision(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

@@ -59,8 +59,8 @@ def screen(
 
     `not (ratio <= 1)` is an alarm.
     """
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
-    grain = factor_scale * _screen_grain(dtype, gemm.n, expected.shape[-1])
+    precision = _matmul_precision(gemm.left)
+    factor, grain = _tolerance(dtype, precision, gemm.k, gemm.n, expected.shape[-1], factor_scale)
     return residual_ratios(expected, observed, factor, grain=grain, finite_rows=finite_rows)
 
 
@@ -69,8 +69,7 @@ def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale:
     call, n = expectation.call, expectation.width
     weights = vectors(n, out)
     precision = _matmul_precision(call.left)
-    factor = factor_scale * _screen_factor(out.dtype, precision, call.k, n, weights.shape[1])
-    grain = factor_scale * _screen_grain(out.dtype, n, weights.shape[1])
+    factor, grain = _tolerance(out.dtype, precision, call.k, n, weights.shape[1], factor_scale)
     worst = worst_ratio_of(
         expectation.oriented(out),
         weights,
@@ -90,20 +89,20 @@ def deferred_residual(
     gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
 ) -> torch.Tensor:
     """(largest ratio of `screen`, whether a sum that the inputs give is not finite), (2,), without waiting for it."""
-    factor = factor_scale * _screen_factor(dtype, _matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1])
-    grain = factor_scale * _screen_grain(dtype, gemm.n, expected.shape[-1])
+    precision = _matmul_precision(gemm.left)
+    factor, grain = _tolerance(dtype, precision, gemm.k, gemm.n, expected.shape[-1], factor_scale)
     return deferred_worst_ratio(expected, observed, factor, grain=grain)
 
 
 @functools.lru_cache(maxsize=1024)
-def _screen_factor(dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int) -> float:
-    return screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _screen_grain(dtype: torch.dtype, n: int, columns: int) -> float:
+def _tolerance(
+    dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int, scale: float
+) -> tuple[float, float]:
+    """(factor on the scale of a row, what does not shrink with it)."""
     limits = torch.finfo(dtype)
-    return screen_grain(limits.smallest_normal * limits.eps, n=n, columns=columns)
+    factor = screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
+    grain = screen_grain(limits.smallest_normal * limits.eps, n=n, columns=columns)
+    return scale * factor, scale * grain
 
 
 def _matmul_precision(matrix: torch.Tensor) -> str:

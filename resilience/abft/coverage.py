@@ -113,20 +113,15 @@ def coverage(
         with _without_compilation(), count, protection.active():
             step()
         if "torch._dynamo" in sys.modules:
-            seen, num_failed = _Seen(protection), _num_failed(protection)
+            seen, num_failed = _Seen(protection), protection.num_failed_checks()
             protection.begin_micro_step(2, 0, 0)
             with seen, protection.active():
                 step()
-            if _num_failed(protection) == num_failed:
+            if protection.num_failed_checks() == num_failed:
                 count.replace(seen.products)
     finally:
         protection.uninstall()
     return CoverageReport(tuple(count.operations))
-
-
-def _num_failed(protection: Protection) -> int:
-    """Checks that went wrong themselves."""
-    return sum(count for reason, count in protection.unprotected().items() if reason.startswith("the check of "))
 
 
 def _without_compilation() -> contextlib.AbstractContextManager[object]:

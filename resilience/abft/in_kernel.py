@@ -3,7 +3,7 @@
 `resilience.kernels.attention` computes what its `supports` accepts; everything else goes to the operator, held by the
 invariants of `fused.py`, counted by reason. Whether a call is ours depends on shapes, dtypes and masks alone, and the
 checks are always on: a replay takes the same path and gives the same bits. These are not the bits of the operator that
-is replaced.
+is replaced, to which a kernel that fails to run leaves its place for good: only the step in which it fails has both.
 
 Nothing waits for the device. Failing blocks were run again by the kernel; what became of them is read from its ring
 when the step is over (`drain`): repaired blocks are mended findings, the others ask for a replay.
@@ -88,10 +88,8 @@ class InKernelAttention:
         context, fallback, pack = self._context, fused_forward_handler(self._context, operator), _PACKERS[operator]
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            bound = bind(operator, args, kwargs)
-            kernels, reason = self._kernels(operator, bound)
+            kernels, bound = self._bound(operator, args, kwargs)
             if kernels is None:
-                self.fallbacks[reason] += 1
                 return fallback(original, args, kwargs)
 
             query, key, value = bound["query"], bound["key"], bound["value"]
@@ -116,10 +114,8 @@ class InKernelAttention:
         num_results = len(getattr(torch.ops.aten, name).default._schema.returns)
 
         def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            bound = bind(name, args, kwargs)
-            kernels, reason = self._kernels(name, bound)
+            kernels, bound = self._bound(name, args, kwargs)
             if kernels is None:
-                self.fallbacks[reason] += 1
                 return fallback(original, args, kwargs)
 
             query, key, value = operands = bound["query"], bound["key"], bound["value"]
@@ -162,14 +158,26 @@ class InKernelAttention:
             return ours(label.layer)
         except defects() as error:
             self._broken[name] = f"its kernel failed ({type(error).__name__})"
-            self._context.record.failed(label.site, error)
-            self._context.record.checks[label.site] -= 1
+            self._context.record.not_made(label.site, error)
             return theirs()
 
-    def _kernels(self, name: str, bound: dict[str, Any]) -> tuple[Any, str]:
-        """(module of kernels that can take this call of operator `name` or None, why not)."""
-        if name in self._broken:
-            return None, self._broken[name]
+    def _bound(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """(module of kernels that takes this call of operator `name` or None, its arguments); counts why not."""
+        bound: dict[str, Any] = {}
+        reason = self._broken.get(name, "")
+        if not reason:
+            try:
+                bound = bind(name, args, kwargs)
+                kernels, reason = self._kernels(bound)
+            except defects() as error:
+                reason = self._broken[name] = f"its arguments are not known ({type(error).__name__})"
+        if reason:
+            self.fallbacks[reason] += 1
+            return None, bound
+        return kernels, bound
+
+    def _kernels(self, bound: dict[str, Any]) -> tuple[Any, str]:
+        """(module of kernels that can take this call or None, why not)."""
         query, key, value = bound["query"], bound["key"], bound["value"]
         if query.dim() != 4:
             return None, f"tensors of {query.dim()} dimensions"

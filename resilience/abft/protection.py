@@ -157,6 +157,10 @@ class Protection:
         """How many operations that multiply matrices ran unchecked, by reason, since the process began."""
         return dict(self._record.unprotected)
 
+    def num_failed_checks(self) -> int:
+        """How many checks went wrong themselves since the process began."""
+        return self._record.num_failed
+
     def new_shortfalls(self) -> list[str]:
         """What was held by less than the strength promises, a sentence each, and was not named by an earlier call."""
         fallbacks = () if self._attention is None else self._attention.fallbacks

@@ -65,6 +65,8 @@ class Record:
         """Operations checked, by site."""
         self.unprotected: Counter[str] = Counter()
         """Operations that multiply matrices and ran unchecked, by reason; calls beyond `share` are not among them."""
+        self.num_failed = 0
+        """Checks that went wrong themselves; by reason they are among the unprotected operations."""
         self.operation_seconds: defaultdict[str, float] = defaultdict(float)
         """Time that the operations themselves took, by site."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -139,6 +141,12 @@ class Record:
         if reason not in self.unprotected:
             _log.warning("%s; the operation's result is used as it is", reason, exc_info=error)
         self.count_unprotected(reason)
+        self.num_failed += 1
+
+    def not_made(self, site: str, error: BaseException) -> None:
+        """Note a check that went wrong after it was counted as due: it is none of those that were made."""
+        self.failed(site, error)
+        self.checks[site] -= 1
 
     def operation(self, site: str, run: Callable[[], Result]) -> Result:
         """Run an operation, and add its time to that of the site's operations."""
@@ -252,7 +260,6 @@ class _Checking:
     ) -> bool:
         record, is_ours = self._record, error is not None and isinstance(error, defects())
         if error is not None and is_ours:
-            record.failed(self._site, error)
-            record.checks[self._site] -= 1
+            record.not_made(self._site, error)
         record.seconds[self._site] += record.clock.monotonic() - self._started
         return is_ours

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -11,28 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from resilience.abft.protection import Protection
-from resilience.config import DetectionConfig
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = (2, 4, 160, 64)
 
-Protect = Callable[[], Protection]
-
-
-@pytest.fixture
-def protect() -> Iterator[Protect]:
-    made: list[Protection] = []
-
-    def make() -> Protection:
-        protection = Protection(DetectionConfig(strength="kernel"))
-        protection.install()
-        made.append(protection)
-        return protection
-
-    yield make
-    for protection in reversed(made):
-        protection.uninstall()
+Protect = Callable[..., Protection]
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -58,7 +42,7 @@ def test_attention_is_ours_and_as_exact_as_the_operator_s(dtype: torch.dtype, pr
     leaves = operands(dtype)
     exact = attention([leaf.detach().double().requires_grad_() for leaf in leaves])
     stock = attention(leaves)
-    protection = protect()
+    protection = protect("kernel")
     ours = protected(protection, leaves)
     assert protection.drain() == []
     assert protection._attention is not None
@@ -70,7 +54,7 @@ def test_attention_is_ours_and_as_exact_as_the_operator_s(dtype: torch.dtype, pr
 
 
 def test_nothing_waits_for_the_device(protect: Protect) -> None:
-    leaves, protection = operands(), protect()
+    leaves, protection = operands(), protect("kernel")
     for step in (1, 2):
         protected(protection, leaves, step=step)
     protection.drain()
@@ -92,7 +76,7 @@ def test_an_extreme_is_repaired_within_the_kernel_bit_for_bit(
     from resilience.kernels.attention.records import Site
 
     leaves = operands()
-    protection = protect()
+    protection = protect("kernel")
     clean = protected(protection, leaves)
     order = api.Strike(kernel=kernel, site=Site[site], block=0, tile=0, row=2, column=5, kind=0, bits=bits)
     struck = SimpleNamespace(

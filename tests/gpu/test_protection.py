@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from resilience.abft.protection import Protection
-from resilience.config import DetectionConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -92,18 +91,9 @@ def strength(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def protect(striker: Striker) -> Iterator[Callable[..., Protection]]:
-    made: list[Protection] = []
-
-    def make(strength: str) -> Protection:
-        protection = Protection(DetectionConfig.model_validate({"strength": strength}), injector=striker)
-        protection.install()
-        made.append(protection)
-        return protection
-
-    yield make
-    for protection in made:
-        protection.uninstall()
+def protect(protect: Callable[..., Protection], striker: Striker) -> Callable[[str], Protection]:
+    """With the striker in it."""
+    return lambda strength: protect(strength, striker)
 
 
 def model_and_input(dtype: torch.dtype, *, fused: bool) -> tuple[Model, torch.Tensor]:

@@ -222,6 +222,20 @@ def test_without_triton_everything_goes_to_the_operator(wire: Wire) -> None:
     assert attention.fallbacks == {"no GPU, or no Triton": 2}
 
 
+def test_arguments_that_are_not_known_go_to_the_operator(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in another version of torch."""
+
+    def unknown(*_: object) -> None:
+        raise KeyError("query")
+
+    expected = step(Gate(), operands())
+    attention, _, gate = wire()
+    monkeypatch.setattr(in_kernel, "bind", unknown)
+    results = step(gate, operands())
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert attention.fallbacks == {"its arguments are not known (KeyError)": 2}
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_kernel_that_cannot_run_leaves_its_place_to_the_operator(wire: Wire, direction: str) -> None:
     """As where a device has no room for it."""
