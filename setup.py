@@ -54,7 +54,7 @@ COMPILED = [
         py_limited_api=True,
         optional=True,
     )
-    for name in ("_copy", "_hash", "_lengthwise", "_sweep")
+    for name in ("_copy", "_hash", "_identities", "_lengthwise", "_sweep")
 ]
 
 setup(

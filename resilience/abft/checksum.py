@@ -106,7 +106,9 @@ def _tolerance(
 
 
 def _matmul_precision(matrix: torch.Tensor) -> str:
-    return float32_precision(matrix.device.type) if matrix.dtype == torch.float32 else "ieee"
+    if matrix.dtype != torch.float32:
+        return "ieee"
+    return float32_precision("cpu" if matrix.is_cpu else matrix.device.type)
 
 
 @functools.cache

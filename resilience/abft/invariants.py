@@ -27,6 +27,7 @@ import functools
 import torch
 
 from resilience.abft.thresholds import invariant_factor
+from resilience.kernels.identities import Side, excess_ratio, identity_ratio, side_ratio
 from resilience.kernels.lengthwise import extremes, pair_sums
 
 __all__ = ["BACKWARD_SITES", "AttentionBackward", "AttentionForward", "backward_ratios", "forward_ratio"]
@@ -34,9 +35,6 @@ __all__ = ["BACKWARD_SITES", "AttentionBackward", "AttentionForward", "backward_
 BACKWARD_SITES = ("attention.dv", "attention.dk", "attention.dq", "attention.context")
 """Which operation is to blame when a ratio of `backward_ratios` is over 1, in its order; the first one that is counts.
 """
-
-_TINY = 1e-17
-"""Added to tolerances: what is smaller counts as nothing, since squares of it may be 0 in float32."""
 
 _LARGEST_SCORE = 1e4
 """Scores above it do not widen tolerances further: a faulty operand would hide itself."""
@@ -79,18 +77,12 @@ class AttentionBackward:
 @torch.no_grad()
 def forward_ratio(call: AttentionForward) -> torch.Tensor:
     """Excess over the range of V ÷ tolerance, a scalar; NaN or infinite where O or the log-sum-exp is not finite."""
-    wide = _wide(call.out)
-    out_low, out_high = extremes(call.out)
-    excess: torch.Tensor
+    of_out = extremes(call.out)
     if call.dropout:
-        excess = torch.zeros((), dtype=wide, device=call.out.device) * (out_low.sum() + out_high.sum())
+        excess = of_out.sum() * 0.0
     else:
-        groups = call.out.shape[1] // call.value.shape[1]
-        low, high = extremes(call.value).repeat_interleave(groups, dim=2)
-        if call.masked:
-            low, high = low.clamp(max=0), high.clamp(min=0)
-        tolerance = torch.maximum(low.abs(), high.abs()) * _range_factor(call.out, call.value.shape[2]) + _TINY
-        excess = (torch.maximum(low - out_low, out_high - high) / tolerance).clamp(min=0).max()
+        factor = _range_factor(call.out, call.value.shape[2])
+        excess = excess_ratio(of_out, extremes(call.value), factor, with_zero=call.masked)
     if call.logsumexp is not None and not call.masked:
         excess = excess + call.logsumexp.sum() * 0
     return excess
@@ -129,46 +121,32 @@ _SCREEN_SHARE = 0.8
 @torch.no_grad()
 def _screened_ratios(call: AttentionBackward) -> torch.Tensor:
     """As `_exact_ratios`, reading each tensor once. Sums of squares are estimated: the squared sum of terms under
-    random signs is their sum of squares on average. Half of the estimate is the component's own, of three sets of
-    signs, and half the mean of its head's: neither a component far above the others nor a low estimate widens the gap.
-    Scores do not widen tolerances, and rows without keys count: the exact form has the last word.
+    random signs is their sum of squares on average. Scores do not widen tolerances, and rows without keys count: the
+    exact form has the last word.
     """
-    heads = call.key.shape[1]
     stored, wide = torch.finfo(call.out.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
     length, width = max(call.query.shape[2], call.key.shape[2]), call.query.shape[3]
-    bound = _Bound(
-        _SCREEN_SHARE * invariant_factor(stored=stored, accumulated=wide, length=length, width=width),
-        _SCREEN_SHARE * invariant_factor(stored=0.0, accumulated=wide, length=length, width=width),
-    )
-    signs = _signs(call.query.shape[2])
-    of_d_out, _, weighted = pair_sums(call.d_out, call.out, signs)
-    terms = _estimated(weighted)
-    dv = dk = dq = context = torch.zeros((), dtype=torch.float32, device=call.out.device)
-    of_keys = _signs(call.key.shape[2])
+    random = _SCREEN_SHARE * invariant_factor(stored=stored, accumulated=wide, length=length, width=width)
+    coherent = _SCREEN_SHARE * invariant_factor(stored=0.0, accumulated=wide, length=length, width=width)
+    signs, of_keys = _signs(call.query.shape[2]), _signs(call.key.shape[2])
+    of_d_out, _, terms = pair_sums(call.d_out, call.out, signs)
+    dv = dk = dq = context = 0.0
     if call.d_value is not None:
         of_d_value, _, of_both = pair_sums(call.d_value, call.value, of_keys)
         if not call.dropout:
-            dv = bound.ratio(_estimated(of_d_value), _estimated(of_d_out).shared(heads))
-        context = bound.ratio(_estimated(of_both), terms.shared(heads))
+            dv = identity_ratio(of_d_value, of_d_out, random, coherent)
+        context = identity_ratio(of_both, terms, random, coherent)
     if call.d_key is not None:
         # Where dQ was not asked for, Q takes its place.
         d_query = call.query if call.d_query is None else call.d_query
         of_d_query, of_query, of_queries = pair_sums(d_query, call.query, signs)
         of_d_key, _, of_both = pair_sums(call.d_key, call.key, of_keys)
         # As in the exact form, with the noise of the rows and the size of their queries taken as independent.
-        of_rows = terms.squares.sum(2, keepdim=True) * (call.scale**2 / call.query.shape[2])
-        squares = _share(of_rows * _estimated(of_query).squares, heads)
-        dk = bound.ratio(_estimated(of_d_key), _Sums(torch.zeros_like(squares), squares))
+        row_weight = call.scale**2 / call.query.shape[2]
+        dk = identity_ratio(of_d_key, of_query, random, coherent, rows=terms, row_weight=row_weight)
         if call.d_query is not None:
-            dq = bound.ratio(_estimated(of_both), _estimated(of_queries).shared(heads))
-            dq = dq + of_d_query.square().sum() * 0.0  # as in the exact form
-    return torch.stack([dv, dk, dq, context])
-
-
-def _estimated(sums: torch.Tensor) -> _Sums:
-    """From sums under the columns of `_signs`, (4, b, h, d)."""
-    own = sums[1:].square().mean(0)
-    return _Sums(sums[0], torch.lerp(own, own.mean(2, keepdim=True), 0.5))
+            dq = identity_ratio(of_both, of_queries, random, coherent, beside=of_d_query)
+    return torch.tensor([dv, dk, dq, context], dtype=torch.float32, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
@@ -197,43 +175,32 @@ def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
     if d_value is not None:
         if not call.dropout:
             seen = d_out if call.mask is None else d_out * out.any(dim=3, keepdim=True)
-            dv = masked.ratio(_Sums.of(d_value), _Sums.of(seen).shared(heads), grain * length**0.5)
+            dv = masked.ratio(_side(d_value), _side(seen).shared(heads), grain * length**0.5)
         context = masked.ratio(
-            _Sums.of(d_value * value, _floor(call, value)), _Sums.of(weighted, _floor(call, d_out)).shared(heads)
+            _side(d_value * value, _floor(call, value)), _side(weighted, _floor(call, d_out)).shared(heads)
         )
     if d_key is not None:
         # Each row of dS sums to the round-off of D_i, and to D_i times that of Σ P, which Q_i then multiplies.
         of_rows = weighted.square().sum(3, keepdim=True) + weighted.sum(3, keepdim=True).square()
         noise = of_rows * (call.scale * query).square()
-        squares = _share(noise.sum(2), heads)
+        squares = noise.sum(2)
         # dS is rounded to the stored dtype, too, before Q multiplies it.
         of_grain = grain * (length**0.5 + length * call.scale * query.square().mean().sqrt())
-        dk = masked.ratio(_Sums.of(d_key), _Sums(torch.zeros_like(squares), squares), of_grain)
+        dk = masked.ratio(_side(d_key), Side(torch.zeros_like(squares), squares).shared(heads), of_grain)
         if d_query is not None:
-            of_query = _Sums.of(d_query * query, _floor(call, query))
-            dq = bound.ratio(_Sums.of(d_key * key, _floor(call, key)), of_query.shared(heads))
+            of_query = _side(d_query * query, _floor(call, query))
+            dq = bound.ratio(_side(d_key * key, _floor(call, key)), of_query.shared(heads))
             # Beside a query of exactly 0 the identity does not see dQ: what is too large to be a gradient is NaN here.
             dq = dq + d_query.float().square().sum() * 0.0
     return torch.stack([dv, dk, dq, context])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Sums:
-    """One side of an identity, (b, h, d): the sum of its terms over the length and the sum of their squares."""
-
-    total: torch.Tensor
-    squares: torch.Tensor
-
-    @classmethod
-    def of(cls, terms: torch.Tensor, floor: torch.Tensor | None = None) -> _Sums:
-        """`floor`: what the terms would be of elements at the smallest normal number; below it, round-off stops
-        shrinking with them, which matters in float16 only.
-        """
-        squares = terms.square().sum(2)
-        return cls(terms.sum(2), squares if floor is None else squares + floor.square().sum(2))
-
-    def shared(self, key_heads: int) -> _Sums:
-        return _Sums(_share(self.total, key_heads), _share(self.squares, key_heads))
+def _side(terms: torch.Tensor, floor: torch.Tensor | None = None) -> Side:
+    """`floor`: what the terms would be of elements at the smallest normal number; below it, round-off stops shrinking
+    with them, which matters in float16 only.
+    """
+    squares = terms.square().sum(2)
+    return Side(terms.sum(2), squares if floor is None else squares + floor.square().sum(2))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -257,12 +224,9 @@ class _Bound:
     def wider(self, by: torch.Tensor | float) -> _Bound:
         return _Bound(self.random + by, self.coherent + by)
 
-    def ratio(self, one: _Sums, other: _Sums, absolute: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def ratio(self, one: Side, other: Side, absolute: torch.Tensor | float = 0.0) -> torch.Tensor:
         """Worst residual ÷ tolerance; NaN or infinite where a sum, or its scale, is not finite."""
-        residual = (one.total - other.total).abs()
-        squares = one.squares + other.squares
-        tolerance = self.random * squares.sqrt() + self.coherent * torch.minimum(one.total.abs(), other.total.abs())
-        return (residual / (tolerance + absolute + _TINY) + squares * 0.0).max()
+        return side_ratio(one, other, self.random, self.coherent, absolute)
 
 
 def _random_factor(call: AttentionBackward) -> float:
@@ -297,14 +261,6 @@ def _floor(call: AttentionBackward, operand: torch.Tensor) -> torch.Tensor | Non
     if call.out.dtype != torch.float16:
         return None
     return operand * torch.finfo(torch.float16).smallest_normal
-
-
-def _share(of_query_heads: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """Sum over the query heads that share a key head: (b, hq, …) to (b, hk, …)."""
-    if of_query_heads.shape[1] == key_heads:
-        return of_query_heads
-    batch, _, *rest = of_query_heads.shape
-    return of_query_heads.reshape(batch, key_heads, -1, *rest).sum(2)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -186,7 +186,7 @@ class GradientScreen:
             gradient = gradient.coalesce().values()
         norm = _norm(gradient)
         self._places.append((self.micro_step(), index))
-        if norm.device.type == "cpu":
+        if norm.is_cpu:
             value = norm.item()
             if math.isinf(value) and bool(torch.isfinite(gradient).all()):
                 # Finite, but its squares overflow. On a GPU, where the host does not look, this reads as INF.

@@ -80,7 +80,7 @@ static int is_float32(const dl_tensor *tensor)
     return tensor->dtype.code == DL_FLOAT && tensor->dtype.bits == 32 && tensor->dtype.lanes == 1;
 }
 
-static int is_bfloat16(const dl_tensor *tensor)
+static inline int is_bfloat16(const dl_tensor *tensor)
 {
     return tensor->dtype.code == DL_BFLOAT && tensor->dtype.bits == 16 && tensor->dtype.lanes == 1;
 }
@@ -96,7 +96,7 @@ static void free_owned(dl_managed *managed) { free(managed->context); }
 
 /* A new tensor of float32, its elements not set; NULL with an error set where memory is short. `read_tensor` has been
  * called before. */
-static PyObject *new_tensor(int dimensions, const int64_t *shape, const int64_t *strides, float **data)
+static inline PyObject *new_tensor(int dimensions, const int64_t *shape, const int64_t *strides, float **data)
 {
     size_t count = 1;
     for (int i = 0; i < dimensions; i++)
