@@ -30,6 +30,8 @@ DEFAULT_METRICS_PORT = 9464
 _START_S = 30.0
 _STOP_S = 15.0
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+_OWN = "resilience: "
+"""Begins the one line by which a command of ours ends in failure."""
 _STABLE_S = 30.0
 """After so long a life the next death counts as the first one again."""
 
@@ -81,6 +83,10 @@ class EmbeddedCoordinator:
         self._started_at = 0.0
         self._restart_at: float | None = None
         self._num_deaths = 0
+        self._log_begin = 0
+        """Where in the log the words of the present process begin."""
+        self._told = ""
+        """How the last one ended, as it was said."""
 
     @property
     def pid(self) -> int | None:
@@ -127,8 +133,28 @@ class EmbeddedCoordinator:
             return
         self._num_deaths = 1 if now - self._started_at > _STABLE_S else self._num_deaths + 1
         delay_s = _BACKOFF_S[min(self._num_deaths, len(_BACKOFF_S)) - 1]
-        print(f"resilience: the coordinator ended with {self._process.returncode}; starting it again", file=sys.stderr)
+        self._tell_end(self._process.returncode)
         self._restart_at = now + delay_s
+
+    def _tell_end(self, code: int) -> None:
+        """Once for each reason: it may end again and again, as long as a disk is full."""
+        said = self._last_words()
+        ended = f"ended with {code}: {said}" if said else f"ended with {code}"
+        if ended != self._told or self._num_deaths == 1:
+            print(f"resilience: the coordinator {ended}; starting it again", file=sys.stderr)
+        self._told = ended
+
+    def _last_words(self) -> str:
+        """The line by which it said why it ended; empty where it did not."""
+        own = [line for line in self._lines() if line.startswith(_OWN)]
+        return own[-1].removeprefix(_OWN) if own else ""
+
+    def _lines(self) -> list[str]:
+        """What it has printed."""
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(self._log_begin)
+            return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        return []
 
     def _start_again(self, now: float) -> None:
         self._restart_at = None
@@ -159,6 +185,7 @@ class EmbeddedCoordinator:
             *("--port", str(self._port), "--metrics-port", str(self._metrics_port)),
         ]
         with self.log.open("ab") as log:
+            self._log_begin = log.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -188,7 +215,6 @@ class EmbeddedCoordinator:
             return False
 
     def _failed_to_start(self, code: int) -> ResilienceError:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        said = lines[-1] if lines else f"ended with {code}"
-        message = f"coordinator: {said.removeprefix('resilience: ')} (see {self.log})"
+        said = self._last_words() or [f"ended with {code}", *self._lines()][-1]
+        message = f"coordinator: {said} (see {self.log})"
         return UsageError(message) if code == ExitCode.USAGE else CoordinatorUnreachableError(message)

@@ -1,4 +1,4 @@
-"""An embedded coordinator that cannot be started again is tried again; the run goes on meanwhile."""
+"""An embedded coordinator that ends, or cannot be started, is started again; the run goes on, and says once why."""
 
 from __future__ import annotations
 
@@ -48,3 +48,30 @@ def test_a_full_disk_does_not_end_the_run(
     assert len(started) == 3
     coordinator.supervise()
     assert capsys.readouterr().err == ""
+
+
+def test_why_it_ended_is_said_once_for_each_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, reasons = FakeClock(), iter(["", "disk is full", "disk is full", "disk is full", "port is taken"])
+    coordinator = coordinator_of(tmp_path, clock)
+    coordinator.log.write_text("resilience: of an earlier process\n")
+
+    def start(*_: Any, stderr: Any, **__: Any) -> Any:
+        reason = next(reasons)
+        stderr.write(b"2026 INFO step 3\n")
+        stderr.write(f"resilience: {reason}\n2026 INFO bye\n".encode() if reason else b"")
+        return SimpleNamespace(pid=1, returncode=1, poll=lambda: 1)
+
+    monkeypatch.setattr(embedded, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    coordinator.start()
+    for _ in range(4):
+        coordinator.supervise()  # it has died
+        clock.advance(6.0)
+        coordinator.supervise()  # is started again
+    coordinator.supervise()
+    assert capsys.readouterr().err.splitlines() == [
+        "resilience: the coordinator ended with 1; starting it again",
+        "resilience: the coordinator ended with 1: disk is full; starting it again",
+        "resilience: the coordinator ended with 1: port is taken; starting it again",
+    ]
