@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resilience.abft.gemm import Gemm
+from resilience.abft.node_numbers import NodeNumbers
 from resilience.events import Check
 
 __all__ = ["PROJECTIONS", "Label", "Labels", "Observer"]
@@ -124,6 +125,7 @@ class Labels:
         self._stack: list[_Frame] = []
         self._linears: list[tuple[torch.nn.Module, str]] = []
         self._weights: dict[int, str] | None = None
+        self._numbers = NodeNumbers()
         self._nodes: defaultdict[int, list[_Forward]] = defaultdict(list)
         self._compiled_given: set[tuple[int, str, int]] = set()
         self._counters: Counter[str] = Counter()
@@ -132,7 +134,7 @@ class Labels:
         self._last_node: tuple[int, int] = (-1, 0)
         self.observer: Observer | None = None
         self.sequence = -1
-        """Number of the autograd node that the last product belongs to, in forward and in backward."""
+        """Number (see `NodeNumbers`) of the autograd node that the last product belongs to, forward and backward."""
         self.is_left: bool | None = None
         """Whether the last product is the gradient of its forward's left operand; None in forward."""
 
@@ -165,6 +167,7 @@ class Labels:
         self._given.clear()
         self._recomputed.clear()
         self._compiled_given.clear()
+        self._numbers.clear()
         self._stack.clear()
         self._weights = None
         for sequence in list(itertools.islice(self._nodes, max(0, len(self._nodes) - _MAX_NODES))):
@@ -208,8 +211,7 @@ class Labels:
 
     def softmax_backward(self) -> Label | None:
         """The label of a softmax's backward that is about to run; None where its forward had none."""
-        node = torch._C._current_autograd_node()
-        forwards = None if node is None else self._nodes.get(node._sequence_nr())
+        _, forwards = self._executed(torch._C._current_autograd_node())
         if not forwards or forwards[0].left_site != "attention.ds":
             return None
         return Label("attention.ds", forwards[0].layer)
@@ -233,15 +235,14 @@ class Labels:
         return layer
 
     def _fused_layer(self, node: Any | None) -> int:
-        forwards = self._nodes.get(node._sequence_nr(), []) if node is not None else []
+        number, forwards = self._executed(node)
         if node is None or not forwards:
             return -1
         if not node.name().startswith(_COMPILED_NODE):
             return forwards[0].layer
-        sequence = node._sequence_nr()
         for index, forward in reversed(list(enumerate(forwards))):
-            if forward.left_site == "attention.dq" and (sequence, "fused", index) not in self._compiled_given:
-                self._compiled_given.add((sequence, "fused", index))
+            if forward.left_site == "attention.dq" and (number, "fused", index) not in self._compiled_given:
+                self._compiled_given.add((number, "fused", index))
                 return forward.layer
         return -1
 
@@ -314,9 +315,9 @@ class Labels:
         return layer
 
     def _remember(self, forward: _Forward) -> None:
-        # Autograd has made the operation's node before it calls the kernel. The first operation under a number keeps
-        # it: operations without a node (no_grad) come later under the same number. A compiled graph is one node.
-        self.sequence = torch._C._autograd._get_sequence_nr() - 1
+        # The first operation under a number keeps it: operations without a node (no_grad) come later under the same
+        # number. A compiled graph is one node.
+        self.sequence = self._numbers.made()
         forwards = self._nodes[self.sequence]
         if len(forwards) < _MAX_CALLS:
             forwards.append(forward)
@@ -330,10 +331,9 @@ class Labels:
         return torch._C._current_autograd_node()
 
     def _backward_gemm(self, gemm: Gemm, node: Any) -> Label:
-        sequence = node._sequence_nr()
+        sequence, forwards = self._executed(node)
         num_calls = self._last_node[1] + 1 if self._last_node[0] == sequence else 0
         self._last_node = (sequence, num_calls)
-        forwards = self._nodes.get(sequence)
         self.sequence, self.is_left = sequence, False
         if not forwards:
             return Label("matmul", -1)
@@ -342,6 +342,14 @@ class Labels:
         forward = forwards[0]
         self.is_left = is_left = self._is_left_gradient(gemm, forward, node, num_calls)
         return Label(forward.left_site if is_left else forward.right_site, forward.layer)
+
+    def _executed(self, node: Any | None) -> tuple[int, list[_Forward]]:
+        """Number of a node that backward executes, and the operations under it; −1 and none where there is none."""
+        if node is None:
+            return -1, []
+        first, second = self._numbers.executed(node)
+        number = second if first not in self._nodes and second in self._nodes else first
+        return number, self._nodes.get(number, [])
 
     def _compiled_backward_gemm(self, gemm: Gemm, sequence: int, forwards: list[_Forward]) -> Label:
         """One node is the whole graph: dA multiplies by a known weight, dB has the shape of one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ def labels_of(protection: Protection, striker: Any, model: nn.Module, run: Any) 
 
 def numbered(labels: list[tuple[str, int]], site: str) -> list[int]:
     return [layer for name, layer in labels if name == site]
+
+
+def count_nodes_to(number: int) -> None:
+    """Make nodes in this thread until the next one has this number."""
+    leaf = torch.zeros(1, requires_grad=True)
+    while torch._C._autograd._get_sequence_nr() < number:
+        leaf.view(1)
 
 
 def gpt2(implementation: str) -> nn.Module:
@@ -128,6 +136,37 @@ def test_a_recomputation_keeps_the_numbers_of_its_forward(gpt: Any, protect: Any
     assert sorted(numbered(labels, "linear.wgrad")) == list(range(13))
     recomputed = labels.index(("attention.scores", 2), labels.index(("attention.scores", 2)) + 1)
     assert recomputed < labels.index(("attention.dq", 2)) < labels.index(("attention.dq", 1))
+
+
+@pytest.mark.parametrize("kind", [None, "reentrant", "non_reentrant"])
+def test_a_backward_in_its_own_thread_keeps_the_labels(gpt: Any, protect: Any, striker: Any, kind: str | None) -> None:
+    """As on a GPU, where autograd's thread counts the nodes of a recomputation, the script's thread all others."""
+    model, found = gpt(layers=3, checkpointing=kind), []
+    for num_threads in (1, 2):
+        protection = protect()
+        protection.attach(model)
+        striker.arm("nowhere", 0, lambda tensor: None)
+        striker.seen.clear()
+
+        def active(run: Any, protection: Protection = protection) -> Any:
+            with protection.active():
+                return run()
+
+        pools = [ThreadPoolExecutor(1) for _ in range(num_threads)]
+        for step in range(16):
+            protection.begin_micro_step(step, 0, 0)
+            # In some steps a product of one thread and one of the other then have the same number.
+            count = max(pool.submit(torch._C._autograd._get_sequence_nr).result() for pool in pools)
+            pools[0].submit(count_nodes_to, count).result()
+            pools[-1].submit(count_nodes_to, count + step).result()
+            loss = pools[0].submit(active, lambda: model(TOKENS)).result()
+            pools[-1].submit(active, loss.backward).result()
+            assert protection.drain() == []
+        for pool in pools:
+            pool.shutdown()
+        protection.uninstall()
+        found.append((list(striker.seen), protection.checks()))
+    assert found[0] == found[1]
 
 
 def test_a_module_that_is_used_twice_takes_its_numbers_backwards(protect: Any, striker: Any) -> None:
