@@ -7,7 +7,8 @@ Forward: module hooks keep a stack of the modules that matter; the innermost one
 * In the attention's own code, the batched products before the softmax are attention.scores, the softmax is
   attention.probs, products after it attention.context. Plain products there (MultiheadAttention projects so) are
   attention.q, .k, .v in their order before the softmax, and attention.out after it.
-* Every other linear module, or product with a parameter, is linear.out; every other product is matmul.
+* Every other linear module, or product with a parameter, is linear.out; every other product is matmul. A softmax of as
+  many numbers as the last batched product gave, in rows as long, is attention.probs there, too.
 
 `layer` counts the calls of a site in the order of the forward pass of a micro-step, from 0. A recomputation inside
 backward (activation checkpointing) takes the numbers that its module had in the forward pass.
@@ -132,6 +133,8 @@ class Labels:
         self._given: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
         self._recomputed: Counter[tuple[str, int]] = Counter()
         self._last_node: tuple[int, int] = (-1, 0)
+        self._last_batched = (0, 0)
+        """Elements of the last batched product outside of all attentions, and those of its rows."""
         self.observer: Observer | None = None
         self.sequence = -1
         """Number (see `NodeNumbers`) of the autograd node that the last product belongs to, forward and backward."""
@@ -168,6 +171,7 @@ class Labels:
         self._recomputed.clear()
         self._compiled_given.clear()
         self._numbers.clear()
+        self._last_batched = (0, 0)
         self._stack.clear()
         self._weights = None
         for sequence in list(itertools.islice(self._nodes, max(0, len(self._nodes) - _MAX_NODES))):
@@ -199,12 +203,14 @@ class Labels:
         self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.k, gemm.n, weight))
         return Label(site, layer)
 
-    def softmax(self) -> Label | None:
-        """The label of a softmax that is about to run; None outside of attention."""
+    def softmax(self, scores: torch.Tensor) -> Label | None:
+        """The label of a softmax over the last dimension that is about to run; None where it is no attention's."""
         frame = self._stack[-1] if self._stack else None
-        if frame is None or frame.site is not None:
+        if frame is not None and frame.site is None:
+            frame.phase = _Phase.NORMALISED
+        elif self._last_batched != (scores.numel(), scores.shape[-1]):
             return None
-        frame.phase = _Phase.NORMALISED
+        self._last_batched = (0, 0)
         layer = self._next("attention.probs")
         self._remember(_Forward("attention.ds", "attention.ds", layer))
         return Label("attention.probs", layer)
@@ -282,6 +288,7 @@ class Labels:
     def _site_without_module(self, gemm: Gemm) -> tuple[str, bool, int]:
         """Compiled code runs no modules; its operands are views that autograd does not know, but of known memory."""
         if gemm.left.dim() != 2:
+            self._last_batched = gemm.left.shape[:-1].numel() * gemm.n, gemm.n
             return "matmul", False, 0
         address = gemm.right.data_ptr()
         site = self._weight_sites().get(address)

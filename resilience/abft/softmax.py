@@ -1,6 +1,6 @@
 """What happens around a softmax of eager attention, forward and backward: label, run, strike, check, mend, record.
 
-Every other softmax passes by. The arithmetic is in `probabilities.py`.
+Every other softmax passes by (`Labels.softmax` says which). The arithmetic is in `probabilities.py`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def softmax_handler(context: Context) -> Handler:
     def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores, dimension = args[0], args[1]
         last = dimension in (-1, scores.dim() - 1)
-        label = context.labels.softmax() if last and scores.dim() >= 3 and scores.numel() > 0 else None
+        label = context.labels.softmax(scores) if last and scores.dim() >= 3 and scores.numel() > 0 else None
         if label is None:
             return original(*args, **kwargs)
         check = _RowCheck(

@@ -85,6 +85,26 @@ def test_a_plain_gpt(gpt: Any, protect: Any, striker: Any, fused: bool) -> None:
     assert numbered(labels, "linear.wgrad") == list(reversed(range(num_linear)))
 
 
+class Mixer(nn.Module):
+    """Attention in a module whose name does not say so, and a softmax that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(16, 48), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.inner(x).chunk(3, -1)
+        mixed = (q @ k.mT / 4.0 + 0.1).softmax(-1) @ v
+        return mixed * self.gate(x).softmax(-1).amax(-1, keepdim=True)
+
+
+def test_a_softmax_of_what_a_batched_product_gave(protect: Any, striker: Any) -> None:
+    model, x = Mixer(), torch.randn(2, 12, 16)
+    counts = Counter(site for site, _ in labels_of(protect(), striker, model, lambda: model(x).square().mean()))
+    assert (counts["attention.probs"], counts["attention.ds"]) == (1, 1)
+    assert counts["matmul"] == 6, "scores, context, and two gradients of each"
+
+
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_hugging_face_eager(protect: Any, striker: Any, make: Any) -> None:
     model = make("eager").train()
