@@ -6,9 +6,10 @@ C = A·B, A (m, k), B (k, n), or b of each; V and U are the checksum vectors of 
 * Backward: dA = dC·Bᵀ has the row sums dC·(Bᵀ·U), and dBᵀ = dCᵀ·A has dCᵀ·(A·U). One pass over dC gives both, when the
   first of the two gradients is computed; the second one finds its own ready.
 
-Where nothing was carried (the forward was not checked, or an operand is no longer the one that was) a gradient is
-checked like any other product, with one pass more. Sums that were carried but do not belong to the operands cannot hide
-a fault: they raise an alarm that the confirmation dismisses.
+A recomputation (activation checkpointing) has made the operands anew: what is carried from it takes the place of what
+was carried from the forward. Where nothing was carried (the forward was not checked, or an operand is no longer the one
+that was) a gradient is checked like any other product, with one pass more. Sums that were carried but do not belong to
+the operands cannot hide a fault: they raise an alarm that the confirmation dismisses.
 """
 
 from __future__ import annotations
@@ -132,8 +133,16 @@ class Expectations:
             return True
         return False if node in self._passed_over and node not in self._carried else None
 
-    def forward(self, gemm: Gemm, out: torch.Tensor, node: int) -> Expectation:
-        """Expectation of a product outside backward; `node` is the sequence number of its autograd node."""
+    def forward(self, gemm: Gemm, out: torch.Tensor, node: int, *, recomputed: int | None = None) -> Expectation:
+        """Expectation of a product that runs forward.
+
+        Args:
+            gemm: the product.
+            out: its result.
+            node: the number of its autograd node.
+            recomputed: where it is computed again for a backward pass, that of the first time. That one's gradients may
+                read the operands of this one.
+        """
         if node in self._carried:
             self._carried[node] = None
             return self.alone(gemm, out)
@@ -141,13 +150,15 @@ class Expectations:
         assert operand.left is not None
         sums = sums_of(gemm.left, right=operand.both).rows
         assert sums is not None
-        self._carried[node] = _Carried(
+        self._carried[node] = carried = _Carried(
             (gemm.m, gemm.k, gemm.n),
             gemm.left.data_ptr(),
             gemm.right.data_ptr(),
             sums[..., operand.right.shape[-1] :],
             operand.left,
         )
+        if recomputed is not None and self._carried.get(recomputed) is not None:
+            self._carried[recomputed] = carried
         if len(self._carried) > _MAX_CARRIED:
             del self._carried[next(iter(self._carried))]
         return self._complete(gemm, out, sums)
@@ -214,8 +225,7 @@ def _is_settled_at_once(out: torch.Tensor) -> bool:
 def _role(gemm: Gemm, carried: _Carried) -> _Role | None:
     """dA = dC·Bᵀ is (m, n) by (n, k) and dB = Aᵀ·dC is (k, m) by (m, n), or the transpose of either; None if neither.
 
-    Which one it is, and which way round, follows from the operand of the forward that it reads again. A recomputation
-    (activation checkpointing) has made that anew, elsewhere in memory: its gradients are checked alone.
+    Which one it is, and which way round, follows from the operand of the forward that it reads again.
     """
     m, k, n = carried.shape
     on_left, on_right = gemm.left.data_ptr(), gemm.right.data_ptr()

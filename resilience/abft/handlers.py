@@ -96,7 +96,7 @@ class GemmHandlers:
             if gemm is None or label is None:
                 record.count_unprotected(unchecked_reason(operator, args))
                 return original(*args, **kwargs)
-            node, in_forward = labels.sequence, labels.is_left is None
+            node, original_node, in_forward = labels.sequence, labels.original, labels.is_left is None
 
             def run() -> torch.Tensor:
                 out: torch.Tensor = original(*args, **kwargs)
@@ -107,8 +107,10 @@ class GemmHandlers:
             if not self._is_due(label.site, node, in_forward):
                 return out
             with record.checking(label.site) as started:
-                expect = self._expectations.forward if in_forward else self._expectations.backward
-                expectation = expect(gemm, out, node)
+                if in_forward:
+                    expectation = self._expectations.forward(gemm, out, node, recomputed=original_node)
+                else:
+                    expectation = self._expectations.backward(gemm, out, node)
                 return self._check(_Call(label, gemm, node, expectation, run, started), out)
             return out
 

@@ -138,6 +138,10 @@ class Labels:
         self.observer: Observer | None = None
         self.sequence = -1
         """Number (see `NodeNumbers`) of the autograd node that the last product belongs to, forward and backward."""
+        self.original: int | None = None
+        """Where the last product is of a recomputation: the number of the node it belonged to in the forward pass."""
+        self._made: dict[Label, int] = {}
+        """Numbers of the nodes of this micro-step's products."""
         self.is_left: bool | None = None
         """Whether the last product is the gradient of its forward's left operand; None in forward."""
 
@@ -170,6 +174,7 @@ class Labels:
         self._given.clear()
         self._recomputed.clear()
         self._compiled_given.clear()
+        self._made.clear()
         self._numbers.clear()
         self._last_batched = (0, 0)
         self._stack.clear()
@@ -201,7 +206,12 @@ class Labels:
         elif site == "attention.context":
             left, right = "attention.dp", "attention.dv"
         self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.k, gemm.n, weight))
-        return Label(site, layer)
+        label = Label(site, layer)
+        if torch._C._current_graph_task_id() == -1:
+            self._made[label], self.original = self.sequence, None
+        else:
+            self.original = self._made.get(label)
+        return label
 
     def softmax(self, scores: torch.Tensor) -> Label | None:
         """The label of a softmax over the last dimension that is about to run; None where it is no attention's."""

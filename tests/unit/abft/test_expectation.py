@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from resilience.abft import checksum, expectation, sums
 from resilience.abft.expectation import Expectation, Expectations
@@ -101,9 +102,10 @@ def linear(bias: bool) -> Callable[[], nn.Module]:
     return lambda: nn.Linear(24, 40, bias=bias)
 
 
+@pytest.mark.parametrize("recomputed", [None, "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("make", [linear(True), linear(False)], ids=["addmm", "mm"])
 def test_a_training_step_reads_each_tensor_once(
-    make: Callable[[], nn.Module], protect: Any, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], recomputed: str | None, protect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
 
@@ -120,11 +122,16 @@ def test_a_training_step_reads_each_tensor_once(
     protection = protect()
     protection.attach(module)
     protection.begin_micro_step(1, 0, 0)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return module(x * 1.0)  # a recomputation makes this anew, elsewhere
+
     with protection.active():
-        out = module(x)
+        out = checkpoint(block, x, use_reentrant=recomputed == "reentrant") if recomputed else block(x)
         out.backward(normal(64, 40, seed=2))
     weight, inputs, outputs, bias = 24 * 40, 64 * 24, 64 * 40, 40 if module.bias is not None else 0
-    assert sum(read) == (weight + inputs + outputs + bias) + (outputs + inputs + weight)
+    again = inputs + outputs if recomputed else 0
+    assert sum(read) == (weight + inputs + outputs + bias) + again + (outputs + inputs + weight)
     assert protection.drain() == []
 
 
