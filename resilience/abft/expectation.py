@@ -8,8 +8,9 @@ C = A·B, A (m, k), B (k, n), or b of each; V and U are the checksum vectors of 
 
 A recomputation (activation checkpointing) has made the operands anew: what is carried from it takes the place of what
 was carried from the forward. Where nothing was carried (the forward was not checked, or an operand is no longer the one
-that was) a gradient is checked like any other product, with one pass more. Sums that were carried but do not belong to
-the operands cannot hide a fault: they raise an alarm that the confirmation dismisses.
+that was) a gradient is checked like any other product, with one pass more. Sums of another matrix could not hide a
+fault, but would raise false alarms, which nothing dismisses on a GPU: an operand is known by its memory, not by its
+address alone, which may be another tensor's by then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import WeightSums, is_parameter, sums_of, vectors
@@ -80,20 +82,54 @@ class Expectation:
         return sums if self.unknown is None else sums.masked_fill(self.unknown, 0.0)
 
 
+class _Operand(NamedTuple):
+    """Which matrix an operand is, by what a tensor that is read later can be asked."""
+
+    storage: int
+    """Whose memory it is in."""
+    address: int
+    parameter: int
+    """Identity of the parameter that it is, or is a view of; 0 for none."""
+    offset: int
+    """Bytes from where that begins."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Operand:
+        storage, address = tensor.untyped_storage()._cdata, tensor.data_ptr()
+        base = tensor if tensor._base is None else tensor._base
+        if isinstance(base, torch.nn.Parameter):
+            return cls(storage, address, id(base), address - base.data_ptr())
+        return cls(storage, address, 0, 0)
+
+    def is_same(self, other: _Operand) -> bool:
+        """Whether both are one matrix. ZeRO-3 gathers a parameter into other memory for backward than for forward."""
+        if self[:2] == other[:2]:
+            return True
+        return self.parameter != 0 and self[2:] == other[2:]
+
+
 @dataclasses.dataclass(slots=True)
 class _Carried:
     """Sums of a forward product's operands."""
 
+    nodes: tuple[int, ...]
+    """Numbers of the autograd nodes whose gradients may ask for them: one, or that of a recomputation with it."""
     shape: tuple[int, int, int]
     """(m, k, n)"""
-    left_address: int
-    right_address: int
+    left: _Operand
+    right: _Operand
+    memory: tuple[StorageWeakRef, ...]
+    """Of the operands: while it is referred to, no other storage takes its number."""
     of_left: torch.Tensor
     """A·U, (m, c)"""
     of_right: torch.Tensor
     """Bᵀ·U, (n, c)"""
     waiting: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
     """Row sums of the gradient that comes second: by which gradient it is, the pass, and the dC that they are of."""
+
+
+def _weak(operand: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(operand.untyped_storage())  # type: ignore[no-untyped-call]  # torch has no annotation
 
 
 class _Role(NamedTuple):
@@ -150,15 +186,19 @@ class Expectations:
         assert operand.left is not None
         sums = sums_of(gemm.left, right=operand.both).rows
         assert sums is not None
-        self._carried[node] = carried = _Carried(
+        # The gradients are those of the recomputation's own node (reentrant checkpointing), or of the first one.
+        again = recomputed is not None and self._carried.get(recomputed) is not None
+        carried = _Carried(
+            (node, recomputed) if again and recomputed is not None else (node,),
             (gemm.m, gemm.k, gemm.n),
-            gemm.left.data_ptr(),
-            gemm.right.data_ptr(),
+            _Operand.of(gemm.left),
+            _Operand.of(gemm.right),
+            (_weak(gemm.left), _weak(gemm.right)),
             sums[..., operand.right.shape[-1] :],
             operand.left,
         )
-        if recomputed is not None and self._carried.get(recomputed) is not None:
-            self._carried[recomputed] = carried
+        for name in carried.nodes:
+            self._carried[name] = carried
         if len(self._carried) > _MAX_CARRIED:
             del self._carried[next(iter(self._carried))]
         return self._complete(gemm, out, sums)
@@ -177,7 +217,7 @@ class Expectations:
         place = task, d_out.data_ptr(), d_out.shape, d_out.stride()
         sums = carried.waiting.pop((role.of_left, *place), None)
         if sums is not None:
-            del self._carried[node]  # both gradients are done
+            self._forget(node)  # both gradients are done
         else:
             rows, columns = sums_of(d_out, right=carried.of_right, left=carried.of_left)
             assert rows is not None
@@ -195,10 +235,16 @@ class Expectations:
 
     def discard(self, gemm: Gemm, node: int) -> None:
         """Forget what was kept of a product's operands: it may be stale."""
-        self._carried.pop(node, None)
+        self._forget(node)
         for operand in (gemm.left, gemm.right, gemm.addend):
             if operand is not None:
                 self._sums.discard(operand)
+
+    def _forget(self, node: int) -> None:
+        carried = self._carried.pop(node, None)
+        for name in () if carried is None else carried.nodes:
+            if self._carried.get(name) is carried:
+                del self._carried[name]
 
     def _complete(self, gemm: Gemm, out: torch.Tensor, product: torch.Tensor) -> Expectation:
         if gemm.addend is None:
@@ -228,12 +274,12 @@ def _role(gemm: Gemm, carried: _Carried) -> _Role | None:
     Which one it is, and which way round, follows from the operand of the forward that it reads again.
     """
     m, k, n = carried.shape
-    on_left, on_right = gemm.left.data_ptr(), gemm.right.data_ptr()
-    is_left = carried.right_address in (on_left, on_right)
-    is_right = carried.left_address in (on_left, on_right)
-    if is_left == is_right or on_left == on_right:
+    on_left, on_right = _Operand.of(gemm.left), _Operand.of(gemm.right)
+    is_left = carried.right.is_same(on_left) or carried.right.is_same(on_right)
+    is_right = carried.left.is_same(on_left) or carried.left.is_same(on_right)
+    if is_left == is_right or on_left.is_same(on_right):
         return None
-    transposed = on_left == (carried.right_address if is_left else carried.left_address)
+    transposed = (carried.right if is_left else carried.left).is_same(on_left)
     straight = (m, n, k) if is_left else (n, m, k)
     shape = (gemm.n, gemm.k, gemm.m) if transposed else (gemm.m, gemm.k, gemm.n)
     return _Role(is_left, transposed) if shape == straight else None

@@ -19,7 +19,8 @@ operations; those of scores are attention.dq and .dk, of context attention.dp an
 Which of the two it is follows from the dimension that is summed over, or where that is ambiguous (square products)
 from the order in which autograd computes them.
 
-No arithmetic, and nothing that a wrong label could break: labels address faults and explain alarms.
+No arithmetic, and nothing that a wrong label could break: labels address faults and explain alarms, and tell which sums
+a gradient may use; whether they are its own is seen by the operands (`expectation`).
 """
 
 from __future__ import annotations
@@ -175,7 +176,6 @@ class Labels:
         self._recomputed.clear()
         self._compiled_given.clear()
         self._made.clear()
-        self._numbers.clear()
         self._last_batched = (0, 0)
         self._stack.clear()
         self._weights = None
@@ -196,6 +196,7 @@ class Labels:
         if node is not None:
             return self._backward_gemm(gemm, node)
         self.is_left = None
+        self._last_batched = (0, 0)
         site, linear, weight = self._forward_site(gemm)
         layer = self._next(site)
         left, right, backward_layer = "matmul", "matmul", layer
@@ -227,10 +228,8 @@ class Labels:
 
     def softmax_backward(self) -> Label | None:
         """The label of a softmax's backward that is about to run; None where its forward had none."""
-        _, forwards = self._executed(torch._C._current_autograd_node())
-        if not forwards or forwards[0].left_site != "attention.ds":
-            return None
-        return Label("attention.ds", forwards[0].layer)
+        forward = self._forward_under(torch._C._current_autograd_node(), "attention.ds")
+        return None if forward is None else Label("attention.ds", forward.layer)
 
     def fused_attention(self, operands: Operands | None = None) -> Label:
         """The label of a fused attention that is about to run; `operands` are there to be counted."""
@@ -243,24 +242,26 @@ class Labels:
 
     def fused_attention_backward(self, operands: Operands | None = None) -> int:
         """The layer of a fused attention's backward; −1 if its forward was not seen."""
-        layer = self._fused_layer(torch._C._current_autograd_node())
+        forward = self._forward_under(torch._C._current_autograd_node(), "attention.dq")
+        layer = -1 if forward is None else forward.layer
         # The scores are computed once more.
         self._observe_fused(
             ("attention.scores", "attention.dq", "attention.dk"), ("attention.dp", "attention.dv"), layer, operands
         )
         return layer
 
-    def _fused_layer(self, node: Any | None) -> int:
+    def _forward_under(self, node: Any | None, left_site: str) -> _Forward | None:
+        """The operation whose gradient a node is about to compute, if that is of this site. A compiled graph is one
+        node: there it is the last one that was not asked for.
+        """
         number, forwards = self._executed(node)
-        if node is None or not forwards:
-            return -1
-        if not node.name().startswith(_COMPILED_NODE):
-            return forwards[0].layer
+        if node is None or not node.name().startswith(_COMPILED_NODE):
+            return forwards[0] if forwards and forwards[0].left_site == left_site else None
         for index, forward in reversed(list(enumerate(forwards))):
-            if forward.left_site == "attention.dq" and (number, "fused", index) not in self._compiled_given:
-                self._compiled_given.add((number, "fused", index))
-                return forward.layer
-        return -1
+            if forward.left_site == left_site and (number, left_site, index) not in self._compiled_given:
+                self._compiled_given.add((number, left_site, index))
+                return forward
+        return None
 
     def _observe_fused(
         self, over_keys: tuple[str, ...], over_values: tuple[str, ...], layer: int, operands: Operands | None

@@ -3,7 +3,8 @@
 Autograd numbers the nodes that a thread makes, in each thread from 0. A backward pass on a GPU runs in a thread of
 autograd's own, and what is recomputed there (activation checkpointing) takes numbers that operations of the forward
 pass have, too. The nodes of a recomputation are executed, if at all, by a pass that is nested in the one that
-recomputes (reentrant checkpointing): by this both are told apart.
+recomputes (reentrant checkpointing): by this both are told apart. Where they are not (a gradient of a gradient, several
+GPUs in one process) an operation may be taken for another: its label is wrong, and its gradients are checked alone.
 """
 
 from __future__ import annotations
@@ -22,15 +23,12 @@ class NodeNumbers:
         self._recomputing: set[int] = set()
         """Numbers of the backward passes under way within which operations have run forward."""
 
-    def clear(self) -> None:
-        """No backward pass is under way: one that raised has not said that it ended."""
-        self._recomputing.clear()
-
     def made(self) -> int:
         """Of the node that belongs to the operation that runs forward: autograd makes it before it calls the kernel."""
         number = torch._C._autograd._get_sequence_nr() - 1
         graph_task = torch._C._current_graph_task_id()
         if graph_task == -1:
+            self._recomputing.clear()  # a pass that raised has not said that it ended
             return number
         if graph_task not in self._recomputing:
             self._recomputing.add(graph_task)

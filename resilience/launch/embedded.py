@@ -32,6 +32,8 @@ _STOP_S = 15.0
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
 _OWN = "resilience: "
 """Begins the one line by which a command of ours ends in failure."""
+_END_BYTES = 1 << 16
+"""Of its log, in which its last words are looked for."""
 _STABLE_S = 30.0
 """After so long a life the next death counts as the first one again."""
 
@@ -138,7 +140,7 @@ class EmbeddedCoordinator:
 
     def _tell_end(self, code: int) -> None:
         """Once for each reason: it may end again and again, as long as a disk is full."""
-        said = self._last_words()
+        said = self._last_words() if code > 0 else ""  # who is killed says nothing
         ended = f"ended with {code}: {said}" if said else f"ended with {code}"
         if ended != self._told or self._num_deaths == 1:
             print(f"resilience: the coordinator {ended}; starting it again", file=sys.stderr)
@@ -150,9 +152,9 @@ class EmbeddedCoordinator:
         return own[-1].removeprefix(_OWN) if own else ""
 
     def _lines(self) -> list[str]:
-        """What it has printed."""
+        """The end of what it has printed."""
         with contextlib.suppress(OSError), self.log.open("rb") as log:
-            log.seek(self._log_begin)
+            log.seek(max(self._log_begin, log.seek(0, os.SEEK_END) - _END_BYTES))
             return [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
         return []
 

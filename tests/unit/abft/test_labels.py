@@ -98,9 +98,11 @@ class Mixer(nn.Module):
         return mixed * self.gate(x).softmax(-1).amax(-1, keepdim=True)
 
 
-def test_a_softmax_of_what_a_batched_product_gave(protect: Any, striker: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_softmax_of_what_a_batched_product_gave(protect: Any, striker: Any, compiled: bool) -> None:
     model, x = Mixer(), torch.randn(2, 12, 16)
-    counts = Counter(site for site, _ in labels_of(protect(), striker, model, lambda: model(x).square().mean()))
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    counts = Counter(site for site, _ in labels_of(protect(), striker, model, lambda: called(x).square().mean()))
     assert (counts["attention.probs"], counts["attention.ds"]) == (1, 1)
     assert counts["matmul"] == 6, "scores, context, and two gradients of each"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -86,6 +87,7 @@ def test_what_is_not_finite_or_nearly_so_is_within_no_tolerance(
     assert is_seen(weighed=True) == (not only_squares_count)
 
 
+@pytest.mark.skipif(module._compiled is None, reason="not compiled here")
 @settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.integers(0, 99))
 def test_both_forms_agree(batch: int, key_heads: int, shared: int, width: int, seed: int) -> None:
@@ -127,10 +129,17 @@ def test_an_extreme_that_is_not_a_number_is_beyond_every_range(form: str, which:
     assert math.isnan(float(excess_ratio(inner, outer, 1e-3)))
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.double, lambda sums: sums[:, :, :, ::2], lambda sums: sums[:3]])
-def test_what_the_compiled_form_does_not_know_is_done_by_torch(change: object) -> None:
-    """Another dtype, gaps in memory, another number of vectors."""
-    assert callable(change)
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.double,
+        lambda sums: sums[:, :, :, ::2],
+        lambda sums: sums[:3],
+        lambda sums: sums.repeat(1, 1, 1, 129),
+    ],
+    ids=["another dtype", "gaps in memory", "fewer vectors", "wider than its stack"],
+)
+def test_what_the_compiled_form_does_not_know_is_done_by_torch(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     one, other = change(table(1, 2, 8, seed=1)), change(table(1, 2, 8, seed=2))
     assert module._compiled is None or module._compiled.identity(one, other, 0.5, 0.1, TINY, None, 0.0, None) is None
     assert math.isfinite(identity_ratio(one, other, 0.5, 0.1))
@@ -140,6 +149,8 @@ def test_heads_that_do_not_divide_are_not_compared() -> None:
     if module._compiled is None:
         pytest.skip("not compiled here")
     one, other = table(1, 2, 8, seed=1), table(1, 3, 8, seed=2)
+    rows = table(1, 4, 8, seed=3)
+    assert module._compiled.identity(one, rows, 0.5, 0.1, TINY, other, 1.0, None) is None
     assert module._compiled.identity(one, other, 0.5, 0.1, TINY, None, 0.0, None) is None
     assert module._compiled.excess(other[:2], one[:2], 0.5, TINY, False) is None
     with pytest.raises(TypeError, match="8 arguments"):
