@@ -124,13 +124,16 @@ def show(results: list[dict[str, Any]]) -> None:
     """Print what was measured."""
     table = Table(title=results[0]["machine"])
     headings = ("case", "checks", "share", "plain step", "protected ÷ plain", "least", "most", "of quartiles", "own")
-    for heading in (*headings, "pair by pair"):
+    for heading in (*headings, "user", "system", "pair by pair"):
         table.add_column(heading)
     for result in results:
         for row in result["rows"]:
             ratios = row["ratios"]
             found = row["median_ratio"], min(ratios), max(ratios), row["quartile_ratio"], 1 + row["own_ratio"]
-            spread = [f"{value:.3f}" for value in found]
+            spread = [f"{value:.3f}" for value in (*found, row["user_ratio"])]
+            spread.append(
+                " → ".join(f"{row[step]['system_seconds']:.1f} s" for step in ("plain_median", "protected_median"))
+            )
             pairs = " ".join(f"{ratio:.3f}" for ratio in ratios)
             share = str(row.get("share", 1))
             if "coverage" in row:
@@ -140,7 +143,8 @@ def show(results: list[dict[str, Any]]) -> None:
     print(
         "Ratios are medians over pairs of blocks; of quartiles: the lower quartile of all protected steps by that of\n"
         "all plain ones; own: 1 + seconds in protection's own code ÷ all other seconds of a protected step, by timers\n"
-        "(median).\n"
+        "(median); user: of the medians of processor time outside the kernel; system: that in the kernel, mostly for\n"
+        "pages of memory, plain → protected.\n"
         "Protected is all that happens in a rank: recording, checks, screens, the vote. Heartbeats leave from another\n"
         "thread, twice a second, and are not in it."
     )

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -31,11 +32,16 @@ SEED = 2025
 
 
 class Timed(NamedTuple):
-    """One optimizer step."""
+    """One optimizer step, or the time until one."""
 
     seconds: float
     own_seconds: float
     """Spent in protection's own code."""
+    user_seconds: float
+    """Of all threads, in the program itself."""
+    system_seconds: float
+    """Of all threads, in the kernel: mostly for pages of memory."""
+    page_faults: float
 
     @property
     def own_ratio(self) -> float:
@@ -63,12 +69,18 @@ class Trainer:
         for _ in range(num_untimed):
             self.step()
         self._wait()
-        ends = [(time.perf_counter(), self._own.seconds)]
+        ends = [self._so_far()]
         for _ in range(num_steps):
             self.step()
             self._wait()
-            ends.append((time.perf_counter(), self._own.seconds))
-        return [Timed(end - begin, own - before) for (begin, before), (end, own) in itertools.pairwise(ends)]
+            ends.append(self._so_far())
+        return [
+            Timed(*(after - before for before, after in zip(*both, strict=True))) for both in itertools.pairwise(ends)
+        ]
+
+    def _so_far(self) -> Timed:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return Timed(time.perf_counter(), self._own.seconds, used.ru_utime, used.ru_stime, used.ru_minflt)
 
     def _wait(self) -> None:
         if torch.cuda.is_available():
@@ -123,7 +135,15 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
         "own_ratio": statistics.median(own_ratios),
         "own_ratio_range": [min(own_ratios), max(own_ratios)],
         "plain_step_ms": 1000 * statistics.median(step.seconds for step in plain_steps),
+        "user_ratio": _median(protected_steps).user_seconds / _median(plain_steps).user_seconds,
+        "plain_median": _median(plain_steps)._asdict(),
+        "protected_median": _median(protected_steps)._asdict(),
     }
+
+
+def _median(steps: list[Timed]) -> Timed:
+    """Of each number by itself."""
+    return Timed(*map(statistics.median, zip(*steps, strict=True)))
 
 
 def _lower_quartile(steps: list[Timed]) -> float:
