@@ -187,9 +187,11 @@ class Expectations:
         sums = sums_of(gemm.left, right=operand.both).rows
         assert sums is not None
         # The gradients are those of the recomputation's own node (reentrant checkpointing), or of the first one.
-        again = recomputed is not None and self._carried.get(recomputed) is not None
+        nodes: tuple[int, ...] = (node,)
+        if recomputed is not None and self._carried.get(recomputed) is not None:
+            nodes = node, recomputed
         carried = _Carried(
-            (node, recomputed) if again and recomputed is not None else (node,),
+            nodes,
             (gemm.m, gemm.k, gemm.n),
             _Operand.of(gemm.left),
             _Operand.of(gemm.right),
@@ -197,8 +199,7 @@ class Expectations:
             sums[..., operand.right.shape[-1] :],
             operand.left,
         )
-        for name in carried.nodes:
-            self._carried[name] = carried
+        self._carried.update(dict.fromkeys(nodes, carried))
         if len(self._carried) > _MAX_CARRIED:
             del self._carried[next(iter(self._carried))]
         return self._complete(gemm, out, sums)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from resilience.abft.handlers import Injector
 from resilience.abft.protection import Protection
-from resilience.config import DetectionConfig
+from tests.protections import installing
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +22,5 @@ def cuda() -> torch.device:
 @pytest.fixture
 def protect() -> Iterator[Callable[..., Protection]]:
     """Make installed protections of a strength, maybe with an injector; removed after the test."""
-    made: list[Protection] = []
-
-    def make(strength: str, injector: Injector | None = None) -> Protection:
-        protection = Protection(DetectionConfig.model_validate({"strength": strength}), injector=injector)
-        protection.install()
-        made.append(protection)
-        return protection
-
-    yield make
-    for protection in reversed(made):
-        protection.uninstall()
+    with installing() as make:
+        yield lambda strength, injector=None: make({"strength": strength}, injector)

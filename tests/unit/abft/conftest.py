@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from resilience.abft.protection import Protection
-from resilience.config import DetectionConfig
+from tests.protections import installing
 
 
 class Striker:
@@ -125,14 +125,5 @@ def striker() -> Striker:
 @pytest.fixture
 def protect(striker: Striker) -> Iterator[Callable[..., Protection]]:
     """Make installed protections with the striker in them; removed after the test."""
-    made: list[Protection] = []
-
-    def make(**settings: object) -> Protection:
-        protection = Protection(DetectionConfig.model_validate(settings), injector=striker)
-        protection.install()
-        made.append(protection)
-        return protection
-
-    yield make
-    for protection in reversed(made):
-        protection.uninstall()
+    with installing() as make:
+        yield lambda **settings: make(settings, striker)

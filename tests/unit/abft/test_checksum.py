@@ -102,6 +102,16 @@ def test_the_screen_itself_is_silent_on_what_models_compute(dtype: torch.dtype) 
     assert 0.01 < worst < 1.0
 
 
+@pytest.mark.parametrize("common", [1e3, 1e4])
+def test_terms_that_cancel_exceed_the_screen_and_are_dismissed(common: float) -> None:
+    """As gradients of queries are made: rows that sum to 0, by keys that have most of their size in common."""
+    left = normal(48, 96, seed=1)
+    gemm = Gemm(left - left.mean(1, keepdim=True), common + normal(96, 64, seed=2))
+    out = gemm.left @ gemm.right
+    assert float(screen(gemm, out).max()) > 4.0, "on a GPU it would be an alarm, until the replay"
+    assert detected(gemm, out) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(1, 40), k=st.integers(1, 40), n=st.integers(1, 40),

@@ -72,6 +72,30 @@ def test_each_gradient_is_checked_alone_where_nothing_fits() -> None:
             assert ratio(expectations.backward(gemm, out, node=node), out) < 1e-5
 
 
+def test_a_parameter_is_known_wherever_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 frees a weight after forward, and gathers it into other memory for backward."""
+    left, weight, d_out = normal(8, 6, seed=1), nn.Parameter(normal(10, 6, seed=2)), normal(8, 10, seed=3)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, weight.t()), left @ weight.detach().t(), node=5)
+    kept, weight.data = weight.data, weight.data.clone()
+    monkeypatch.setattr(expectations, "alone", lambda *_: pytest.fail("nothing was carried"))
+    out = d_out @ weight.detach()
+    assert ratio(expectations.backward(Gemm(d_out, weight), out, node=5), out) < 1e-5
+    assert kept.data_ptr() != weight.data_ptr()
+
+
+def test_memory_that_is_anothers_now_is_no_operand() -> None:
+    left, right, d_out = normal(8, 6, seed=1), normal(6, 10, seed=2), normal(8, 10, seed=3)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, right), left @ right, node=5)
+    # Another storage at the same address, as an allocator gives it.
+    other = torch.from_dlpack(left.numpy())
+    assert other.data_ptr() == left.data_ptr()
+    left.mul_(3.0)
+    out = other.mT @ d_out
+    assert ratio(expectations.backward(Gemm(other.mT, d_out), out, node=5), out) < 1e-5
+
+
 def test_a_node_of_many_products_carries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right, d_out = normal(8, 6, seed=1), normal(6, 10, seed=2), normal(8, 10, seed=3)
     expectations = Expectations(WeightSums())
