@@ -184,7 +184,10 @@ class Evidence:
     replay_reason: str = ""
     """Why not, in words, where `replay_available` is false."""
     bit_equal: bool = False
-    """Whether this attempt's local gradients equalled the previous attempt's bit for bit on every rank."""
+    """Whether this attempt's local gradients equalled the previous attempt's on every rank: those of two replays bit
+    for bit, those of the step itself by their norms, since no fingerprints are taken before the first alarm. A fault
+    that is small beside the rest of its gradient may leave that norm as it is: this does not prove a false alarm.
+    """
     rewind_step: int | None = None
     """Step of the newest memory snapshot that is known to be from before the damage, and whose steps since can be run
     again on every rank; None where there is none."""

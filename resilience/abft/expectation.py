@@ -7,15 +7,16 @@ C = A·B, A (m, k), B (k, n), or b of each; V and U are the checksum vectors of 
   first of the two gradients is computed; the second one finds its own ready.
 
 A recomputation (activation checkpointing) has made the operands anew: what is carried from it takes the place of what
-was carried from the forward. Where nothing was carried (the forward was not checked, or an operand is no longer the one
-that was) a gradient is checked like any other product, with one pass more. Sums of another matrix could not hide a
-fault, but would raise false alarms, which nothing dismisses on a GPU: an operand is known by its memory, not by its
-address alone, which may be another tensor's by then.
+was carried from the forward, if it may be the same product. Where nothing was carried (the forward was not checked, or
+an operand is no longer the one that was) a gradient is checked like any other product, with one pass more. Sums of
+another matrix could not hide a fault, but would raise false alarms, which nothing dismisses on a GPU: an operand is
+known by its memory (not by its address alone, which may be another tensor's by then) and by how it lies there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -88,24 +89,32 @@ class _Operand(NamedTuple):
     storage: int
     """Whose memory it is in."""
     address: int
-    parameter: int
-    """Identity of the parameter that it is, or is a view of; 0 for none."""
+    strides: tuple[int, ...]
+    parameter: weakref.ref[torch.Tensor] | None
+    """To the parameter that it is, or is a view of. A tensor has one such reference as long as it lives."""
     offset: int
     """Bytes from where that begins."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Operand:
-        storage, address = tensor.untyped_storage()._cdata, tensor.data_ptr()
+        storage, address, strides = tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.stride()
         base = tensor if tensor._base is None else tensor._base
         if isinstance(base, torch.nn.Parameter):
-            return cls(storage, address, id(base), address - base.data_ptr())
-        return cls(storage, address, 0, 0)
+            return cls(storage, address, strides, weakref.ref(base), address - base.data_ptr())
+        return cls(storage, address, strides, None, 0)
 
-    def is_same(self, other: _Operand) -> bool:
-        """Whether both are one matrix. ZeRO-3 gathers a parameter into other memory for backward than for forward."""
-        if self[:2] == other[:2]:
+    def is_same(self, other: _Operand, *, transposed: bool = False) -> bool:
+        """Whether both are one matrix, or (`transposed`) the other one is its transpose. ZeRO-3 gathers a parameter
+        into other memory for backward than for forward.
+        """
+        strides = other.strides
+        if transposed:
+            strides = (*strides[:-2], strides[-1], strides[-2])
+        if self.strides != strides:
+            return False
+        if self.storage == other.storage and self.address == other.address:
             return True
-        return self.parameter != 0 and self[2:] == other[2:]
+        return self.parameter is not None and self.parameter is other.parameter and self.offset == other.offset
 
 
 @dataclasses.dataclass(slots=True)
@@ -126,6 +135,11 @@ class _Carried:
     """Bᵀ·U, (n, c)"""
     waiting: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(default_factory=dict)
     """Row sums of the gradient that comes second: by which gradient it is, the pass, and the dC that they are of."""
+
+    def is_again(self, first: _Carried) -> bool:
+        """Whether this may be the product of `first`, computed again: by its weight, if it has one, and its shape."""
+        is_weight = first.right.parameter is not None or self.right.parameter is not None
+        return self.shape == first.shape and (not is_weight or self.right.is_same(first.right))
 
 
 def _weak(operand: torch.Tensor) -> StorageWeakRef:
@@ -176,8 +190,8 @@ class Expectations:
             gemm: the product.
             out: its result.
             node: the number of its autograd node.
-            recomputed: where it is computed again for a backward pass, that of the first time. That one's gradients may
-                read the operands of this one.
+            recomputed: where it may be one that is computed again for a backward pass, that of the first time. That
+                one's gradients may read the operands of this one.
         """
         if node in self._carried:
             self._carried[node] = None
@@ -186,12 +200,8 @@ class Expectations:
         assert operand.left is not None
         sums = sums_of(gemm.left, right=operand.both).rows
         assert sums is not None
-        # The gradients are those of the recomputation's own node (reentrant checkpointing), or of the first one.
-        nodes: tuple[int, ...] = (node,)
-        if recomputed is not None and self._carried.get(recomputed) is not None:
-            nodes = node, recomputed
         carried = _Carried(
-            nodes,
+            (node,),
             (gemm.m, gemm.k, gemm.n),
             _Operand.of(gemm.left),
             _Operand.of(gemm.right),
@@ -199,9 +209,14 @@ class Expectations:
             sums[..., operand.right.shape[-1] :],
             operand.left,
         )
-        self._carried.update(dict.fromkeys(nodes, carried))
+        first = None if recomputed is None else self._carried.get(recomputed)
+        if recomputed is not None and first is not None and carried.is_again(first):
+            # The gradients are those of the recomputation's own node (reentrant checkpointing), or of the first one.
+            self._forget(recomputed)
+            carried.nodes = node, recomputed
+        self._carried.update(dict.fromkeys(carried.nodes, carried))
         if len(self._carried) > _MAX_CARRIED:
-            del self._carried[next(iter(self._carried))]
+            self._forget(next(iter(self._carried)))
         return self._complete(gemm, out, sums)
 
     def backward(self, gemm: Gemm, out: torch.Tensor, node: int) -> Expectation:
@@ -274,13 +289,18 @@ def _role(gemm: Gemm, carried: _Carried) -> _Role | None:
 
     Which one it is, and which way round, follows from the operand of the forward that it reads again.
     """
-    m, k, n = carried.shape
-    on_left, on_right = _Operand.of(gemm.left), _Operand.of(gemm.right)
-    is_left = carried.right.is_same(on_left) or carried.right.is_same(on_right)
-    is_right = carried.left.is_same(on_left) or carried.left.is_same(on_right)
-    if is_left == is_right or on_left.is_same(on_right):
+    left, right = _Operand.of(gemm.left), _Operand.of(gemm.right)
+    is_role = {
+        _Role(of_left=True, transposed=False): carried.right.is_same(right, transposed=True),
+        _Role(of_left=True, transposed=True): carried.right.is_same(left),
+        _Role(of_left=False, transposed=False): carried.left.is_same(right),
+        _Role(of_left=False, transposed=True): carried.left.is_same(left, transposed=True),
+    }
+    roles = [role for role, is_it in is_role.items() if is_it]
+    if len(roles) != 1:
         return None
-    transposed = (carried.right if is_left else carried.left).is_same(on_left)
-    straight = (m, n, k) if is_left else (n, m, k)
-    shape = (gemm.n, gemm.k, gemm.m) if transposed else (gemm.m, gemm.k, gemm.n)
-    return _Role(is_left, transposed) if shape == straight else None
+    role = roles[0]
+    m, k, n = carried.shape
+    straight = (m, n, k) if role.of_left else (n, m, k)
+    shape = (gemm.n, gemm.k, gemm.m) if role.transposed else (gemm.m, gemm.k, gemm.n)
+    return role if shape == straight else None

@@ -11,7 +11,8 @@ Forward: module hooks keep a stack of the modules that matter; the innermost one
   many numbers as the last batched product gave, in rows as long, is attention.probs there, too.
 
 `layer` counts the calls of a site in the order of the forward pass of a micro-step, from 0. A recomputation inside
-backward (activation checkpointing) takes the numbers that its module had in the forward pass.
+backward (activation checkpointing) takes the numbers that its module had in the forward pass; outside of modules that a
+product with its weight had, or with its lengths.
 
 Backward: the autograd node that is being executed leads to the forward operation by its sequence number. The gradients
 of a linear operation are linear.dgrad and linear.wgrad, with the number of that operation among *all* linear
@@ -36,6 +37,7 @@ import torch
 
 from resilience.abft.gemm import Gemm
 from resilience.abft.node_numbers import NodeNumbers
+from resilience.abft.sums import is_parameter
 from resilience.events import Check
 
 __all__ = ["PROJECTIONS", "Label", "Labels", "Observer"]
@@ -129,10 +131,11 @@ class Labels:
         self._weights: dict[int, str] | None = None
         self._numbers = NodeNumbers()
         self._nodes: defaultdict[int, list[_Forward]] = defaultdict(list)
-        self._compiled_given: set[tuple[int, str, int]] = set()
+        self._compiled_asked: set[tuple[int, int, str, int]] = set()
+        """Operations of compiled graphs whose gradients were computed: by pass, node, site and place under the node."""
         self._counters: Counter[str] = Counter()
-        self._given: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
-        self._recomputed: Counter[tuple[str, int]] = Counter()
+        self._given: defaultdict[tuple[str, object], list[int]] = defaultdict(list)
+        self._recomputed: Counter[tuple[str, object]] = Counter()
         self._last_node: tuple[int, int] = (-1, 0)
         self._last_batched = (0, 0)
         """Elements of the last batched product outside of all attentions, and those of its rows."""
@@ -140,7 +143,7 @@ class Labels:
         self.sequence = -1
         """Number (see `NodeNumbers`) of the autograd node that the last product belongs to, forward and backward."""
         self.original: int | None = None
-        """Where the last product is of a recomputation: the number of the node it belonged to in the forward pass."""
+        """Where the last product may be a recomputation's: the number of the node it belonged to in the forward."""
         self._made: dict[Label, int] = {}
         """Numbers of the nodes of this micro-step's products."""
         self.is_left: bool | None = None
@@ -174,7 +177,7 @@ class Labels:
         self._counters.clear()
         self._given.clear()
         self._recomputed.clear()
-        self._compiled_given.clear()
+        self._compiled_asked.clear()
         self._made.clear()
         self._last_batched = (0, 0)
         self._stack.clear()
@@ -198,10 +201,11 @@ class Labels:
         self.is_left = None
         self._last_batched = (0, 0)
         site, linear, weight = self._forward_site(gemm)
-        layer = self._next(site)
+        which = None if self._stack else _which(gemm)
+        layer = self._next(site, which)
         left, right, backward_layer = "matmul", "matmul", layer
         if linear:
-            left, right, backward_layer = "linear.dgrad", "linear.wgrad", self._next("linear")
+            left, right, backward_layer = "linear.dgrad", "linear.wgrad", self._next("linear", which)
         elif site == "attention.scores":
             left, right = "attention.dq", "attention.dk"
         elif site == "attention.context":
@@ -258,10 +262,17 @@ class Labels:
         if node is None or not node.name().startswith(_COMPILED_NODE):
             return forwards[0] if forwards and forwards[0].left_site == left_site else None
         for index, forward in reversed(list(enumerate(forwards))):
-            if forward.left_site == left_site and (number, left_site, index) not in self._compiled_given:
-                self._compiled_given.add((number, left_site, index))
+            if forward.left_site == left_site and self._is_first_asked(number, left_site, index):
                 return forward
         return None
+
+    def _is_first_asked(self, number: int, site: str, index: int) -> bool:
+        """Whether this backward pass asks for the first time after an operation of a compiled graph; it has, then."""
+        asked = torch._C._current_graph_task_id(), number, site, index
+        if asked in self._compiled_asked:
+            return False
+        self._compiled_asked.add(asked)
+        return True
 
     def _observe_fused(
         self, over_keys: tuple[str, ...], over_values: tuple[str, ...], layer: int, operands: Operands | None
@@ -305,7 +316,7 @@ class Labels:
         site = self._weight_sites().get(address)
         if site is not None:
             return site, True, address
-        linear = _is_parameter(gemm.right)
+        linear = is_parameter(gemm.right)
         return ("linear.out" if linear else "matmul"), linear, address if linear else 0
 
     def _weight_sites(self) -> dict[int, str]:
@@ -319,9 +330,11 @@ class Labels:
             }
         return self._weights
 
-    def _next(self, site: str) -> int:
-        """The number of this call of `site`; the number of the first forward if it is a recomputation."""
-        key = (site, self._stack[-1].module if self._stack else 0)
+    def _next(self, site: str, which: object = None) -> int:
+        """The number of this call of `site`; the number of the first forward if it is a recomputation. `which` tells
+        those apart that no module does.
+        """
+        key = (site, self._stack[-1].module if self._stack else which)
         given = self._given[key]
         if given and torch._C._current_graph_task_id() != -1:
             # Checkpointed blocks are recomputed last to first, so a module that is shared takes its numbers backwards.
@@ -379,8 +392,7 @@ class Labels:
             if not is_left and (gemm.k != forward.m or {gemm.m, gemm.n} != {forward.k, forward.n}):
                 continue
             site = forward.left_site if is_left else forward.right_site
-            if (sequence, site, index) not in self._compiled_given:
-                self._compiled_given.add((sequence, site, index))
+            if self._is_first_asked(sequence, site, index):
                 self.is_left = is_left
                 return Label(site, forward.layer)
         return Label("matmul", -1)
@@ -439,6 +451,10 @@ def _is_attention(module: torch.nn.Module) -> bool:
     return any(word in name for word in _ATTENTION_WORDS) and any(True for _ in module.children())
 
 
-def _is_parameter(operand: torch.Tensor) -> bool:
-    base = operand._base
-    return isinstance(operand if base is None else base, torch.nn.Parameter)
+def _which(gemm: Gemm) -> object:
+    """What a product has in common with its recomputation and with few others: its weight, or else its lengths."""
+    right = gemm.right
+    if not is_parameter(right):
+        return gemm.m, gemm.k, gemm.n
+    base = right if right._base is None else right._base
+    return id(base), right.data_ptr() - base.data_ptr(), right.stride()

@@ -4,7 +4,8 @@ Autograd numbers the nodes that a thread makes, in each thread from 0. A backwar
 autograd's own, and what is recomputed there (activation checkpointing) takes numbers that operations of the forward
 pass have, too. The nodes of a recomputation are executed, if at all, by a pass that is nested in the one that
 recomputes (reentrant checkpointing): by this both are told apart. Where they are not (a gradient of a gradient, several
-GPUs in one process) an operation may be taken for another: its label is wrong, and its gradients are checked alone.
+GPUs in one process) an operation may be taken for another: its label is wrong, and its gradients are checked alone
+unless they read the same operand.
 """
 
 from __future__ import annotations

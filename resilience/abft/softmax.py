@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from resilience.abft.checksum import Confirmation
+from resilience.abft.defects import defects
 from resilience.abft.handlers import Context
 from resilience.abft.labels import Label
 from resilience.abft.mend import repeat_until_clean
@@ -99,7 +100,9 @@ def softmax_handler(context: Context) -> Handler:
     def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores, dimension = args[0], args[1]
         last = dimension in (-1, scores.dim() - 1)
-        label = context.labels.softmax(scores) if last and scores.dim() >= 3 and scores.numel() > 0 else None
+        label = None
+        if last and scores.dim() >= 3 and scores.numel() > 0:
+            label = _label(context, "_softmax", lambda: context.labels.softmax(scores))
         if label is None:
             return original(*args, **kwargs)
         check = _RowCheck(
@@ -119,7 +122,9 @@ def softmax_backward_handler(context: Context) -> Handler:
 
     def handle(original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         d_probabilities, probabilities = args[0], args[1]
-        label = context.labels.softmax_backward() if probabilities.numel() > 0 else None
+        label = None
+        if probabilities.numel() > 0:
+            label = _label(context, "_softmax_backward_data", context.labels.softmax_backward)
         if label is None:
             return original(*args, **kwargs)
         check = _RowCheck(
@@ -131,6 +136,15 @@ def softmax_backward_handler(context: Context) -> Handler:
         return check.run(context, _struck(context, label, original, args, kwargs))
 
     return handle
+
+
+def _label(context: Context, operator: str, named: Callable[[], Label | None]) -> Label | None:
+    """What `named` says; None after a defect, which is recorded."""
+    try:
+        return named()
+    except defects() as error:
+        context.record.failed(operator, error)
+        return None
 
 
 def _struck(

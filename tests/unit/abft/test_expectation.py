@@ -96,6 +96,41 @@ def test_memory_that_is_anothers_now_is_no_operand() -> None:
     assert ratio(expectations.backward(Gemm(other.mT, d_out), out, node=5), out) < 1e-5
 
 
+def test_memory_is_known_as_long_as_sums_of_it_are_kept() -> None:
+    """Its number stays taken, though what was in it is gone."""
+    left, right = normal(8, 6, seed=1), normal(6, 10, seed=2)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, right), left @ right, node=5)
+    carried = expectations._carried[5]
+    assert carried is not None
+    assert not any(memory.expired() for memory in carried.memory)
+    del left
+    assert [memory.expired() for memory in carried.memory] == [True, False]
+    others = [torch.empty(8, 6) for _ in range(1000)]
+    assert carried.left.storage not in {other.untyped_storage()._cdata for other in others}
+
+
+def test_a_square_operand_the_other_way_round_is_another_matrix() -> None:
+    left, right, d_out = normal(8, 8, seed=1), normal(8, 8, seed=2), normal(8, 8, seed=3)
+    for gemm in (Gemm(d_out, right), Gemm(right.mT, d_out), Gemm(left, d_out), Gemm(d_out, left.mT)):
+        expectations = Expectations(WeightSums())
+        expectations.forward(Gemm(left, right), left @ right, node=5)
+        out = gemm.left @ gemm.right
+        assert ratio(expectations.backward(gemm, out, node=5), out) < 1e-5
+
+
+def test_another_product_takes_the_place_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs forward within a backward pass may be no recomputation of what it is taken for."""
+    left, weight, d_out = normal(8, 6, seed=1), nn.Parameter(normal(6, 10, seed=2)), normal(8, 10, seed=3)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, weight), left @ weight.detach(), node=5)
+    other = nn.Parameter(normal(6, 10, seed=4))
+    expectations.forward(Gemm(left, other), left @ other.detach(), node=6, recomputed=5)
+    monkeypatch.setattr(expectations, "alone", lambda *_: pytest.fail("nothing was carried"))
+    out = d_out @ weight.detach().mT
+    assert ratio(expectations.backward(Gemm(d_out, weight.mT), out, node=5), out) < 1e-5
+
+
 def test_a_node_of_many_products_carries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right, d_out = normal(8, 6, seed=1), normal(6, 10, seed=2), normal(8, 10, seed=3)
     expectations = Expectations(WeightSums())
@@ -207,6 +242,67 @@ def test_no_sums_but_an_operands_own_are_used(name: str, order: str, gpt: Any, p
             loss.backward()
             if other is not None:
                 other.backward()
+    assert max(ratios) <= 1.0
+    assert protection.drain() == []
+
+
+class Functional(nn.Module):
+    """Products with square weights that no module names."""
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(normal(32, 32, seed=seed) / 32**0.5 for seed in range(4))
+        self.block = getattr(self, block)
+
+    def forward(self, x: torch.Tensor, use_reentrant: bool = False) -> torch.Tensor:
+        for one, other in (self.weights[:2], self.weights[2:]):
+            x = checkpoint(self.block, x, one, other, use_reentrant=use_reentrant)
+        return x.square().mean()
+
+    def two(self, x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.tanh(x * 1.0 @ one) @ other)
+
+    def tied(self, x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(x @ one) @ one.t() + x @ other
+
+
+@pytest.mark.parametrize("block", ["two", "tied"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_products_without_a_module_find_their_own_sums(
+    block: str, use_reentrant: bool, protect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, protection, ratios = Functional(block), protect(), []
+    protection.attach(model)
+    protection.tell_ratios(lambda site, ratio, alarm: ratios.append(ratio))
+    alone = Expectations.alone
+
+    def forward_only(self: Expectations, gemm: Gemm, out: torch.Tensor) -> Expectation:
+        assert torch._C._current_graph_task_id() == -1, "nothing was carried"
+        return alone(self, gemm, out)
+
+    monkeypatch.setattr(Expectations, "alone", forward_only)
+    for step in range(2):
+        protection.begin_micro_step(step, 0, 0)
+        with protection.active():
+            model(normal(64, 32, seed=9).requires_grad_(), use_reentrant).backward()
+    assert max(ratios) <= 1.0
+    assert protection.unprotected() == {}
+
+
+@pytest.mark.parametrize("is_penalty", [False, True])
+def test_a_gradient_that_is_kept_as_a_graph_is_no_recomputation(is_penalty: bool, protect: Any) -> None:
+    """dX = dC·Wᵀ of a square W, computed with a graph of its own, runs forward within a backward pass."""
+    one, other = (nn.Parameter(normal(32, 32, seed=seed) / 32**0.5) for seed in (1, 2))
+    protection, ratios = protect(), []
+    protection.tell_ratios(lambda site, ratio, alarm: ratios.append(ratio))
+    for step in range(2):
+        protection.begin_micro_step(step, 0, 0)
+        x = normal(64, 32, seed=3).requires_grad_()
+        with protection.active():
+            out = torch.tanh(x @ one) @ other
+            loss = out.sum() if is_penalty else torch.tanh(out).square().sum()
+            (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + gradient.square().sum() if is_penalty else loss).backward()
     assert max(ratios) <= 1.0
     assert protection.drain() == []
 

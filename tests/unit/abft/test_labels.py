@@ -107,6 +107,18 @@ def test_a_softmax_of_what_a_batched_product_gave(protect: Any, striker: Any, co
     assert counts["matmul"] == 6, "scores, context, and two gradients of each"
 
 
+def test_each_pass_through_a_compiled_graph_has_its_labels(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # or a graph cannot be kept
+    model, protection = Mixer(), protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        loss = torch.compile(model, backend="aot_eager")(torch.randn(2, 12, 16)).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert protection.checks()["attention.ds"] == 2
+
+
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_hugging_face_eager(protect: Any, striker: Any, make: Any) -> None:
     model = make("eager").train()

@@ -144,6 +144,8 @@ def test_a_check_that_fails_leaves_the_result_and_is_counted_and_said_once(
     [
         (False, "resilience.abft.handlers.parse_gemm", "addmm"),
         (True, "resilience.abft.fused.bind", "_scaled_dot_product_flash_attention_for_cpu"),
+        (False, "resilience.abft.labels.Labels.softmax", "_softmax"),
+        (False, "resilience.abft.labels.Labels.softmax_backward", "_softmax_backward_data"),
     ],
 )
 def test_what_fails_before_an_operation_leaves_it_to_itself(
