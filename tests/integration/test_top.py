@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -174,9 +175,13 @@ def test_ctrl_c_gives_the_terminal_back(served: Served, terminal: Terminal) -> N
 
 
 def test_colours_are_for_terminals_that_want_them(served: Served, terminal: Terminal) -> None:
+    number = itertools.count()
+
     def looked(command: str) -> str:
-        terminal.type(f"clear; {command}; echo it ended with $?")
-        terminal.shows("^it ended with 0")
+        # What the command before has left is on the screen until the shell has read this one.
+        end = f"number {next(number)} ended with"
+        terminal.type(f"clear; {command}; echo {end} $?")
+        terminal.shows(f"^{end} 0")
         return terminal("capture-pane", "-p", "-e")
 
     ranks, status = (shlex.join([*COMMAND, verb]) for verb in ("ranks", "status"))

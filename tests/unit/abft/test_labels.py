@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from resilience.abft.protection import Protection
@@ -107,8 +108,8 @@ def test_a_softmax_of_what_a_batched_product_gave(protect: Any, striker: Any, co
     assert counts["matmul"] == 6, "scores, context, and two gradients of each"
 
 
-def test_each_pass_through_a_compiled_graph_has_its_labels(protect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)  # or a graph cannot be kept
+@functorch_config.patch(donated_buffer=False)  # or a graph cannot be kept
+def test_each_pass_through_a_compiled_graph_has_its_labels(protect: Any) -> None:
     model, protection = Mixer(), protect()
     protection.attach(model)
     protection.begin_micro_step(1, 0, 0)
