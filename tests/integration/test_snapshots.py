@@ -15,7 +15,7 @@ WORKERS = Path(__file__).parent / "workers"
 PLAIN = [f"zero{zero}-{precision}" for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 ALL = [*PLAIN, "zero3-bf16-sharded", "zero2-bf16-offload", "zero1-bf16-gpt2"]
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
