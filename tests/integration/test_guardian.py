@@ -106,9 +106,12 @@ def end(run: Run, how: str) -> None:
         return
     launcher = psutil.Process(run.process.pid)
     victims = {"agent": [run.find("resilience.launch.node")], "launcher": [launcher]}.get(how)
-    for victim in victims or [launcher, *launcher.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+    victims = victims or [launcher, *launcher.children(recursive=True)]
+    # All at once: none sees another's end, and cleans up after it.
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                act(victim)
 
 
 @pytest.mark.slow
