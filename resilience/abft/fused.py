@@ -3,17 +3,20 @@
 The operators' arguments are bound by the names in their schemas, so that the CPU's, flash, memory-efficient and cuDNN
 forms are one. The calls are pure: on a CPU a backward that fails is run again in place. What `invariants.py` sees of a
 forward fault only in backward (O within the range of V) cannot be repaired there: it is reported unmended, for a
-replay.
+replay. What fails its identities again and again without being wrong by `attention_reference.py` is dismissed: the same
+in every replay, it would cost a healthy device its place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from resilience.abft.attention_reference import AttentionInputs, backward_is_explained, forward_is_explained
 from resilience.abft.defects import defects
 from resilience.abft.handlers import Context
 from resilience.abft.invariants import (
@@ -39,6 +42,8 @@ FUSED_OPERATORS = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 """Forward operators; each has a `…_backward`. The last one is what back-ends outside of PyTorch fill in."""
+
+_Verdict = Callable[[Any], bool]
 
 _GRADIENT_SITES = ("attention.dq", "attention.dk", "attention.dv")
 
@@ -75,11 +80,15 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
             call = AttentionForward(bound["value"], results[0], logsumexp, masked, bound["dropout_p"] > 0)
             return forward_ratio(call).reshape(1)
 
+        def is_explained(results: Any) -> bool:
+            return forward_is_explained(_inputs(bound), results[0])
+
         results = context.record.operation(label.site, run)
-        inputs = (bound["query"], bound["key"], bound["value"])
+        operands = (bound["query"], bound["key"], bound["value"])
         # Dropout would draw other random numbers the second time.
         max_mends = context.config.max_mends if bound["dropout_p"] == 0.0 else 0
-        return _guarded(context, label, (label.site,), inputs, results, run, ratio, max_mends=max_mends)
+        call = _Call(label, (label.site,), operands, run, ratio, _unless_dropout(bound, is_explained), max_mends)
+        return _guarded(context, call, results)
 
     return handle
 
@@ -115,18 +124,37 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
                 results[0],
                 results[1],
                 results[2],
-                scale=bound["scale"] if bound["scale"] is not None else 1.0 / math.sqrt(query.shape[-1]),
+                scale=_scale(bound),
                 mask=_mask(bound),
                 dropout=bound["dropout_p"] > 0,
             )
             return backward_ratios(call)
 
-        results = context.record.operation(BACKWARD_SITES[1], run)
-        inputs = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
-        label, max_mends = Label(BACKWARD_SITES[1], layer), context.config.max_mends
-        return _guarded(context, label, BACKWARD_SITES, inputs, results, run, ratios, max_mends=max_mends)
+        def is_explained(results: Any) -> bool:
+            return backward_is_explained(_inputs(bound), bound["out"], d_out, results[:3])
+
+        label = Label(BACKWARD_SITES[1], layer)
+        results = context.record.operation(label.site, run)
+        operands = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
+        explained, max_mends = _unless_dropout(bound, is_explained), context.config.max_mends
+        return _guarded(context, _Call(label, BACKWARD_SITES, operands, run, ratios, explained, max_mends), results)
 
     return handle
+
+
+def _inputs(bound: dict[str, Any]) -> AttentionInputs:
+    return AttentionInputs(
+        bound["query"], bound["key"], bound["value"], _scale(bound), _mask(bound), causal=bound["is_causal"]
+    )
+
+
+def _scale(bound: dict[str, Any]) -> float:
+    return bound["scale"] if bound["scale"] is not None else 1.0 / math.sqrt(bound["query"].shape[-1])
+
+
+def _unless_dropout(bound: dict[str, Any], is_explained: _Verdict) -> _Verdict:
+    """Which probabilities dropout left out is not known here."""
+    return is_explained if bound["dropout_p"] == 0.0 else lambda results: False
 
 
 def _mask(bound: dict[str, Any]) -> torch.Tensor | None:
@@ -134,27 +162,34 @@ def _mask(bound: dict[str, Any]) -> torch.Tensor | None:
     return mask
 
 
-def _guarded(
-    context: Context,
-    label: Label,
-    sites: tuple[str, ...],
-    inputs: tuple[torch.Tensor, ...],
-    results: Any,
-    run: Callable[[], Any],
-    ratios: Callable[[Any], torch.Tensor],
-    *,
-    max_mends: int,
-) -> Any:
-    """Hold one call against its identities; `sites` are to blame for their ratios, in order."""
-    record, scale = context.record, context.scale(label.site)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """One call that is being checked."""
+
+    label: Label
+    sites: tuple[str, ...]
+    """To blame for the ratios, in order."""
+    operands: tuple[torch.Tensor, ...]
+    run: Callable[[], Any]
+    """Makes the same call again, through the fault plan too."""
+    ratios: Callable[[Any], torch.Tensor]
+    """Residual ÷ tolerance of the identities, of its results."""
+    is_explained: _Verdict
+    """Whether round-off explains all that was computed, by a reference in float64."""
+    max_mends: int
+
+
+def _guarded(context: Context, call: _Call, results: Any) -> Any:
+    """Hold one call against its identities."""
+    label, record, scale = call.label, context.record, context.scale(call.label.site)
     checked = [result for result in results[: len(_GRADIENT_SITES)] if result is not None]
     if not checked or checked[0].numel() == 0 or not record.due(label.site):
         return results
     with record.checking(label.site) as started:
-        found = ratios(results) / scale
+        found = call.ratios(results) / scale
         if not record.reads_at_once(found):
-            finite = torch.stack([operand.isfinite().all() for operand in inputs]).all()
-            for site, ratio in zip(sites, found, strict=True):
+            finite = torch.stack([operand.isfinite().all() for operand in call.operands]).all()
+            for site, ratio in zip(call.sites, found, strict=True):
                 record.defer(Label(site, label.layer), Check.INVARIANT, torch.stack([ratio.float(), (~finite).float()]))
             return results
         values = found.tolist()
@@ -162,14 +197,17 @@ def _guarded(
             record.clean(label.site, max(values))
             return results
         index = next(number for number, value in enumerate(values) if not value <= 1.0)
-        blamed = Label(sites[index], label.layer)
+        blamed = Label(call.sites[index], label.layer)
         with record.settling(blamed, Check.INVARIANT, values[index], started):
-            if not all(bool(operand.isfinite().all()) for operand in inputs):
+            if not all(bool(operand.isfinite().all()) for operand in call.operands):
                 context.inputs_alarm(blamed, Check.INVARIANT, checked[0], values[index], started)
                 return results
             mended = repeat_until_clean(
-                run, lambda again: bool((ratios(again) / scale <= 1.0).all()), max_mends=max_mends
+                call.run, lambda again: bool((call.ratios(again) / scale <= 1.0).all()), max_mends=call.max_mends
             )
+            if mended is None and all(map(math.isfinite, values)) and call.is_explained(results):
+                record.dismissed(blamed.site, values[index])
+                return results
             record.alarm(blamed, Check.INVARIANT, _kind(checked), values[index], started, mended=mended is not None)
             return results if mended is None else mended
     return results

@@ -60,9 +60,11 @@ def plain(
     """The same operations, as Hugging Face's eager attention writes them."""
     q = F.linear(x, w.q, w.q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
     k, v = (
-        F.linear(x, weight, bias).unflatten(-1, (kv_heads, -1)).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)
+        F.linear(x, weight, bias).unflatten(-1, (kv_heads, -1)).transpose(1, 2)
         for weight, bias in ((w.k, w.k_bias), (w.v, w.v_bias))
     )
+    if heads != kv_heads:  # a copy lies differently, and on some processors a product's last bit depends on that
+        k, v = (one.repeat_interleave(heads // kv_heads, 1) for one in (k, v))
     scores = q @ k.mT * (1.0 / math.sqrt(q.shape[-1]))
     if mask is not None:
         scores = scores + mask
