@@ -7,6 +7,7 @@ what else the machine does and how far training is meet both alike. The first st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -163,7 +164,16 @@ def machine() -> str:
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} CPU cores ({capability}), {torch.get_num_threads()} threads a rank"
+    return f"{os.cpu_count()} CPU cores ({processor()}, {capability}), {torch.get_num_threads()} threads a rank"
+
+
+def processor() -> str:
+    """As Linux names it; elsewhere, and where it has no name, what kind it is."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def main() -> None:
