@@ -2,7 +2,9 @@
 
 An identity sees a whole head at once, under a tolerance that is measured and not proved. Where the same call fails it
 again, each element of what was computed is held here against a bound of round-off, as `checksum.confirm` does for
-products. It costs as much as attention itself, and memory for `_ROWS` rows of scores: it is for suspicions that stay.
+products. It costs ten times what the call did, and some ten matrices of `_AT_ONCE` elements: it is for suspicions that
+stay. Where rows are too uncertain (of scores, or of finite masks by which they see no key, that are so large that their
+round-off changes P by a tenth) nothing is explained: their part in dK and dV would hide whatever is there.
 
 Shapes: query, out, d_query, d_out (b, hq, tq, d); key, value and their gradients (b, hk, tk, d), hq a multiple of hk.
 With S the scores, u_acc the round-off of the accumulation (float32), u that of the stored dtype, M_ij the sum of the
@@ -31,11 +33,11 @@ from resilience.kernels.precision import float32_precision
 
 __all__ = ["AttentionInputs", "backward_is_explained", "forward_is_explained"]
 
-_ROWS = 256
-"""Of scores that are in memory at once."""
+_AT_ONCE = 1 << 20
+"""Scores in memory, at least those of one row."""
 
-_LARGEST_ERROR = 1e6
-"""Relative: a row with it may hold anything."""
+_UNCERTAIN = 0.1
+"""A relative error of P beyond which nothing is said."""
 
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -52,16 +54,28 @@ class AttentionInputs:
     """Additive, or bool (true: seen), broadcastable to the scores (b, hq, tq, tk)."""
     causal: bool
     """Row i sees keys 0 to i, however many there are."""
+    tolerance_scale: float = 1.0
+    """On every bound."""
+
+    def explains(self, stored: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether all of `stored` lies within the tolerance of what is expected (elements, tolerances), or has left the
+        range of its dtype rightly.
+        """
+        reference, tolerance = expected
+        # Results may be added up in the stored dtype, block by block.
+        tolerance = (tolerance + 8.0 * _grain(stored.dtype)) * self.tolerance_scale
+        overflowed = ~(reference.abs() + tolerance < torch.finfo(stored.dtype).max) & ~stored.isfinite()
+        return bool((((stored.double() - reference).abs() <= tolerance) | overflowed).all())
 
 
 @torch.no_grad()
 def forward_is_explained(inputs: AttentionInputs, out: torch.Tensor) -> bool:
     """Whether round-off explains every element of O = `out`."""
-    for head in _heads(inputs):
-        for block in head.blocks(inputs):
-            if not _is_within(out[block.of_queries], *block.out(head)):
-                return False
-    return True
+    return all(
+        not block.is_uncertain and inputs.explains(out[block.of_queries], block.out(head))
+        for head in _heads(inputs)
+        for block in head.blocks(inputs)
+    )
 
 
 @torch.no_grad()
@@ -74,18 +88,17 @@ def backward_is_explained(
         of_key, of_value = _Sum.like(head.key), _Sum.like(head.value)
         for block in head.blocks(inputs):
             stored = out[block.of_queries].double()
-            if not _is_within(out[block.of_queries], *block.out(head)):
+            if block.is_uncertain or not inputs.explains(out[block.of_queries], block.out(head)):
                 return False
             d_rows = d_out[block.of_queries].double()
             of_value.add(block.d_value(d_rows))
             d_products, error = block.d_products(head, inputs.scale, stored, d_rows)
-            if d_query is not None and not _is_within(
-                d_query[block.of_queries], d_products @ head.key, error @ head.key.abs()
-            ):
+            expected = d_products @ head.key, error @ head.key.abs()
+            if d_query is not None and not inputs.explains(d_query[block.of_queries], expected):
                 return False
             of_key.add((d_products.mT @ block.query, error.mT @ block.query.abs()))
-        for gradient, expected in ((d_key, of_key), (d_value, of_value)):
-            if gradient is not None and not _is_within(gradient[head.index], expected.terms, expected.tolerance):
+        for gradient, total in ((d_key, of_key), (d_value, of_value)):
+            if gradient is not None and not inputs.explains(gradient[head.index], (total.terms, total.tolerance)):
                 return False
     return True
 
@@ -120,8 +133,9 @@ class _Head:
         batch, head = self.index
         shared = inputs.query.shape[1] // inputs.key.shape[1]
         for query_head in range(head * shared, (head + 1) * shared):
-            for first in range(0, inputs.query.shape[2], _ROWS):
-                yield _Block.of(inputs, self, (batch, query_head, slice(first, first + _ROWS)))
+            rows = max(1, _AT_ONCE // inputs.key.shape[2])
+            for first in range(0, inputs.query.shape[2], rows):
+                yield _Block.of(inputs, self, (batch, query_head, slice(first, first + rows)))
 
 
 def _heads(inputs: AttentionInputs) -> Iterator[_Head]:
@@ -143,6 +157,8 @@ class _Block:
     """How far each of P may be off, (rows, tk)"""
     grain: float
     """What a number may lose that is below the smallest normal one."""
+    is_uncertain: bool
+    """Whether round-off leaves some of these rows open."""
 
     @classmethod
     def of(cls, inputs: AttentionInputs, head: _Head, of_queries: tuple[int, int, slice]) -> _Block:
@@ -161,8 +177,9 @@ class _Block:
         # A row that sees no key has probabilities of 0.
         probabilities = scores.softmax(1).nan_to_num(nan=0.0)
         size = torch.where(probabilities > 0.0, size, 0.0).amax(1, keepdim=True)
-        grain = _grain(inputs.query.dtype)
-        return cls(of_queries, query, probabilities, _relative_error(inputs, size) * probabilities + grain, grain)
+        error, grain = _relative_error(inputs, size), _grain(inputs.query.dtype)
+        is_uncertain = not bool((error <= _UNCERTAIN).all())
+        return cls(of_queries, query, probabilities, error * probabilities + grain, grain, is_uncertain)
 
     def out(self, head: _Head) -> tuple[torch.Tensor, torch.Tensor]:
         """O and how far it may be off, (rows, d)."""
@@ -196,17 +213,9 @@ def _relative_error(inputs: AttentionInputs, size: torch.Tensor) -> torch.Tensor
         + accumulated * (8.0 * math.sqrt(length) + 32.0)
         + 8.0 * stored
         + 4.0 * operand
-    ).clamp(max=_LARGEST_ERROR)
+    )
 
 
 def _grain(dtype: torch.dtype) -> float:
     limits = torch.finfo(dtype)
     return max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).tiny)
-
-
-def _is_within(stored: torch.Tensor, reference: torch.Tensor, tolerance: torch.Tensor) -> bool:
-    """Whether all of `stored` lies within `tolerance` of `reference`, or has left the range of its dtype rightly."""
-    # Results may be added up in the stored dtype, block by block.
-    tolerance = tolerance + 8.0 * _grain(stored.dtype)
-    overflowed = ~(reference.abs() + tolerance < torch.finfo(stored.dtype).max) & ~stored.isfinite()
-    return bool((((stored.double() - reference).abs() <= tolerance) | overflowed).all())

@@ -170,14 +170,23 @@ def _through(
         size = size + addend.energy
     energy = sums[..., 2:].square().mean(-1)
     # A line's own estimate may be too small by chance, that of the usual line never is; a median ignores a faulty one.
-    usual = torch.where(energy.isfinite(), energy, torch.nan).nanmedian(-1, keepdim=True).values
-    energy = energy + usual.nan_to_num(0.0)
+    energy = energy + _median(energy)
     limits = torch.finfo(stored)
     spacing = max(limits.smallest_normal * (limits.eps if stored == torch.float16 else 1.0), _TINY)
     variance = variance + factors.stored * energy + factors.accumulated * size + n * spacing**2
     variance = variance + factors.summed * (reach + sums[..., 0].square() + energy)
     largest = (3.0 * factors.stored * energy).sqrt() + (factors.accumulated * size).sqrt()
     return Carried(sums, variance, coherent + math.sqrt(n) * largest)
+
+
+def _median(energy: torch.Tensor) -> torch.Tensor:
+    """The lower median of what is finite in the last dimension, kept; 0 without any. `nanmedian` is refused on a GPU
+    under deterministic algorithms.
+    """
+    finite = energy.isfinite()
+    middle = (finite.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
+    ordered = torch.where(finite, energy, torch.inf).sort(-1).values
+    return ordered.gather(-1, middle).nan_to_num(posinf=0.0)
 
 
 @functools.cache

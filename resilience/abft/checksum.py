@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -106,6 +107,8 @@ def _tolerance(
 
 
 def _matmul_precision(matrix: torch.Tensor) -> str:
+    if matrix.dtype == torch.float16 and matrix.is_cuda and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        return "fp16"
     if matrix.dtype != torch.float32:
         return "ieee"
     return float32_precision("cpu" if matrix.is_cpu else matrix.device.type)
@@ -116,7 +119,7 @@ def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     return Precision(
         stored=torch.finfo(dtype).eps / 2,
-        accumulated=wide,
+        accumulated=torch.finfo(torch.float16).eps / 2 if matmul_precision == "fp16" else wide,
         checked=wide,
         operand=operand_roundoff(matmul_precision),
     )
@@ -124,7 +127,20 @@ def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
 
 def operand_roundoff(matmul_precision: str) -> float:
     """Unit round-off of float32 operands where products are as precise as `float32_precision` says."""
-    return {"ieee": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}[matmul_precision]
+    return {"ieee": 0.0, "fp16": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}[matmul_precision]
+
+
+def _partial_roundoff(matrix: torch.Tensor) -> float:
+    """How far an element may be off where the user lets the parts of a split sum be rounded to the result's 16 bits
+    (torch's default on CUDA): as a multiple of its size, and, where terms of random signs cancel, of 1/√k of the sum of
+    its absolute terms.
+    """
+    if not matrix.is_cuda or matrix.dtype not in (torch.bfloat16, torch.float16):
+        return 0.0
+    settings = torch.backends.cuda.matmul
+    bf16, fp16 = (settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction)
+    is_allowed = bf16 if matrix.dtype == torch.bfloat16 else fp16
+    return 4.0 * torch.finfo(matrix.dtype).eps / 2 if is_allowed else 0.0
 
 
 # --- second stage -----------------------------------------------------------------------------------------------------
@@ -205,8 +221,11 @@ def _faulty(
         magnitude = magnitude + addend.abs()
         reference = reference + addend
         size = size + reference.abs()
+    partial = _partial_roundoff(stored)
     tolerance = (
-        factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
+        (factors.relative + partial) * size
+        + (factors.accumulated + partial / math.sqrt(left.shape[1])) * magnitude
+        + factors.absolute * (1.0 + flushed)
     ) * tolerance_scale
     error = (stored.double() - reference).abs()
     largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max

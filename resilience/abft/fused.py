@@ -81,13 +81,13 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
             return forward_ratio(call).reshape(1)
 
         def is_explained(results: Any) -> bool:
-            return forward_is_explained(_inputs(bound), results[0])
+            return forward_is_explained(_inputs(context, bound), results[0])
 
         results = context.record.operation(label.site, run)
         operands = (bound["query"], bound["key"], bound["value"])
         # Dropout would draw other random numbers the second time.
         max_mends = context.config.max_mends if bound["dropout_p"] == 0.0 else 0
-        call = _Call(label, (label.site,), operands, run, ratio, _unless_dropout(bound, is_explained), max_mends)
+        call = _Call(label, (label.site,), operands, run, ratio, _where_known(bound, is_explained), max_mends)
         return _guarded(context, call, results)
 
     return handle
@@ -131,20 +131,26 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
             return backward_ratios(call)
 
         def is_explained(results: Any) -> bool:
-            return backward_is_explained(_inputs(bound), bound["out"], d_out, results[:3])
+            return backward_is_explained(_inputs(context, bound), bound["out"], d_out, results[:3])
 
         label = Label(BACKWARD_SITES[1], layer)
         results = context.record.operation(label.site, run)
         operands = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
-        explained, max_mends = _unless_dropout(bound, is_explained), context.config.max_mends
+        explained, max_mends = _where_known(bound, is_explained), context.config.max_mends
         return _guarded(context, _Call(label, BACKWARD_SITES, operands, run, ratios, explained, max_mends), results)
 
     return handle
 
 
-def _inputs(bound: dict[str, Any]) -> AttentionInputs:
+def _inputs(context: Context, bound: dict[str, Any]) -> AttentionInputs:
     return AttentionInputs(
-        bound["query"], bound["key"], bound["value"], _scale(bound), _mask(bound), causal=bound["is_causal"]
+        bound["query"],
+        bound["key"],
+        bound["value"],
+        _scale(bound),
+        _mask(bound),
+        causal=bound["is_causal"],
+        tolerance_scale=context.config.threshold_scale,
     )
 
 
@@ -152,9 +158,11 @@ def _scale(bound: dict[str, Any]) -> float:
     return bound["scale"] if bound["scale"] is not None else 1.0 / math.sqrt(bound["query"].shape[-1])
 
 
-def _unless_dropout(bound: dict[str, Any], is_explained: _Verdict) -> _Verdict:
-    """Which probabilities dropout left out is not known here."""
-    return is_explained if bound["dropout_p"] == 0.0 else lambda results: False
+def _where_known(bound: dict[str, Any], is_explained: _Verdict) -> _Verdict:
+    """Not which probabilities dropout left out, nor how a GPU's back-ends align a causal mask over unequal lengths."""
+    query, key = bound["query"], bound["key"]
+    is_aligned = not bound["is_causal"] or query.shape[2] == key.shape[2] or query.is_cpu
+    return is_explained if bound["dropout_p"] == 0.0 and is_aligned else lambda results: False
 
 
 def _mask(bound: dict[str, Any]) -> torch.Tensor | None:

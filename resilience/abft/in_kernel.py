@@ -42,6 +42,9 @@ REPLACED_OPERATORS = (
 _RING_CAPACITY = 4096
 """Records kept between two drains; 40 bytes each."""
 
+_LARGEST_OFFSET = 2**31 - 1
+"""In elements, from a key head's first query head to its last: the kernels multiply that in 32 bits."""
+
 _SITES = {
     "SCORES": "attention.scores",
     "CONTEXT": "attention.context",
@@ -159,7 +162,8 @@ class InKernelAttention:
         except defects() as error:
             self._broken[name] = f"its kernel failed ({type(error).__name__})"
             self._context.record.not_made(label.site, error)
-            return theirs()
+        # Only now is the memory free that the failed call had: an exception keeps its frames.
+        return theirs()
 
     def _bound(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """(module of kernels that takes this call of operator `name` or None, its arguments); counts why not."""
@@ -187,6 +191,9 @@ class InKernelAttention:
         if bound["is_causal"] and query.shape[2] != key.shape[2]:
             # Back-ends differ in where they align the mask.
             return None, "a causal mask over unequal lengths"
+        apart = max(query.stride(1), query.shape[2] * query.shape[3])
+        if apart * query.shape[1] > _LARGEST_OFFSET * key.shape[1]:
+            return None, "heads that lie too far apart"
         if bound.get("return_debug_mask"):
             return None, "a debug mask is asked for"
         mask = bound.get("attn_mask", bound.get("attn_bias"))

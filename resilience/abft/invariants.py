@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -39,6 +40,10 @@ BACKWARD_SITES = ("attention.dv", "attention.dk", "attention.dq", "attention.con
 _LARGEST_SCORE = 1e4
 """Scores above it do not widen tolerances further: a faulty operand would hide itself."""
 
+
+_AT_ONCE = 1 << 25
+"""Elements of O that the exact form takes at once; of more, one sequence after the other: it makes some fifteen tensors
+of that size in float32, which a device that a model fills does not have."""
 
 _UNBOUNDED = 1e6
 """A tolerance that no sum of probabilities exceeds."""
@@ -161,6 +166,24 @@ def _signs(length: int) -> torch.Tensor:
 
 
 def _exact_ratios(call: AttentionBackward) -> torch.Tensor:
+    if call.out.numel() <= _AT_ONCE or call.out.shape[0] == 1:
+        return _ratios_at_once(call)
+    return torch.stack([_ratios_at_once(_sequence(call, number)) for number in range(call.out.shape[0])]).amax(0)
+
+
+def _sequence(call: AttentionBackward, number: int) -> AttentionBackward:
+    """One of the batch."""
+
+    def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[number : number + 1]
+
+    shared = call.mask is None or call.mask.dim() < 4 or call.mask.shape[0] == 1
+    tensors = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
+    parts: dict[str, Any] = {name: of(getattr(call, name)) for name in tensors}
+    return dataclasses.replace(call, **parts, mask=call.mask if shared else of(call.mask))
+
+
+def _ratios_at_once(call: AttentionBackward) -> torch.Tensor:
     # On a CPU few calls come here; and squares of very large or small elements are none in float32.
     wide = torch.float64 if call.out.is_cpu else _wide(call.out)
     query, key, value, out, d_out = (x.to(wide) for x in (call.query, call.key, call.value, call.out, call.d_out))
@@ -252,7 +275,11 @@ def _of_mask(call: AttentionBackward) -> torch.Tensor | float:
     """
     if call.mask is None or not call.mask.is_floating_point():
         return 0.0
-    highest = call.mask.amax(-1)
+    mask = call.mask
+    for dimension in range(mask.dim()):
+        if mask.stride(dimension) == 0:  # expanded: the same again and again
+            mask = mask.narrow(dimension, 0, 1)
+    highest = mask.amax(-1)
     depth = torch.where(highest.isfinite(), -highest, 0.0).clamp(min=0.0).amax().to(_wide(call.out))
     return (8.0 * (torch.finfo(_wide(call.out)).eps / 2) * depth).clamp(max=_UNBOUNDED)
 

@@ -125,12 +125,16 @@ def unusable_for_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows that see no key, other rows whose inputs are not finite), (rows,) each.
 
-    A row of P that is NaN throughout saw no key: its forward has been checked.
+    A row of P that is NaN throughout saw no key: its forward has been checked. By reductions only: on a GPU this is
+    asked of every call, and P is the largest tensor of eager attention.
     """
     n = probabilities.shape[-1]
     weights, incoming = probabilities.reshape(-1, n), d_probabilities.reshape(-1, n)
-    keyless = weights.isnan().all(-1)
-    return keyless, ~((weights.isfinite() & incoming.isfinite()).all(-1) | keyless)
+    # Nothing is zero, and without what is NaN nothing is left.
+    is_full = torch.linalg.vector_norm(weights, 0, dim=-1, dtype=torch.promote_types(weights.dtype, torch.float32)) == n
+    keyless = is_full & (weights.nansum(-1) == 0.0)
+    finite = [extreme.isfinite() for rows in (weights, incoming) for extreme in rows.aminmax(dim=-1)]
+    return keyless, ~(torch.stack(finite).all(0) | keyless)
 
 
 def _suspects(ratio: torch.Tensor, exempt: torch.Tensor) -> torch.Tensor:

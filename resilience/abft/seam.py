@@ -48,13 +48,14 @@ class Gate:
     def is_open(self, key: str) -> bool:
         if self._thread.open:
             return True
-        if self._thread.busy or not (self._admitted != -1 or (key == "CUDA" and self._num_open)):
+        on_cuda = key.endswith("CUDA")  # SparseCUDA and SparseCsrCUDA, too
+        if self._thread.busy or not (self._admitted != -1 or (on_cuda and self._num_open)):
             return False
         task = torch._C._current_graph_task_id()
         if task == -1:
             return False
         # Passes have rising numbers: one above that of a pass that has not ended was begun within it.
-        return task == self._admitted or task > self._admitted > -1 or (key == "CUDA" and self._num_open > 0)
+        return task == self._admitted or task > self._admitted > -1 or (on_cuda and self._num_open > 0)
 
     def admit(self, graph_task: int) -> None:
         """Let this backward pass through, and those nested in it (reentrant checkpointing), instead of one before.

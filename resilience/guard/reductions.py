@@ -110,14 +110,16 @@ class Reductions:
             return []
         if any(each.part.sums.device.type != "cpu" for each in self._seen):
             torch.accelerator.synchronize()  # DeepSpeed reduces on streams of its own
-        parts = [part.flatten().cpu() for each in self._seen for part in each.part]
+        parts = [part.flatten() for part in _on_host([part for each in self._seen for part in each.part])]
         totals = self._exchange.total(torch.cat([torch.empty(0, dtype=torch.float64, device="cpu"), *parts]))
+        results = iter(_on_host([part for each in self._seen if each.observed is not None for part in each.observed]))
         found = []
         for number, each in enumerate(self._seen):
             sums, totals = _split(totals, each.part.sums.shape)
             energies, totals = _split(totals, each.part.energies.shape)
             if each.observed is not None:
-                found += self._compare(number, each.dtype, _shard(ChunkSums(sums, energies), each.shard), each.observed)
+                expected, observed = ChunkSums(sums, energies), ChunkSums(next(results), next(results))
+                found += self._compare(number, each.dtype, _shard(expected, each.shard), observed)
         return found
 
     def _say_once(self) -> None:
@@ -128,12 +130,11 @@ class Reductions:
     def _compare(self, number: int, dtype: torch.dtype, expected: ChunkSums, result: ChunkSums) -> list[Finding]:
         if not expected.is_finite():
             return []  # what went in was bad already: the screens of local gradients know whose it is
-        observed, num_ranks = ChunkSums(*(part.cpu() for part in result)), self._exchange.world_size
-        finite = bool(observed.sums.isfinite().all())
+        num_ranks, finite = self._exchange.world_size, bool(result.sums.isfinite().all())
         if not finite and may_overflow(expected, dtype=dtype, num_ranks=num_ranks):
             return []  # the search for a loss scale: DeepSpeed skips the step
         self.num_checks += 1
-        ratios = reduction_ratio(expected, observed, dtype=dtype, num_ranks=num_ranks)
+        ratios = reduction_ratio(expected, result, dtype=dtype, num_ranks=num_ranks)
         ratio = float(ratios.max()) / self._threshold_scale
         if ratio <= 1.0:
             return []
@@ -151,6 +152,18 @@ class Reductions:
 
 def _shard(of_all: ChunkSums, number: int) -> ChunkSums:
     return ChunkSums(of_all.sums[number], of_all.energies[number])
+
+
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same in the host's memory, copied at once from each of their devices."""
+    found = list(tensors)
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        together = torch.cat([tensors[place].flatten() for place in places]).cpu()
+        parts = torch.split(together, [tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(tensors[place].shape)
+    return found
 
 
 def _fingerprint(seen: list[_Reduction]) -> int:

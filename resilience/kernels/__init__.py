@@ -30,6 +30,17 @@ _MIN_CAPABILITY = (8, 0)
 _given_up: set[tuple[str, int | None]] = set()
 """Modules whose kernels a device, by its index, could not have."""
 
+_CANNOT_RUN = (
+    "PassManager::run failed",
+    "Triton Error [CUDA]: device kernel image is invalid",
+    "Triton Error [CUDA]: no kernel image is available",
+    "Triton Error [CUDA]: a PTX JIT compilation failed",
+    "Triton Error [CUDA]: the provided PTX was compiled with an unsupported toolchain",
+)
+"""How the RuntimeErrors of Triton's compiler, and of its loader, begin: they have no class of their own. What a device
+says otherwise, of memory that is short or of an earlier kernel that broke, begins with `Triton Error [CUDA]`, too.
+"""
+
 
 def launch(module: str, tensor: torch.Tensor, run: Callable[[ModuleType], Result]) -> Result | None:
     """What `run` makes of the Triton kernels that serve `tensor`; None where torch's arithmetic does.
@@ -48,10 +59,20 @@ def launch(module: str, tensor: torch.Tensor, run: Callable[[ModuleType], Result
         return None
     try:
         return run(kernels)
-    except _compilation_errors() as error:
+    except _possible_errors() as error:
+        if not _is_of_compilation(error):
+            raise
         _given_up.add(place)
         _log.warning("Triton's kernel %s cannot run on device %s, torch's operators take its place: %s", *place, error)
         return None
+
+
+def _possible_errors() -> tuple[type[Exception], ...]:
+    return RuntimeError, *_compilation_errors()
+
+
+def _is_of_compilation(error: Exception) -> bool:
+    return isinstance(error, _compilation_errors()) or str(error).startswith(_CANNOT_RUN)
 
 
 def _compilation_errors() -> tuple[type[Exception], ...]:
@@ -91,7 +112,7 @@ def _can_launch() -> bool:
         return False
     try:
         importlib.import_module("triton.runtime").driver.active.get_current_target()
-    except (RuntimeError, ImportError, OSError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, ImportError, OSError, AssertionError, subprocess.CalledProcessError) as error:
         _log.warning("Triton cannot launch kernels here, torch's operators take their place: %s", error)
         return False
     return True

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from resilience.abft.protection import Protection
+from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -58,12 +59,8 @@ def test_nothing_waits_for_the_device(protect: Protect) -> None:
     for step in (1, 2):
         protected(protection, leaves, step=step)
     protection.drain()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         protected(protection, leaves, step=3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert protection.drain() == []
 
 

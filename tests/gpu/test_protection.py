@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resilience.abft.protection import Protection
+from tests.gpu.waiting import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -141,12 +142,8 @@ def test_no_operation_of_a_protected_step_waits_for_the_device(
     for number in (1, 2):  # kernels are compiled, vectors of weights are made
         protected(protection, model, x, number=number)
     protection.drain()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         protected(protection, model, x, number=3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert protection.drain() == []
 
 

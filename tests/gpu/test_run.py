@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import DEEPSPEED_CONFIG, digest, launched
+from tests.gpu.configs import ONE_GPU, config
+from tests.integration.harness import digest, launched
 
 pytestmark = [pytest.mark.gpu, pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -19,15 +20,12 @@ layer = 1
 kind = "inf"
 """
 
-ONE_GPU = ["--num_gpus", "1"]
-
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_fault_in_forward_ends_in_the_fault_free_weights(tmp_path: Path, stage: int) -> None:
-    config = {**DEEPSPEED_CONFIG, "zero_optimization": {"stage": stage}}
     runs = {"plain": {"plain": True}, "faulted": {"faults": FAULT}}
     for name, options in runs.items():
-        with launched(tmp_path / name, launch_args=ONE_GPU, deepspeed_config=config, **options) as run:
+        with launched(tmp_path / name, launch_args=ONE_GPU, deepspeed_config=config(stage), **options) as run:
             assert run.wait(300.0) == 0, run.output()[-4000:]
             if name == "faulted":
                 report = run.report()

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from resilience.snapshot.copiers import Bytes, CudaStreams, StreamCopier
-from tests.integration.harness import DEEPSPEED_CONFIG, digest, launched
+from tests.gpu.configs import ONE_GPU, config
+from tests.gpu.waiting import no_waiting
+from tests.integration.harness import digest, launched
 
 pytestmark = pytest.mark.gpu
 
@@ -113,12 +115,9 @@ def test_no_call_before_the_end_waits_for_the_device(copier: StreamCopier, memor
         begin(copier, memory, weight, buffer)
         copier.go_on()
         copier.finish()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         begin(copier, memory, weight, buffer)
         copier.go_on()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert copier.finish()
 
 
@@ -156,10 +155,9 @@ def test_a_refused_registration_leaves_no_error_for_the_next_kernel(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_killed_rank_goes_on_from_a_snapshot_in_the_weights_of_a_run_without_it(tmp_path: Path, stage: int) -> None:
-    config = {**DEEPSPEED_CONFIG, "zero_optimization": {"stage": stage}}
     runs: dict[str, dict[str, Any]] = {"plain": {"plain": True}, "killed": {"faults": KILL, "resilience": EVERY_STEP}}
     for name, options in runs.items():
-        with launched(tmp_path / name, launch_args=["--num_gpus", "1"], deepspeed_config=config, **options) as run:
+        with launched(tmp_path / name, launch_args=ONE_GPU, deepspeed_config=config(stage), **options) as run:
             assert run.wait(280.0) == 0, run.output()[-4000:]
     # That of the step before was being copied beside the one that was struck.
     assert re.search(r"fast-forwarded to step [67] ", run.output()), run.output()[-4000:]

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels.launching import launching
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -17,13 +19,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def launches(device: torch.device) -> Iterator[None]:
     """Without a CUDA device every launch of a kernel runs in the interpreter."""
-    if device.type == "cuda":
-        yield
-        return
-    pytest.importorskip("triton", reason="triton has builds for Linux only")
-    from tests.kernels.interpreter import interpreting
-
-    with interpreting():
+    with launching(device):
         yield
 
 

@@ -106,24 +106,21 @@ def strike(case: Case, forward: api.Forward, gradients: api.Gradients, order: ap
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("length", SETTINGS)
 def test_faults_above_a_hundredth_are_seen(device: torch.device, length: str) -> None:
-    from tests.kernels.interpreter import interpreting
-
     setting, draw = SETTINGS[length], random.Random(0)
     found: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    with interpreting():
-        for number in range(setting.num_cases):
-            case = setting.case(device, number)
-            forward = case.forward()
-            gradients = case.backward(forward)
-            for sites in (PRODUCTS, ELEMENTWISE):
-                for kernel, site in [(kernel, site) for kernel, members in sites.items() for site in members]:
-                    for _ in range(setting.num_trials):
-                        trial = strike(case, forward, gradients, random_strike(setting, kernel, site, draw))
-                        size = "large" if trial.change >= LARGE else "small" if trial.change > 0 else "none"
-                        of_site = found[kernel, site.name.lower()]
-                        of_site[size] += 1
-                        of_site[f"{size} detected"] += trial.detected
-                        of_site["late"] += trial.late
+    for number in range(setting.num_cases):
+        case = setting.case(device, number)
+        forward = case.forward()
+        gradients = case.backward(forward)
+        for sites in (PRODUCTS, ELEMENTWISE):
+            for kernel, site in [(kernel, site) for kernel, members in sites.items() for site in members]:
+                for _ in range(setting.num_trials):
+                    trial = strike(case, forward, gradients, random_strike(setting, kernel, site, draw))
+                    size = "large" if trial.change >= LARGE else "small" if trial.change > 0 else "none"
+                    of_site = found[kernel, site.name.lower()]
+                    of_site[size] += 1
+                    of_site[f"{size} detected"] += trial.detected
+                    of_site["late"] += trial.late
     print("\n| kernel | struck | changed by 1e-2 or more | of them seen | of these late | by less | of them seen |")
     for (kernel, name), of_site in found.items():
         columns = ("large", "large detected", "late", "small", "small detected")

@@ -12,6 +12,7 @@ from resilience.kernels.attention import api
 from resilience.kernels.attention.records import CheckBit, FaultRecord, Site, Verdict
 from resilience.kernels.attention.tiling import Launch, Tiling
 from tests.kernels.attention_cases import Case, bits_of
+from tests.kernels.launching import launching
 
 KINDS = {
     "inf": (0, bits_of(math.inf)),
@@ -55,10 +56,8 @@ def case(device: torch.device) -> Case:
 
 
 @pytest.fixture(scope="module")
-def clean(case: Case) -> tuple[api.Forward, api.Gradients]:
-    from tests.kernels.interpreter import interpreting
-
-    with interpreting():
+def clean(device: torch.device, case: Case) -> tuple[api.Forward, api.Gradients]:
+    with launching(device):
         run = case.forward()
         return run, case.backward(run)
 

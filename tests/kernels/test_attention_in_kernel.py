@@ -215,6 +215,13 @@ def test_the_rest_goes_to_the_operator_and_is_counted(
     assert record.drain() == []
 
 
+def test_heads_beyond_the_kernels_offsets_go_to_the_operator(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilience.abft.in_kernel._LARGEST_OFFSET", 24 * 16 - 1)
+    attention, _, gate = wire()
+    step(gate, operands())
+    assert attention.fallbacks == {"heads that lie too far apart": 2}
+
+
 def test_without_triton_everything_goes_to_the_operator(wire: Wire) -> None:
     attention, _, gate = wire()
     attention._find = lambda *_: None

@@ -1,9 +1,11 @@
-"""On a CUDA device a handler runs with its tensors' device as the current one, and not while a graph is captured."""
+"""On a CUDA device a handler runs with its tensors' device as the current one, and not for what becomes a graph."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,3 +73,33 @@ def test_what_a_graph_captures_is_passed_over_and_named(machine: Machine) -> Non
     handle = on_device(lambda *_: pytest.fail("a captured check would never be read"), passed_over.append)
     assert handle(lambda one: one + 1, (1,), {}) == 2
     assert passed_over == ["captured into a CUDA graph"]
+
+
+@pytest.mark.parametrize("device_index", [0, 1])
+def test_what_inductor_runs_before_it_captures_is_passed_over(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, device_index: int
+) -> None:
+    """It lies in the graph's memory: of that a check may keep nothing. What runs beside on other streams is checked."""
+    streams = {0: "script's", 1: "script's"}
+    managers = {0: None, 1: SimpleNamespace(stream="inductor's")}
+    asked: list[bool] = []
+
+    def get_manager(index: int, create_if_none_exists: bool = True) -> SimpleNamespace | None:
+        asked.append(create_if_none_exists)
+        return managers[index]
+
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", SimpleNamespace(get_manager=get_manager))
+    monkeypatch.setattr("torch.cuda.current_stream", streams.__getitem__)
+    passed_over: list[str] = []
+    handle = on_device(lambda *_: "checked", passed_over.append)
+    call = (lambda one: "run", (on_cuda(device_index),), {})
+    assert handle(*call) == "checked"
+    streams[1] = "inductor's"
+    assert handle(*call) == ("run" if device_index == 1 else "checked")
+    assert passed_over == ["captured into a CUDA graph"] * device_index
+    assert not any(asked), "a manager is inductor's to make"
+
+
+def test_inductor_has_what_is_asked_of_it() -> None:
+    trees = pytest.importorskip("torch._inductor.cudagraph_trees")
+    assert trees.get_manager(0, create_if_none_exists=False) is None

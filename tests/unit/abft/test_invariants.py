@@ -363,3 +363,21 @@ def test_bad_inputs_are_propagation(protect: Any) -> None:
     (finding,) = protection.drain()
     assert finding.inputs_bad
     assert not finding.mended
+
+
+@pytest.mark.parametrize("mask", ["causal", "padding", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_too_large_at_once_is_taken_one_sequence_after_the_other(
+    mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = attention(mask, dtype)
+    if call.mask is not None:
+        call = dataclasses.replace(call, mask=call.mask.expand(2, 4, *call.mask.shape))
+    at_once = _exact_ratios(call)
+    monkeypatch.setattr("resilience.abft.invariants._AT_ONCE", 1)
+    # In float32 the scores of a sequence widen its own tolerance only.
+    assert bool((at_once <= _exact_ratios(call)).all())
+    assert bool((_exact_ratios(call) <= 1.2 * at_once).all())
+    for name in ("d_query", "d_key", "d_value", "out"):
+        assert float(_exact_ratios(corrupted(call, name, rms=100.0, place=-1)).max()) > 1.0
+    assert _exact_ratios(dataclasses.replace(call, d_query=None))[2] == 0.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resilience.abft.probabilities import (
     confirm_gradient,
@@ -197,3 +200,34 @@ def test_rows_without_keys_are_no_alarm_where_nothing_waits_for_the_device() -> 
     for ratio, bad in (forward(scores, out), backward(incoming, keyless(20).softmax(-1), gradient)):
         assert not ratio <= 1.0
         assert bad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_gradient_cannot_be_checked_for_is_found_by_reductions_alone(dtype: torch.dtype) -> None:
+    """On a GPU this is asked of every call: nothing of the size of P may be made for it."""
+    probabilities = scores_of(dtype).softmax(-1).view(-1, 128)
+    incoming = scores_of(dtype, seed=1).view(-1, 128)
+    probabilities[3] = torch.nan
+    probabilities[[5, 6], [7, 8]] = torch.nan
+    probabilities[9, 9] = torch.inf
+    probabilities[14] = probabilities[15] = 0.0
+    probabilities[14, 0] = torch.nan  # the first row under a causal mask, broken
+    incoming[[3, 11, 12, 13], [0, 1, 2, 3]] = torch.tensor([1.0, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    with Largest() as made:
+        keyless, bad = unusable_for_gradient(incoming, probabilities)
+    assert keyless.nonzero().flatten().tolist() == [3]
+    assert bad.nonzero().flatten().tolist() == [5, 6, 9, 11, 12, 13, 14]
+    assert made.num_elements <= 8 * len(probabilities)
+
+
+class Largest(TorchDispatchMode):
+    """Of the tensors that are made, views aside."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, torch.Tensor) and result._base is None and not func.is_view:
+                self.num_elements = max(self.num_elements, result.numel())
+        return results

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from resilience.abft.carried import _median
 from resilience.abft.finding import Finding
 from resilience.abft.gemm import parse_gemm
 from resilience.abft.mend import rebuilt
@@ -142,3 +143,14 @@ def test_nothing_wrong_is_nothing_rebuilt() -> None:
     gemm = parse_gemm("mm", (a, b), {})
     assert gemm is not None
     assert not rebuilt(gemm, a @ b)
+
+
+def test_the_usual_energy_is_the_median_of_what_is_finite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length in (1, 2, 3, 8, 9):
+        energy = torch.rand(4, 3, length, generator=generator)
+        energy[torch.rand(4, 3, length, generator=generator) > 0.7] = torch.inf
+        energy[0, 0] = torch.nan
+        expected = torch.where(energy.isfinite(), energy, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+        assert torch.equal(_median(energy), expected)
+        assert _median(energy)[0, 0] == 0.0

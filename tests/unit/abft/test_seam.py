@@ -151,3 +151,28 @@ def test_an_admitted_backward_pass_is_let_through_and_no_other() -> None:
         assert counter.calls == 1
     finally:
         seam.uninstall()
+
+
+@pytest.mark.parametrize("key", ["CUDA", "SparseCUDA", "SparseCsrCUDA", "CPU"])
+def test_the_backward_thread_of_a_device_counts_as_the_one_that_opened(key: str) -> None:
+    gate = Gate()
+    is_open, is_done = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def open_it() -> None:
+        with gate.opened():
+            is_open.set()
+            is_done.wait(60.0)
+
+    out = torch.ones(2, requires_grad=True).sum()
+    out.register_hook(lambda _: seen.append(gate.is_open(key)))
+    opener = threading.Thread(target=open_it)
+    opener.start()
+    try:
+        assert is_open.wait(60.0)
+        assert not gate.is_open(key), "a thread without a backward pass"
+        out.backward()
+    finally:
+        is_done.set()
+        opener.join()
+    assert seen == [key != "CPU"]

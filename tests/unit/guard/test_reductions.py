@@ -12,7 +12,7 @@ import torch
 from resilience.clock import SystemClock
 from resilience.events import Check, DetectionKind
 from resilience.guard.exchange import Exchange
-from resilience.guard.reductions import Reductions
+from resilience.guard.reductions import Reductions, _on_host
 
 
 class Ranks(Exchange):
@@ -176,3 +176,25 @@ def test_what_is_reduced_between_the_steps_and_after_the_end_belongs_to_others()
     reductions.listen()
     assert reductions.findings() == []
     assert reductions.num_checks == 0
+
+
+def test_all_that_lies_on_a_device_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the device; a step has thousands of such tensors."""
+    num_copies = 0
+
+    class OnDevice(torch.Tensor):
+        is_cpu = False  # type: ignore[assignment]
+
+        def cpu(self, *_: object, **__: object) -> torch.Tensor:
+            nonlocal num_copies
+            num_copies += 1
+            return self.as_subclass(torch.Tensor)
+
+    here = [torch.arange(float(size)) + size for size in (3, 1, 4)]
+    there = [torch.arange(float(size)).as_subclass(OnDevice).view(-1, 2) for size in (2, 6)]
+    found = _on_host([here[0], there[0], here[1], there[1], here[2]])
+    assert num_copies == 1
+    assert [one.tolist() for one in found] == [
+        here[0].tolist(), [[0.0, 1.0]], here[1].tolist(), [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], here[2].tolist(),
+    ]  # fmt: skip
+    assert not any(isinstance(one, OnDevice) for one in found)

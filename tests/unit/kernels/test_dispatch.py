@@ -88,13 +88,45 @@ def test_a_kernel_that_a_device_cannot_have_is_replaced_and_not_tried_again(
     assert kernels.launch("hash.kernel", tensor, lambda module: 7) == 7
 
 
-def test_what_is_no_fault_of_a_kernel_s_compilation_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("who", ["CUDA error", "Triton Error [CUDA]"])
+@pytest.mark.parametrize("what", ["an illegal memory access was encountered", "out of memory"])
+def test_what_is_no_fault_of_a_kernel_s_compilation_is_not_hidden(
+    who: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory that is short now, a device that broke."""
     monkeypatch.setattr(kernels, "triton_kernels", lambda module, tensor: kernels)
 
     def run(module: object) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(f"{who}: {what}")
 
     tensor: Any = OnCuda()
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match=what):
         kernels.launch("checksum.sweep", tensor, run)
+    assert kernels.launch("checksum.sweep", tensor, lambda module: 7) == 7
+
+
+@pytest.mark.parametrize("words", ["PassManager::run failed", "Triton Error [CUDA]: device kernel image is invalid"])
+def test_a_failure_of_triton_s_that_has_no_class_is_known_by_its_words(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "triton_kernels", lambda module, tensor: kernels)
+
+    def run(module: object) -> None:
+        raise RuntimeError(words)
+
+    tensor: Any = OnCuda()
+    assert kernels.launch("hash.kernel", tensor, run) is None
+    assert kernels.launch("hash.kernel", tensor, lambda module: 7) is None, "it is not tried again"
+
+
+def test_a_machine_without_the_driver_s_library_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("triton.runtime", reason="triton has builds for Linux only")
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise AssertionError("libcuda.so cannot found!")
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    tensor: Any = OnCuda()
+    assert kernels.triton_kernels("hash.kernel", tensor) is None
