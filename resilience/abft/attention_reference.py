@@ -3,8 +3,8 @@
 An identity sees a whole head at once, under a tolerance that is measured and not proved. Where the same call fails it
 again, each element of what was computed is held here against a bound of round-off, as `checksum.confirm` does for
 products. It costs ten times what the call did, and some ten matrices of `_AT_ONCE` elements: it is for suspicions that
-stay. Where rows are too uncertain (of scores, or of finite masks by which they see no key, that are so large that their
-round-off changes P by a tenth) nothing is explained: their part in dK and dV would hide whatever is there.
+stay. Where rows are too uncertain (their scores, or finite masks by which they see no key, are so large that round-off
+changes P by a tenth) nothing is explained: their part in dK and dV would hide whatever is there.
 
 Shapes: query, out, d_query, d_out (b, hq, tq, d); key, value and their gradients (b, hk, tk, d), hq a multiple of hk.
 With S the scores, u_acc the round-off of the accumulation (float32), u that of the stored dtype, M_ij the sum of the
