@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from resilience.abft import attention_reference, fused
 from resilience.abft.attention_reference import AttentionInputs, backward_is_explained, forward_is_explained
@@ -177,3 +179,49 @@ def test_what_is_not_finite_is_not_dismissed(protect: Any, monkeypatch: pytest.M
         run_sdpa(SETTINGS["causal"])
     (finding,) = protection.drain()
     assert finding.site == "attention.context"
+
+
+@given(
+    st.sampled_from(_DTYPES),
+    st.tuples(st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (4, 1), (1, 1)])),
+    st.tuples(st.integers(1, 40), st.integers(1, 64), st.integers(1, 33)),
+    st.sampled_from(["none", "causal", "rows", "batches", "heads", "bool"]),
+    st.sampled_from([1e-3, 1.0, 4.0]),
+    st.sampled_from([None, 0.3, 2.0]),
+    st.integers(0, 1000),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("exceeded")
+def test_any_clean_call_is_explained(
+    protect: Any,
+    dtype: torch.dtype,
+    batch_and_heads: tuple[int, tuple[int, int]],
+    shape: tuple[int, int, int],
+    mask: str,
+    spread: float,
+    scale: float | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    (batch, (heads, key_heads)), (length, keys, width) = batch_and_heads, shape
+
+    def draw(*size: int) -> torch.Tensor:
+        return (torch.randn(*size, generator=generator) * spread).to(dtype)
+
+    masks = {
+        "rows": draw(length, keys),
+        "batches": torch.zeros(batch, 1, 1, keys, dtype=dtype).masked_fill(torch.arange(keys) > keys // 2, -torch.inf),
+        "heads": draw(1, heads, length, keys),
+        "bool": torch.rand(batch, 1, length, keys, generator=generator) > 0.4,
+    }
+    q, k, v = (draw(batch, h, n, width) for h, n in ((heads, length), (key_heads, keys), (key_heads, keys)))
+    leaves = [one.requires_grad_() for one in (q, k, v)]
+    protection = protect(strength="invariants")
+    with protection.active():
+        out = F.scaled_dot_product_attention(
+            *leaves, masks.get(mask), is_causal=mask == "causal", scale=scale, enable_gqa=heads != key_heads
+        )
+        out.backward(draw(*out.shape))
+    assert protection.drain() == []
+    assert protection.num_failed_checks() == 0
+    protection.uninstall()
