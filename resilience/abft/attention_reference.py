@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 import torch
 
-from resilience.abft.checksum import operand_roundoff
+from resilience.abft.arithmetic import operand_roundoff
 from resilience.kernels.precision import float32_precision
 
 __all__ = ["AttentionInputs", "backward_is_explained", "forward_is_explained"]

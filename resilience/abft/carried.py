@@ -17,10 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from resilience.abft.checksum import operand_roundoff
+from resilience.abft.arithmetic import matmul_precision, precision_of
 from resilience.abft.gemm import Gemm
-from resilience.abft.thresholds import Precision, carried_variance_factors
-from resilience.kernels.precision import float32_precision
+from resilience.abft.thresholds import carried_variance_factors
 
 __all__ = ["NUM_SIGNS", "Carried", "Encoded", "encode", "encode_gemm", "line_weights", "product"]
 
@@ -141,20 +140,22 @@ def product(
     rows = columns = None
     m, n = value.shape[-2:]
     if right.rows is not None:
-        rows = _through(left.value, right.rows, value.dtype, n, alpha, None if addend is None else addend.rows)
+        rows = _through(left.value, right.rows, value, n, alpha, None if addend is None else addend.rows)
     if left.columns is not None:
         below = None if addend is None else addend.columns
-        columns = _through(right.value.mT, left.columns, value.dtype, m, alpha, below)
+        columns = _through(right.value.mT, left.columns, value, m, alpha, below)
     return Encoded(value, rows, columns)
 
 
 def _through(
-    near: torch.Tensor, far: Carried, stored: torch.dtype, n: int, alpha: float, addend: Carried | None
+    near: torch.Tensor, far: Carried, value: torch.Tensor, n: int, alpha: float, addend: Carried | None
 ) -> Carried:
-    """Sums of the lines of near·Far (…, L, n) from those of Far: near (…, L, k), far over k lines."""
-    wide = far.sums.dtype
+    """Sums of the lines of near·Far (…, L, n) from those of Far: near (…, L, k), far over k lines; of `value` dtype and
+    device only.
+    """
+    stored, wide = value.dtype, far.sums.dtype
     k = near.shape[-1]
-    precision = _precision(stored, wide, float32_precision(near.device.type))
+    precision = precision_of(stored, matmul_precision(value), wide)
     factors = carried_variance_factors(precision, k=k, n=n, num_roundings=1 if addend is None else 2)
     near = near.to(wide) * alpha
     sums = near @ far.sums
@@ -187,17 +188,6 @@ def _median(energy: torch.Tensor) -> torch.Tensor:
     middle = (finite.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
     ordered = torch.where(finite, energy, torch.inf).sort(-1).values
     return ordered.gather(-1, middle).nan_to_num(posinf=0.0)
-
-
-@functools.cache
-def _precision(stored: torch.dtype, wide: torch.dtype, matmul_precision: str) -> Precision:
-    arithmetic = torch.float64 if stored == torch.float64 else torch.float32
-    return Precision(
-        stored=torch.finfo(stored).eps / 2,
-        accumulated=torch.finfo(arithmetic).eps / 2,
-        checked=torch.finfo(wide).eps / 2,
-        operand=operand_roundoff(matmul_precision) if stored == torch.float32 else 0.0,
-    )
 
 
 def encode_gemm(gemm: Gemm, out: torch.Tensor, *, sums: torch.dtype = torch.float64) -> Encoded:

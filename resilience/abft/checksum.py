@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 
+from resilience.abft.arithmetic import matmul_precision, precision_of
 from resilience.abft.expectation import Expectation
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import vectors
-from resilience.abft.thresholds import Precision, classify, element_factors, screen_factor, screen_grain
+from resilience.abft.thresholds import classify, element_factors, screen_factor, screen_grain
 from resilience.events import DetectionKind
-from resilience.kernels.precision import float32_precision
 from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio_of
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "Confirmation",
     "confirm",
     "deferred_residual",
-    "operand_roundoff",
     "screen",
     "worst_kind",
     "worst_residual",
@@ -60,8 +58,7 @@ def screen(
 
     `not (ratio <= 1)` is an alarm.
     """
-    precision = _matmul_precision(gemm.left)
-    factor, grain = _tolerance(dtype, precision, gemm.k, gemm.n, expected.shape[-1], factor_scale)
+    factor, grain = _tolerance(dtype, matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1], factor_scale)
     return residual_ratios(expected, observed, factor, grain=grain, finite_rows=finite_rows)
 
 
@@ -69,8 +66,7 @@ def worst_residual(expectation: Expectation, out: torch.Tensor, *, factor_scale:
     """The largest ratio of `screen` for C = `out`, whose sums are taken here; waits for the device."""
     call, n = expectation.call, expectation.width
     weights = vectors(n, out)
-    precision = _matmul_precision(call.left)
-    factor, grain = _tolerance(out.dtype, precision, call.k, n, weights.shape[1], factor_scale)
+    factor, grain = _tolerance(out.dtype, matmul_precision(call.left), call.k, n, weights.shape[1], factor_scale)
     worst = worst_ratio_of(
         expectation.oriented(out),
         weights,
@@ -90,57 +86,19 @@ def deferred_residual(
     gemm: Gemm, expected: torch.Tensor, observed: torch.Tensor, dtype: torch.dtype, *, factor_scale: float = 1.0
 ) -> torch.Tensor:
     """(largest ratio of `screen`, whether a sum that the inputs give is not finite), (2,), without waiting for it."""
-    precision = _matmul_precision(gemm.left)
-    factor, grain = _tolerance(dtype, precision, gemm.k, gemm.n, expected.shape[-1], factor_scale)
+    factor, grain = _tolerance(dtype, matmul_precision(gemm.left), gemm.k, gemm.n, expected.shape[-1], factor_scale)
     return deferred_worst_ratio(expected, observed, factor, grain=grain)
 
 
 @functools.lru_cache(maxsize=1024)
 def _tolerance(
-    dtype: torch.dtype, matmul_precision: str, k: int, n: int, columns: int, scale: float
+    dtype: torch.dtype, matmul: str, k: int, n: int, columns: int, scale: float
 ) -> tuple[float, float]:
     """(factor on the scale of a row, what does not shrink with it)."""
     limits = torch.finfo(dtype)
-    factor = screen_factor(_precision(dtype, matmul_precision), k=k, n=n, columns=columns)
+    factor = screen_factor(precision_of(dtype, matmul), k=k, n=n, columns=columns)
     grain = screen_grain(limits.smallest_normal * limits.eps, n=n, columns=columns)
     return scale * factor, scale * grain
-
-
-def _matmul_precision(matrix: torch.Tensor) -> str:
-    if matrix.dtype == torch.float16 and matrix.is_cuda and torch.backends.cuda.matmul.allow_fp16_accumulation:
-        return "fp16"
-    if matrix.dtype != torch.float32:
-        return "ieee"
-    return float32_precision("cpu" if matrix.is_cpu else matrix.device.type)
-
-
-@functools.cache
-def _precision(dtype: torch.dtype, matmul_precision: str) -> Precision:
-    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
-    return Precision(
-        stored=torch.finfo(dtype).eps / 2,
-        accumulated=torch.finfo(torch.float16).eps / 2 if matmul_precision == "fp16" else wide,
-        checked=wide,
-        operand=operand_roundoff(matmul_precision),
-    )
-
-
-def operand_roundoff(matmul_precision: str) -> float:
-    """Unit round-off of float32 operands where products are as precise as `float32_precision` says."""
-    return {"ieee": 0.0, "fp16": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}[matmul_precision]
-
-
-def _partial_roundoff(matrix: torch.Tensor) -> float:
-    """How far an element may be off where the user lets the parts of a split sum be rounded to the result's 16 bits
-    (torch's default on CUDA): as a multiple of its size, and, where terms of random signs cancel, of 1/√k of the sum of
-    its absolute terms.
-    """
-    if not matrix.is_cuda or matrix.dtype not in (torch.bfloat16, torch.float16):
-        return 0.0
-    settings = torch.backends.cuda.matmul
-    bf16, fp16 = (settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction)
-    is_allowed = bf16 if matrix.dtype == torch.bfloat16 else fp16
-    return 4.0 * torch.finfo(matrix.dtype).eps / 2 if is_allowed else 0.0
 
 
 # --- second stage -----------------------------------------------------------------------------------------------------
@@ -207,7 +165,7 @@ def _faulty(
     """Kind of the worst element of `stored` (r, n) that round-off does not explain, or None. Operands in float64."""
     limits = torch.finfo(stored.dtype)
     factors = element_factors(
-        _precision(stored.dtype, _matmul_precision(stored)),
+        precision_of(stored.dtype, matmul_precision(stored)),
         k=left.shape[1],
         smallest_normal=limits.smallest_normal,
     )
@@ -221,11 +179,8 @@ def _faulty(
         magnitude = magnitude + addend.abs()
         reference = reference + addend
         size = size + reference.abs()
-    partial = _partial_roundoff(stored)
     tolerance = (
-        (factors.relative + partial) * size
-        + (factors.accumulated + partial / math.sqrt(left.shape[1])) * magnitude
-        + factors.absolute * (1.0 + flushed)
+        factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
     ) * tolerance_scale
     error = (stored.double() - reference).abs()
     largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max

@@ -103,6 +103,12 @@ class _Operand(NamedTuple):
             return cls(storage, address, strides, weakref.ref(base), address - base.data_ptr())
         return cls(storage, address, strides, None, 0)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is a parameter of which no gradient will be asked."""
+        parameter = None if self.parameter is None else self.parameter()
+        return parameter is not None and not parameter.requires_grad
+
     def is_same(self, other: _Operand, *, transposed: bool = False) -> bool:
         """Whether both are one matrix, or (`transposed`) the other one is its transpose. ZeRO-3 gathers a parameter
         into other memory for backward than for forward.
@@ -234,6 +240,10 @@ class Expectations:
         sums = carried.waiting.pop((role.of_left, *place), None)
         if sums is not None:
             self._forget(node)  # both gradients are done
+        elif role.of_left and carried.right.is_frozen:
+            self._forget(node)  # there is but one
+            sums = sums_of(d_out, right=carried.of_right).rows
+            assert sums is not None
         else:
             rows, columns = sums_of(d_out, right=carried.of_right, left=carried.of_left)
             assert rows is not None

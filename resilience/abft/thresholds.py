@@ -70,6 +70,8 @@ class Precision:
     """Of the stored row sums E and O."""
     operand: float = 0.0
     """Of operands that are rounded on the way in (TF32, or bf16 passes for float32); 0 where they are exact."""
+    split: float = 0.0
+    """Of sums whose parts are rounded to C's dtype before they are added, all of them together; 0 where none are."""
 
 
 _SQUARED_WEIGHT = 7.0 / 3.0
@@ -119,12 +121,13 @@ def element_factors(precision: Precision, *, k: int, smallest_normal: float) -> 
 
     Worst-case accumulation errs by k·u·(|A|·|B|)_ij; beyond some 64 products no order of summation comes near that, and
     8·√k·u is used (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14).
+    Parts of a split sum have the size of C, or, where terms of random signs cancel, 1 ÷ √k of |A|·|B|.
     Results below the smallest normal number may be flushed to zero.
     """
     terms = min(k + 2.0, 8.0 * math.sqrt(k) + 8.0)
     return ElementFactors(
-        relative=1.01 * precision.stored,
-        accumulated=2.0 * precision.accumulated * terms + 2.0 * precision.operand,
+        relative=1.01 * precision.stored + precision.split,
+        accumulated=2.0 * (precision.accumulated * terms + precision.operand) + precision.split / math.sqrt(max(k, 1)),
         absolute=4.0 * smallest_normal,
     )
 
@@ -185,12 +188,13 @@ def carried_variance_factors(precision: Precision, *, k: int, n: int, num_roundi
 
     Storing errs with variance u_C² ÷ 3 of each element's square, `num_roundings` times where an addend follows. The
     partial sums of k products of one sign grow linearly, and their roundings add up to u·√k ÷ 3 of ‖a‖·‖b‖; of mixed
-    signs to less. The sums themselves are taken over k, and over n, in `checked`.
+    signs to less. Parts of a split sum: as in `element_factors`. The sums themselves are taken over k, and over n, in
+    `checked`.
     """
     accumulated = precision.accumulated * (0.5 * math.sqrt(k) + 2.0)
     return CarriedVarianceFactors(
-        stored=num_roundings * precision.stored**2 / 3.0,
-        accumulated=accumulated**2 + 2.0 * precision.operand**2,
+        stored=num_roundings * precision.stored**2 / 3.0 + precision.split**2,
+        accumulated=accumulated**2 + 2.0 * precision.operand**2 + precision.split**2 / max(k, 1),
         summed=(precision.checked * (math.sqrt(k) + math.sqrt(n) + 8.0)) ** 2,
     )
 

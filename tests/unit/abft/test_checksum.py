@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resilience.abft import checksum
 from resilience.abft.checksum import confirm, deferred_residual
@@ -20,7 +19,6 @@ from resilience.abft.sums import WeightSums
 from resilience.events import DetectionKind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPES16 = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def screen(gemm: Gemm, out: torch.Tensor, sums: WeightSums | None = None, *, finite_rows: bool = False) -> torch.Tensor:
@@ -399,29 +397,3 @@ def test_reduced_internal_precision_of_float32_is_known(precision: str) -> None:
         assert detected(gemm, out) is DetectionKind.MISMATCH
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
-def settings_of_cuda() -> Iterator[Any]:
-    """They are attributes without a place: what puts one back must set it."""
-    settings = torch.backends.cuda.matmul
-    names = ("allow_fp16_accumulation", "allow_bf16_reduced_precision_reduction")
-    before = [getattr(settings, name) for name in names]
-    yield settings
-    for name, value in zip(names, before, strict=True):
-        setattr(settings, name, value)
-
-
-def test_what_the_user_lets_a_gpu_round_is_no_fault(settings_of_cuda: Any) -> None:
-    """Sums in float16, and the parts of a split sum rounded to 16 bits."""
-    with FakeTensorMode():
-        half, brain, wide = (torch.empty(2, 2, dtype=dtype, device="cuda") for dtype in DTYPES16)
-    assert checksum._matmul_precision(half) == "ieee"
-    assert checksum._partial_roundoff(brain) == 4 * 2.0**-8
-    assert checksum._partial_roundoff(half) == 4 * 2.0**-11
-    assert checksum._partial_roundoff(wide) == checksum._partial_roundoff(torch.ones(1).bfloat16()) == 0.0
-    settings_of_cuda.allow_fp16_accumulation = True
-    settings_of_cuda.allow_bf16_reduced_precision_reduction = False
-    assert [checksum._matmul_precision(one) for one in (half, brain)] == ["fp16", "ieee"]
-    assert checksum._precision(torch.float16, "fp16").accumulated == 2.0**-11
-    assert checksum._partial_roundoff(brain) == 0.0

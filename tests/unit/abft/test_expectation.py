@@ -158,6 +158,36 @@ def test_graphs_that_never_run_backward_do_not_pile_up(monkeypatch: pytest.Monke
     assert sorted(expectations._carried) == list(range(40, 50))
 
 
+def test_sums_of_a_frozen_weight_go_with_its_only_gradient(protect: Any) -> None:
+    """Adapters are trained beside frozen weights: what waited for gradients that nobody asks for would pile up."""
+    frozen, trained = nn.Linear(24, 40).requires_grad_(False), nn.Linear(40, 8)
+    model = nn.Sequential(nn.Linear(16, 24), frozen, trained)
+    protection = protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        model(normal(4, 16, seed=1)).sum().backward()
+    carried = protection._gemms._expectations._carried
+    assert not any(kept.right.parameter() is frozen.weight for kept in carried.values() if kept is not None)
+    assert protection.drain() == []
+
+
+@pytest.mark.parametrize("form", ["left", "left transposed"])
+def test_the_gradient_beside_a_frozen_weight_is_held(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, d_out = normal(6, 7, seed=1), normal(6, 9, seed=3)
+    weight = nn.Parameter(normal(9, 7, seed=2), requires_grad=False)
+    expectations = Expectations(WeightSums())
+    expectations.forward(Gemm(left, weight.t()), left @ weight.t(), node=5)
+    monkeypatch.setattr(expectations, "alone", lambda *_: pytest.fail("nothing was carried"))
+    gemm = gradients(left, weight.t(), d_out)[form]
+    out = gemm.left @ gemm.right
+    found = expectations.backward(gemm, out, node=5)
+    assert ratio(found, out) < 1e-5
+    out[0, 0] += 10.0
+    assert ratio(found, out) > 1e-2
+    assert expectations._carried == {}
+
+
 def linear(bias: bool) -> Callable[[], nn.Module]:
     return lambda: nn.Linear(24, 40, bias=bias)
 
