@@ -117,7 +117,9 @@ def run_setting(number: int, arguments: argparse.Namespace) -> Tally:
     for seen in (True, False):
         members = [trial for trial in changed if trial.detected is seen]
         chosen = draw.sample(members, min(arguments.outcomes, len(members)))
-        tally.outcomes[setting.dtype] += outcomes(subject, setting, chosen)
+        tally.outcomes[setting.dtype] += outcomes(subject, chosen, "seen" if seen else "not seen")
+    missed = [trial for trial in trials if trial.harmless is False]
+    tally.outcomes[setting.dtype] += outcomes(subject, missed, "missed")
     run_clean(subject, math.ceil(arguments.clean_checks / len(settings())), tally)
     words = f"{setting.model}, {setting.attention}, {setting.dtype}"
     print(f"{words}: {len(trials):,} trials, {time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -152,6 +154,7 @@ def summary(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict
     points = [
         {
             "dtype": dtype, "site": outcome.site, "kind": outcome.kind, "detected": outcome.detected,
+            "group": outcome.group,
             **{name: _or_none(getattr(outcome, name)) for name in ("relative_change", "loss_change", "weight_change")},
         }
         for dtype, found in tally.outcomes.items() for outcome in found

@@ -145,8 +145,7 @@ def show(results: list[dict[str, Any]]) -> None:
         "all plain ones; own: 1 + seconds in protection's own code ÷ all other seconds of a protected step, by timers\n"
         "(median); user: of the medians of processor time outside the kernel; system: that in the kernel, mostly for\n"
         "pages of memory, plain → protected.\n"
-        "Protected is all that happens in a rank: recording, checks, screens, the vote. Heartbeats leave from another\n"
-        "thread, twice a second, and are not in it."
+        "Protected is recording, checks, screens, hashes, the vote; not snapshots, heartbeats and what a run writes."
     )
 
 

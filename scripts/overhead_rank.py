@@ -25,6 +25,7 @@ import torch
 from overhead_models import ATTENTIONS, MODELS, Trained, build
 from own_time import OwnTime
 
+from resilience.abft.adaptive import Solution
 from resilience.abft.frequency import MEASURED_STEPS
 from resilience.config import Config, GuardConfig
 from resilience.deepspeed import hook
@@ -101,7 +102,7 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
 
     # An adaptive share is set once costs were measured.
     num_untimed = MEASURED_STEPS + 1 if config.detection.share == "adaptive" else 1
-    coverages = []
+    solutions = []
 
     def plain() -> list[Timed]:
         return trainer.timed(num_steps)
@@ -110,7 +111,7 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
         hook.protect(trainer.engine, config)
         try:
             steps = trainer.timed(num_steps, num_untimed=num_untimed)
-            coverages.append(coverage(trainer.engine))
+            solutions.append(solution(trainer.engine))
             return steps
         finally:
             hook.release(trainer.engine)
@@ -129,7 +130,7 @@ def measure(trainer: Trainer, detection: dict[str, Any], *, num_pairs: int, num_
     own_ratios = [step.own_ratio for step in protected_steps]
     return {
         **detection,
-        **({"coverage": min(coverages)} if num_untimed > 1 else {}),
+        **_adaptive(solutions),
         "ratios": ratios,
         "median_ratio": statistics.median(ratios),
         "quartile_ratio": _lower_quartile(protected_steps) / _lower_quartile(plain_steps),
@@ -152,11 +153,19 @@ def _lower_quartile(steps: list[Timed]) -> float:
     return statistics.quantiles(seconds, n=4, method="inclusive")[0] if len(seconds) > 1 else seconds[0]
 
 
-def coverage(engine: Any) -> float:
-    """Of the adaptive share that `engine` runs with; 1 where everything is checked."""
+def solution(engine: Any) -> Solution | None:
+    """The adaptive shares that `engine` runs with; None where all calls have one share."""
     guarded = hook.guarded(engine)
-    frequency = guarded.protection.frequency if guarded is not None and guarded.protection is not None else None
-    return 1.0 if frequency is None else frequency.coverage
+    return guarded.protection.frequency if guarded is not None and guarded.protection is not None else None
+
+
+def _adaptive(solutions: list[Solution | None]) -> dict[str, Any]:
+    """The least coverage, and the shares of every block."""
+    found = [one for one in solutions if one is not None]
+    if not found:
+        return {}
+    shares = [{site: round(share, 4) for site, share in one.shares.items()} for one in found]
+    return {"coverage": min(one.coverage for one in found), "shares": shares}
 
 
 def machine() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from resilience.abft.seam import Gate
 from resilience.deepspeed.adapter import EngineAdapter
 from resilience.guard.recorder import Recorder
+from resilience.guard.reductions import Reductions
 from resilience.guard.screens import GradientScreen
 from resilience.guard.transaction import Guard
 
@@ -37,6 +38,7 @@ class OwnTime:
             (Guard, ("_forward", "_backward", "_take_model_step", "_engine_step")),
             (GradientScreen, ("_read",)),
             (Recorder, ("_on_cotangent",)),
+            (Reductions, ("goes_in", "comes_out")),
         ):
             for name in names:
                 setattr(entered, name, self._switched(getattr(entered, name), is_own=True))

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 from resilience.abft.handlers import Injector
 from resilience.abft.protection import Protection
+from resilience.clock import Clock
 from resilience.config import DetectionConfig
 
 __all__ = ["installing"]
 
 
 @contextlib.contextmanager
-def installing() -> Iterator[Callable[[Mapping[str, object], Injector | None], Protection]]:
-    """Gives a function that makes an installed protection of `[detection]` settings, maybe with an injector."""
+def installing() -> Iterator[Callable[..., Protection]]:
+    """Gives a function that makes an installed protection of `[detection]` settings; injector and clock if given."""
     made: list[Protection] = []
 
-    def make(settings: Mapping[str, object], injector: Injector | None) -> Protection:
-        protection = Protection(DetectionConfig.model_validate(settings), injector=injector)
+    def make(settings: Mapping[str, object], injector: Injector | None, clock: Clock | None = None) -> Protection:
+        protection = Protection(DetectionConfig.model_validate(settings), injector=injector, clock=clock)
         protection.install()
         made.append(protection)
         return protection

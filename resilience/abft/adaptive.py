@@ -51,12 +51,22 @@ GROUPS: tuple[tuple[str, ...], ...] = (
 )
 """Sites that have one share: a product's gradients are checked if the product is, for that costs a pass less."""
 
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_WORD = 1 << 64
+_STRIDE = 0x9E3779B97F4A7C15
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What was counted at one site over some steps."""
+
+    def __sub__(self, earlier: Measured) -> Measured:
+        """What was counted since `earlier`."""
+        return Measured(
+            num_calls=self.num_calls - earlier.num_calls,
+            num_checks=self.num_checks - earlier.num_checks,
+            operation_s=self.operation_s - earlier.operation_s,
+            check_s=self.check_s - earlier.check_s,
+        )
 
     num_calls: int
     num_checks: int
@@ -97,16 +107,25 @@ class Solution:
 
 
 def site_costs(
-    measured: Mapping[str, Measured], *, num_steps: int, vulnerabilities: Mapping[str, float] | None = None
+    measured: Mapping[str, Measured],
+    *,
+    num_steps: int,
+    check_s: Mapping[str, float] | None = None,
+    vulnerabilities: Mapping[str, float] | None = None,
 ) -> dict[str, SiteCost]:
-    """Costs a step from what was counted over `num_steps`; sites that were never called are left out.
+    """Costs a step; sites that were never called are left out.
 
-    A site that was not checked yet counts as free to check, so that it will be.
+    Args:
+        measured: what was counted over the steps.
+        num_steps: how many.
+        check_s: seconds of one check where none was made in them. What is not known counts as free to check, so that
+            it will be.
+        vulnerabilities: of the sites, 1 where none is given.
     """
     found = {}
     for site, one in measured.items():
         if one.num_calls:
-            each_s = one.check_s / one.num_checks if one.num_checks else 0.0
+            each_s = one.check_s / one.num_checks if one.num_checks else (check_s or {}).get(site, 0.0)
             found[site] = SiteCost(
                 operation_s=one.operation_s / num_steps,
                 check_s=each_s * one.num_calls / num_steps,
@@ -156,11 +175,11 @@ def for_target(
     if rate_per_s * horizon_steps > 0.0:
         allowed = -math.log(coverage_target) / (rate_per_s * horizon_steps)
     weights = _weights(costs)
-    found = dict.fromkeys(costs, min_share)
+    found = dict.fromkeys(costs, min_share if coverage_target < 1.0 else 1.0)
     lacking = _exposed(costs, found) - allowed
     for site in _by_worth(costs, weights):
         gain = weights[site] * (1.0 - min_share)
-        if lacking <= 0.0:
+        if lacking <= 0.0 or coverage_target >= 1.0:
             break
         # Rounded up in the last place: the target is met, not nearly met.
         found[site] = 1.0 if gain <= lacking else min(1.0, (min_share + lacking / weights[site]) * (1.0 + 1e-12))
@@ -189,7 +208,7 @@ def for_budget(
     left -= math.fsum(cost.check_s * min_share for cost in costs.values())
     for site in _by_worth(costs, weights):
         rest = costs[site].check_s * (1.0 - min_share)
-        if rest <= left:
+        if rest <= max(left, 0.0):  # what costs nothing is checked, however little is left
             found[site] = 1.0
             left -= rest
         elif left > 0.0:
@@ -272,13 +291,23 @@ def _spread(solution: Solution, leaders: Mapping[str, str]) -> Solution:
     return dataclasses.replace(solution, shares={site: solution.shares[leader] for site, leader in leaders.items()})
 
 
-def is_due(call: int, share: float, offset: float = 0.0) -> bool:
+def is_due(call: int, share: float, seed: int = 0) -> bool:
     """Whether call number `call` (from 0) of a site is among the share that is checked.
 
-    By multiples of the golden ratio, which are spread evenly also along every n-th call: with any even spacing a model
-    of 12 layers checked at a share of 1/2 would have the same 6 layers checked in all steps.
+    By a hash (Steele, Lea & Flood, SplitMix64, OOPSLA 2014): any regular spacing, that by multiples of the golden ratio
+    included, meets some number of calls a step with which one layer is passed over for hundreds of steps.
+
+    Args:
+        call: number of the call.
+        share: of the calls.
+        seed: of 64 bits; another one chooses other calls.
     """
-    return share >= 1.0 or (offset + call * _GOLDEN) % 1.0 < share
+    if share >= 1.0:
+        return True
+    mixed = (seed + (call + 1) * _STRIDE) % _WORD
+    mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % _WORD
+    return (mixed ^ (mixed >> 31)) < share * _WORD
 
 
 def _weights(costs: Mapping[str, SiteCost]) -> dict[str, float]:

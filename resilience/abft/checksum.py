@@ -91,9 +91,7 @@ def deferred_residual(
 
 
 @functools.lru_cache(maxsize=1024)
-def _tolerance(
-    dtype: torch.dtype, matmul: str, k: int, n: int, columns: int, scale: float
-) -> tuple[float, float]:
+def _tolerance(dtype: torch.dtype, matmul: str, k: int, n: int, columns: int, scale: float) -> tuple[float, float]:
     """(factor on the scale of a row, what does not shrink with it)."""
     limits = torch.finfo(dtype)
     factor = screen_factor(precision_of(dtype, matmul), k=k, n=n, columns=columns)

@@ -172,22 +172,10 @@ class Expectations:
         self._sums = sums
         self._carried: dict[int, _Carried | None] = {}
         """By the number of the autograd node; None where a node stands for many products, as a compiled graph does."""
-        self._passed_over: set[int] = set()
 
     def clear(self) -> None:
         """Forget all that was carried."""
         self._carried.clear()
-        self._passed_over.clear()
-
-    def pass_over(self, node: int) -> None:
-        """A product outside backward is not checked."""
-        self._passed_over.add(node)
-
-    def was_checked(self, node: int) -> bool | None:
-        """Whether the product under `node` was checked; None where that is not known, or it stands for several."""
-        if self._carried.get(node) is not None:
-            return True
-        return False if node in self._passed_over and node not in self._carried else None
 
     def forward(self, gemm: Gemm, out: torch.Tensor, node: int, *, recomputed: int | None = None) -> Expectation:
         """Expectation of a product that runs forward.

@@ -64,6 +64,7 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
         try:
             bound = bind(operator, args, kwargs)
             label = context.labels.fused_attention((bound["query"], bound["key"], bound["value"]))
+            node, original_node = context.labels.sequence, context.labels.original
         except defects() as error:
             context.record.failed(operator, error)
             return original(*args, **kwargs)
@@ -87,7 +88,8 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
         operands = (bound["query"], bound["key"], bound["value"])
         # Dropout would draw other random numbers the second time.
         max_mends = context.config.max_mends if bound["dropout_p"] == 0.0 else 0
-        call = _Call(label, (label.site,), operands, run, ratio, _where_known(bound, is_explained), max_mends)
+        explained = _where_known(bound, is_explained)
+        call = _Call(label, node, original_node, (label.site,), operands, run, ratio, explained, max_mends)
         return _guarded(context, call, results)
 
     return handle
@@ -133,11 +135,12 @@ def fused_backward_handler(context: Context, operator: str) -> Handler:
         def is_explained(results: Any) -> bool:
             return backward_is_explained(_inputs(context, bound), bound["out"], d_out, results[:3])
 
-        label = Label(BACKWARD_SITES[1], layer)
+        label, node = Label(BACKWARD_SITES[0], layer), context.labels.sequence
         results = context.record.operation(label.site, run)
         operands = (bound["query"], bound["key"], bound["value"], bound["out"], d_out)
         explained, max_mends = _where_known(bound, is_explained), context.config.max_mends
-        return _guarded(context, _Call(label, BACKWARD_SITES, operands, run, ratios, explained, max_mends), results)
+        call = _Call(label, node, node, BACKWARD_SITES, operands, run, ratios, explained, max_mends)
+        return _guarded(context, call, results)
 
     return handle
 
@@ -175,6 +178,10 @@ class _Call:
     """One call that is being checked."""
 
     label: Label
+    node: int
+    """The number of its autograd node."""
+    follows: int | None
+    """That of the operation it belongs to, if there is one."""
     sites: tuple[str, ...]
     """To blame for the ratios, in order."""
     operands: tuple[torch.Tensor, ...]
@@ -191,7 +198,7 @@ def _guarded(context: Context, call: _Call, results: Any) -> Any:
     """Hold one call against its identities."""
     label, record, scale = call.label, context.record, context.scale(call.label.site)
     checked = [result for result in results[: len(_GRADIENT_SITES)] if result is not None]
-    if not checked or checked[0].numel() == 0 or not record.due(label.site):
+    if not checked or checked[0].numel() == 0 or not context.is_due(label.site, call.node, follows=call.follows):
         return results
     with record.checking(label.site) as started:
         found = call.ratios(results) / scale

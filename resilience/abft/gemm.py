@@ -77,7 +77,10 @@ def parse_gemm(operator: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return None
     if not with_addend:
         return Gemm(left, right)
-    addend, beta, alpha = args[0], float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if isinstance(beta, complex) or isinstance(alpha, complex):
+        return None
+    addend, beta, alpha = args[0], float(beta), float(alpha)
     if beta == 0.0:
         return Gemm(left, right, None, beta, alpha)
     if target is None or not _overlap(target, addend):

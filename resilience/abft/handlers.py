@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from resilience.abft import checksum
+from resilience.abft.decisions import Decisions
 from resilience.abft.defects import defects
 from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
@@ -51,6 +52,23 @@ class Context:
     injector: Injector | None
     profile: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Factors on the thresholds of single sites."""
+    decisions: Decisions = dataclasses.field(default_factory=Decisions)
+
+    def is_due(self, site: str, node: int, *, follows: int | None) -> bool:
+        """Whether an operation under `node` is among the share that is checked; counts it.
+
+        A gradient is checked where its forward was: what its check needs was read there, and what a forward's check
+        cannot see is found by that of its gradients. What is computed again is checked where it was the first time.
+
+        Args:
+            site: of the operation.
+            node: the number of its autograd node.
+            follows: that of the operation it belongs to, if there is one.
+        """
+        followed = None if follows is None else self.decisions.of(follows)
+        is_due = self.record.due(site) if followed is None else self.record.follows(site, followed)
+        self.decisions.made(node, is_due)
+        return is_due
 
     def scale(self, site: str) -> float:
         """Factor on the threshold of the first stage at this site; the second stage knows `threshold_scale` only."""
@@ -81,6 +99,12 @@ class GemmHandlers:
         self._sums.clear()
         self._expectations.clear()
 
+    def pass_ends(self) -> None:
+        """Forget what waits for a backward pass. It refers to parameters, which torch does not swap for others then
+        (`torch.__future__.set_swap_module_params_on_conversion`).
+        """
+        self._expectations.clear()
+
     def handler(self, operator: str) -> Handler:
         """The handler of one of `gemm.GEMM_OPERATORS`."""
         context = self._context
@@ -104,7 +128,7 @@ class GemmHandlers:
                 return out
 
             out = record.operation(label.site, run)
-            if not self._is_due(label.site, node, in_forward):
+            if not context.is_due(label.site, node, follows=original_node if in_forward else node):
                 return out
             with record.checking(label.site) as started:
                 if in_forward:
@@ -115,20 +139,6 @@ class GemmHandlers:
             return out
 
         return handle
-
-    def _is_due(self, site: str, node: int, in_forward: bool) -> bool:
-        """Whether a product is among the share that is checked; its gradients are, where it was.
-
-        What their checks need was read with the product's operands; a gradient checked for itself costs a pass more.
-        """
-        record = self._context.record
-        if in_forward:
-            is_due = record.due(site)
-            if not is_due:
-                self._expectations.pass_over(node)
-            return is_due
-        followed = self._expectations.was_checked(node)
-        return record.due(site) if followed is None else record.follows(site, followed)
 
     def _check(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         record = self._context.record

@@ -25,6 +25,7 @@ import torch
 from resilience.abft.defects import defects
 from resilience.abft.fused import bind, fused_backward_handler, fused_forward_handler
 from resilience.abft.handlers import Context
+from resilience.abft.invariants import BACKWARD_SITES
 from resilience.abft.labels import Label
 from resilience.abft.seam import Handler, Original
 from resilience.events import Check, DetectionKind
@@ -105,7 +106,7 @@ class InKernelAttention:
             if self._is_armed:
                 return fallback(lambda *_, **__: ours(-1), args, kwargs)
             label = context.labels.fused_attention((query, key, value))
-            context.record.due(label.site)
+            context.is_due(label.site, context.labels.sequence, follows=context.labels.original)
             return self._run(operator, label, ours, lambda: original(*args, **kwargs))
 
         return handle
@@ -135,8 +136,8 @@ class InKernelAttention:
 
             if self._is_armed:
                 return fallback(lambda *_, **__: ours(-1), args, kwargs)
-            label = Label("attention.dk", context.labels.fused_attention_backward(operands))
-            context.record.due(label.site)
+            label = Label(BACKWARD_SITES[0], context.labels.fused_attention_backward(operands))
+            context.is_due(label.site, context.labels.sequence, follows=context.labels.sequence)
             return self._run(name, label, ours, lambda: original(*args, **kwargs))
 
         return handle

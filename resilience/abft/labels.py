@@ -141,11 +141,12 @@ class Labels:
         """Elements of the last batched product outside of all attentions, and those of its rows."""
         self.observer: Observer | None = None
         self.sequence = -1
-        """Number (see `NodeNumbers`) of the autograd node that the last product belongs to, forward and backward."""
+        """Number (see `NodeNumbers`) of the last product's or fused attention's autograd node, forward and
+        backward."""
         self.original: int | None = None
-        """Where the last product may be a recomputation's: the number of the node it belonged to in the forward."""
+        """Where that may be a recomputation's: the number of the node it belonged to in the forward."""
         self._made: dict[Label, int] = {}
-        """Numbers of the nodes of this micro-step's products."""
+        """Numbers of the nodes of this micro-step's products and fused attentions."""
         self.is_left: bool | None = None
         """Whether the last product is the gradient of its forward's left operand; None in forward."""
 
@@ -211,7 +212,10 @@ class Labels:
         elif site == "attention.context":
             left, right = "attention.dp", "attention.dv"
         self._remember(_Forward(left, right, backward_layer, gemm.m, gemm.k, gemm.n, weight))
-        label = Label(site, layer)
+        return self._made_first(Label(site, layer))
+
+    def _made_first(self, label: Label) -> Label:
+        """Find where an operation that runs forward was made the first time; give its label."""
         if torch._C._current_graph_task_id() == -1:
             self._made[label], self.original = self.sequence, None
         else:
@@ -242,7 +246,7 @@ class Labels:
         layer = self._next("attention.context")
         self._remember(_Forward("attention.dq", "attention.dk", layer))
         self._observe_fused(("attention.scores",), ("attention.context",), layer, operands)
-        return Label("attention.context", layer)
+        return self._made_first(Label("attention.context", layer))
 
     def fused_attention_backward(self, operands: Operands | None = None) -> int:
         """The layer of a fused attention's backward; −1 if its forward was not seen."""
@@ -259,6 +263,7 @@ class Labels:
         node: there it is the last one that was not asked for.
         """
         number, forwards = self._executed(node)
+        self.sequence = number
         if node is None or not node.name().startswith(_COMPILED_NODE):
             return forwards[0] if forwards and forwards[0].left_site == left_site else None
         for index, forward in reversed(list(enumerate(forwards))):

@@ -70,6 +70,7 @@ class Protection:
         profile = {} if config.profile is None else load_profile(config.profile)
         context = Context(config, self._labels, self._record, injector, profile)
         self._gemms = GemmHandlers(context)
+        self._decisions = context.decisions
         self._step = -1
         self._named_shortfalls: set[str] = set()
         self._attention = InKernelAttention(context) if config.strength == "kernel" else None
@@ -101,12 +102,20 @@ class Protection:
 
     def attach(self, module: torch.nn.Module) -> None:
         """Put the hooks that name operations on `module`; replaces an earlier model."""
+        apart = next((parameter.device for parameter in module.parameters() if parameter.device.type != "cpu"), None)
+        if self._frequency is not None and apart is not None:
+            self._frequency = None
+            _log.warning(
+                'detection.share = "adaptive" is measured by the host\'s clock, which does not see how long %s works: '
+                "every call is checked; give a number from 0 to 1 for less",
+                apart,
+            )
         self._labels.attach(module)
 
     def detach(self) -> None:
         """Remove the hooks and the cached sums."""
         self._labels.detach()
-        self._gemms.clear()
+        self._forget()
 
     def begin_micro_step(self, step: int, micro_step: int, attempt: int) -> None:
         """Begin a micro-step: layers count from 0; weight sums are taken anew in a new step, and in every replay.
@@ -118,8 +127,12 @@ class Protection:
         if step != self._step and self._frequency is not None:
             self._frequency.step_begins()
         if step != self._step or attempt > 0:
-            self._gemms.clear()
+            self._forget()
         self._step = step
+
+    def _forget(self) -> None:
+        self._gemms.clear()
+        self._decisions.clear()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -145,6 +158,7 @@ class Protection:
 
         On a CPU complete at any time. With work on a GPU it waits for the device: call it at the boundary only.
         """
+        self._gemms.pass_ends()
         if self._attention is not None:
             self._attention.drain()
         return self._record.drain()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import random
+import secrets
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -42,10 +44,12 @@ class Record:
 
     Args:
         share: share of the calls of each site that are to be checked, until `set_shares` says otherwise.
+        seed: chooses which; drawn anew by default, so that ranks and restarts do not pass over the same calls.
         clock: wall time of findings, monotonic time of checks and operations.
     """
 
-    def __init__(self, *, share: float, clock: Clock) -> None:
+    def __init__(self, *, share: float, clock: Clock, seed: int | None = None) -> None:
+        self._seed = secrets.randbits(64) if seed is None else seed
         self._share = share
         self._shares: Mapping[str, float] = {}
         self.clock = clock
@@ -71,6 +75,10 @@ class Record:
         """Time that the operations themselves took, by site."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """Time spent in checks and repairs, by site."""
+        self.settling_seconds: defaultdict[str, float] = defaultdict(float)
+        """The part of it that followed suspicions."""
+        self.settled_s = 0.0
+        """Of that, all sites together."""
         self.on_ratio: Callable[[str, float, bool], None] | None = None
         """Told the site and the residual ÷ threshold of every check, and whether it raised an alarm."""
 
@@ -80,13 +88,16 @@ class Record:
         return math.fsum(self.seconds.values())
 
     def measured(self) -> dict[str, Measured]:
-        """Calls, checks and their times, by site, since the process began."""
+        """Calls, checks and their times, by site, since the process began.
+
+        What follows a suspicion is no cost of a check: a device that errs would be looked at less for it.
+        """
         return {
             site: Measured(
                 num_calls=num_calls,
                 num_checks=self.checks[site],
                 operation_s=self.operation_seconds[site],
-                check_s=self.seconds[site],
+                check_s=self.seconds[site] - self.settling_seconds[site],
             )
             for site, num_calls in self.calls.items()
         }
@@ -96,10 +107,11 @@ class Record:
         self._shares = dict(shares)
 
     def due(self, site: str) -> bool:
-        """Whether this call is among the share that is checked; counts it if so. Spread evenly, the first included."""
+        """Whether this call is among the share that is checked; counts it if so."""
         call = self.calls[site]
         self.calls[site] = call + 1
-        if not self.replaying and not is_due(call, self._shares.get(site, self._share)):
+        share = self._shares.get(site, self._share)
+        if share < 1.0 and not self.replaying and not is_due(call, share, self._seed ^ zlib.crc32(site.encode())):
             return False
         self.checks[site] += 1
         return True
@@ -129,11 +141,14 @@ class Record:
     @contextmanager
     def settling(self, label: Label, check: Check, ratio: float, started: float) -> Iterator[None]:
         """Around what follows a suspicion: where that goes wrong, the operation is reported as faulty and unmended."""
+        suspected = self.clock.monotonic()
         try:
             yield
         except defects() as error:
             self.failed(label.site, error)
             self.alarm(label, check, DetectionKind.MISMATCH, ratio, started)
+        finally:
+            self.settled_s += self.clock.monotonic() - suspected
 
     def failed(self, site: str, error: BaseException) -> None:
         """Note a check that went wrong itself."""
@@ -245,13 +260,14 @@ def _values(results: list[torch.Tensor]) -> list[list[float]]:
 class _Checking:
     """What `Record.checking` gives: around every product, so no generator."""
 
-    __slots__ = ("_record", "_site", "_started")
+    __slots__ = ("_record", "_settled_s", "_site", "_started")
 
     def __init__(self, record: Record, site: str) -> None:
         self._record = record
         self._site = site
 
     def __enter__(self) -> float:
+        self._settled_s = self._record.settled_s
         self._started = self._record.clock.monotonic()
         return self._started
 
@@ -262,4 +278,6 @@ class _Checking:
         if error is not None and is_ours:
             record.not_made(self._site, error)
         record.seconds[self._site] += record.clock.monotonic() - self._started
+        if record.settled_s != self._settled_s:
+            record.settling_seconds[self._site] += record.settled_s - self._settled_s
         return is_ours

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 import torch
-from campaign.models import Setting, Subject, batches, optimizer_of
+from campaign.models import Subject, batches, optimizer_of
 from campaign.trials import Trial
 
 from resilience.abft.protection import Protection
@@ -28,6 +28,9 @@ class Outcome:
 
     site: str
     kind: str
+    group: str
+    """`seen` and `not seen`: drawn from those that changed a bit; `missed`: all large ones in float32 that were neither
+    seen nor harmless."""
     detected: bool
     relative_change: float
     """Of the struck result; infinite where a number became none."""
@@ -54,7 +57,7 @@ class _Unrepaired:
         return True
 
 
-def outcomes(subject: Subject, setting: Setting, trials: list[Trial]) -> list[Outcome]:
+def outcomes(subject: Subject, trials: list[Trial], group: str) -> list[Outcome]:
     """Run on from the state of `subject`, once clean and once with each fault of `trials`."""
     start = copy.deepcopy(subject.model.state_dict())
     before = _flat(subject)
@@ -70,6 +73,7 @@ def outcomes(subject: Subject, setting: Setting, trials: list[Trial]) -> list[Ou
             Outcome(
                 trial.site,
                 trial.damage.kind,
+                group,
                 trial.detected,
                 trial.damage.relative_change,
                 _finite_or_infinite(change),

@@ -78,13 +78,19 @@ def curve(dtype: str, trials: Iterable[Trial]) -> list[dict[str, Any]]:
     ]
 
 
+GROUPS = ("seen", "not seen", "missed")
+"""Of unrepaired faults, see `Outcome`."""
+
+
 def outcome_summary(dtype: str, found: list[Outcome]) -> list[dict[str, Any]]:
-    """Of unrepaired faults, seen and not seen: how many end the training, and how far the others lead it astray."""
+    """Of unrepaired faults, by group: how many end the training, and how far the others lead it astray."""
     rows = []
-    for detected in (True, False):
-        members = [outcome for outcome in found if outcome.detected is detected]
+    for group in GROUPS:
+        members = [outcome for outcome in found if outcome.group == group]
+        if not members:
+            continue
         lost = sum(math.isinf(outcome.loss_change) or math.isinf(outcome.weight_change) for outcome in members)
-        row: dict[str, Any] = {"dtype": dtype, "detected": detected, "faults": len(members), "not_finite": lost}
+        row: dict[str, Any] = {"dtype": dtype, "group": group, "faults": len(members), "not_finite": lost}
         for name in ("loss_change", "weight_change"):
             values = sorted(value for outcome in members if math.isfinite(value := getattr(outcome, name)))
             for label, share in (("median", 0.5), ("p95", 0.95), ("most", 1.0)):
@@ -128,16 +134,16 @@ def _tables(result: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         [
             row["dtype"], row["check"], f"{row['from']:.0e}", str(row["trials"]),
             _share(row["detected"], row["trials"]), str(row["harmless"]),
-            _share(row["detected"], row["trials"] - row["harmless"]),
+            _share(row["detected"] + row["harmless"], row["trials"]),
         ]
         for row in result["curve"]
     ]  # fmt: skip
-    names = ["dtype", "check", "from", "trials", "detected", "missed, harmless", "detected of the others"]
+    names = ["dtype", "check", "from", "trials", "detected", "missed, harmless", "detected or harmless"]
     yield "Detection by relative change of the result", names, rows
     yield f"Changes of {LARGE:g} and more", names[:2] + names[3:], _large(result["curve"])
     rows = [
         [
-            row["dtype"], "seen" if row["detected"] else "not seen", str(row["faults"]), str(row["not_finite"]),
+            row["dtype"], row["group"], str(row["faults"]), str(row["not_finite"]),
             *(_number(row[name]) for name in ("loss_change_median", "loss_change_most")),
             *(_number(row[name]) for name in ("weight_change_median", "weight_change_most")),
         ]
@@ -156,8 +162,8 @@ def _large(curve_rows: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for key, members in sorted(groups.items()):
         trials, detected, harmless = (sum(row[name] for row in members) for name in ("trials", "detected", "harmless"))
-        of_others = _share(detected, trials - harmless)
-        rows.append([*key, str(trials), _share(detected, trials), str(harmless), of_others])
+        either = _share(detected + harmless, trials)
+        rows.append([*key, str(trials), _share(detected, trials), str(harmless), either])
     return rows
 
 

@@ -48,7 +48,7 @@ def test_attention_is_ours_and_as_exact_as_the_operator_s(dtype: torch.dtype, pr
     assert protection.drain() == []
     assert protection._attention is not None
     assert not protection._attention.fallbacks
-    assert protection.checks()["attention.context"] == protection.checks()["attention.dk"] == 1
+    assert protection.checks()["attention.context"] == protection.checks()["attention.dv"] == 1
     for mine, theirs, true in zip(ours, stock, exact, strict=True):
         error, usual = ((found.double() - true).norm() for found in (mine, theirs))
         assert error <= 2.0 * usual + 1e-6

@@ -108,7 +108,7 @@ def test_attention_is_replaced_and_gives_the_same_within_round_off(wire: Wire) -
     attention.drain()
     assert record.drain() == []
     assert not attention.fallbacks
-    assert record.checks == {"attention.context": 1, "attention.dk": 1}
+    assert record.checks == {"attention.context": 1, "attention.dv": 1}
 
 
 def test_a_repaired_block_is_a_mended_finding_and_changes_nothing(wire: Wire) -> None:
@@ -258,7 +258,7 @@ def test_a_kernel_that_cannot_run_leaves_its_place_to_the_operator(wire: Wire, d
         for ours, theirs in zip(step(gate, operands()), expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0.02)
     assert attention.fallbacks["its kernel failed (OutOfResources)"] > 0, "it is not tried again"
-    site = {"forward": "attention.context", "backward": "attention.dk"}[direction]
+    site = {"forward": "attention.context", "backward": "attention.dv"}[direction]
     assert record.unprotected == {f"the check of {site} failed (OutOfResources)": 1}
     attention.drain()
     assert record.drain() == []

@@ -126,4 +126,4 @@ def striker() -> Striker:
 def protect(striker: Striker) -> Iterator[Callable[..., Protection]]:
     """Make installed protections with the striker in them; removed after the test."""
     with installing() as make:
-        yield lambda **settings: make(settings, striker)
+        yield lambda *, clock=None, **settings: make(settings, striker, clock)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -136,6 +135,8 @@ def test_empty_and_integer_products_are_left_alone() -> None:
     assert parse_gemm("mm", (torch.ones(2, 0), torch.ones(0, 2)), {}) is None
     assert parse_gemm("mm", (torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.int64)), {}) is None
     assert parse_gemm("mm", (torch.ones(2, 2, dtype=torch.complex64),) * 2, {}) is None
+    for factor in ("alpha", "beta"):
+        assert parse_gemm("addmm", (torch.ones(2, 2),) * 3, {factor: 1j}) is None
 
 
 def example(dtype: torch.dtype, *, batch: int = 0, seed: int = 0) -> tuple[Gemm, torch.Tensor]:

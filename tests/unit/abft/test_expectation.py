@@ -172,6 +172,25 @@ def test_sums_of_a_frozen_weight_go_with_its_only_gradient(protect: Any) -> None
     assert protection.drain() == []
 
 
+def test_parameters_can_be_swapped_after_a_step(protect: Any) -> None:
+    """torch does not swap a tensor that anybody has a weak reference to."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    protection = protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        model(normal(2, 8, seed=1)).sum().backward()
+    assert protection.drain() == []
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(state)
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model[0].weight.dtype == torch.float64
+
+
 @pytest.mark.parametrize("form", ["left", "left transposed"])
 def test_the_gradient_beside_a_frozen_weight_is_held(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     left, d_out = normal(6, 7, seed=1), normal(6, 9, seed=3)

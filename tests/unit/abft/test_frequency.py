@@ -30,7 +30,7 @@ def test_shares_are_set_after_the_measured_steps_and_again_now_and_then() -> Non
     )
     for _ in range(MEASURED_STEPS):
         frequency.step_begins()
-        clock.advance(2.0)
+        clock.advance(2.0 if num_steps else 60.0)  # the first one warms up
         num_steps += 1
     assert not used
     assert frequency.solution is None
@@ -63,6 +63,45 @@ def test_a_protected_model_checks_less_once_costs_are_known(gpt: Any, protect: A
     assert sum(counts[MEASURED_STEPS:]) < counts[0] / 2
     assert protection.frequency is not None
     assert set(protection.frequency.shares.values()) == {MIN_SHARE}
+
+
+@pytest.mark.parametrize("site", ["attention.q", "attention.context", "linear.wgrad"])
+def test_what_a_fault_costs_is_no_cost_of_a_check(site: str, gpt: Any, protect: Any, striker: Any) -> None:
+    """Else the dearest site, looked at least, would be the one that errs."""
+    clock = FakeClock()
+    model = gpt(layers=2, sdpa=True)
+    protection = protect(clock=clock, max_mends=2)
+    protection.attach(model)
+
+    def corrupt(tensor: torch.Tensor) -> None:
+        tensor[(0,) * tensor.dim()] = float("inf")
+        clock.advance(10.0)  # of the operation, and of each time it is run again
+
+    striker.arm(site, 0, corrupt, repeat=2)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        model(torch.randint(50, (1, 8), generator=torch.Generator().manual_seed(0))).backward()
+    assert [finding.mended for finding in protection.drain()] == [True]
+    assert protection._record.check_seconds == pytest.approx(10.0)
+    assert all(one.check_s == pytest.approx(0.0) for one in protection._record.measured().values())
+
+
+def test_a_device_that_works_apart_from_the_host_is_checked_throughout(gpt: Any, protect: Any, caplog: Any) -> None:
+    """The host's clock sees launches there, and shares by them would be worth nothing."""
+    protection = protect(share="adaptive", fault_rate_per_hour=1e-30)
+    protection.attach(torch.nn.Linear(2, 2, device="meta"))
+    assert "adaptive" in caplog.text
+    assert "every call is checked" in caplog.text
+    model = gpt(layers=1)
+    protection.attach(model)
+    counts = []
+    for step in range(1, MEASURED_STEPS + 3):
+        protection.begin_micro_step(step, 0, 0)
+        with protection.active():
+            model(torch.zeros(1, 8, dtype=torch.int64)).backward()
+        counts.append(sum(protection.checks().values()))
+    assert protection.frequency is None
+    assert counts[-1] == counts[0] * len(counts)
 
 
 def test_ratios_are_told_with_their_site_alarms_and_dismissed_ones_too(gpt: Any, protect: Any, striker: Any) -> None:

@@ -316,7 +316,7 @@ def test_clean_calls_change_nothing(protect: Any, settings: dict[str, Any]) -> N
     with protection.active():
         results = run_sdpa(**settings)
     assert protection.drain() == []
-    assert protection.checks() == {"attention.context": 1, "attention.dk": 1}
+    assert protection.checks() == {"attention.context": 1, "attention.dv": 1}
     for result, plain in zip(results, expected, strict=True):
         assert torch.equal(result, plain)
         assert result.stride() == plain.stride()

@@ -51,7 +51,10 @@ def test_everything_is_checked_in_a_replay_whatever_the_share(share: Any, sdpa: 
 
 
 @pytest.mark.parametrize("layer", range(5))
-def test_a_lasting_fault_is_seen_by_every_replay(layer: int, gpt: Any, protect: Any, striker: Any) -> None:
+def test_a_lasting_fault_is_seen_by_every_replay(
+    layer: int, gpt: Any, protect: Any, striker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.randbits", lambda _: 3)
     model = gpt(dropout=0.0)
     protection = protect(share=0.25)
     protection.attach(model)
@@ -61,7 +64,7 @@ def test_a_lasting_fault_is_seen_by_every_replay(layer: int, gpt: Any, protect: 
 
     striker.arm("linear.out", layer, broken, repeat=10**6)
     num_seen = 0
-    for step in range(1, 9):
+    for step in range(1, 33):
         attempt(protection, model, step, 0)
         if not any(not finding.mended for finding in protection.drain()):
             continue
@@ -69,7 +72,7 @@ def test_a_lasting_fault_is_seen_by_every_replay(layer: int, gpt: Any, protect: 
         for number in (1, 2):
             attempt(protection, model, step, number)
             assert any((found.site, found.layer) == ("linear.out", layer) for found in protection.drain())
-    assert 0 < num_seen < 8, "a share is a share"
+    assert 0 < num_seen < 32, "a share is a share"
 
 
 @pytest.mark.usefixtures("as_on_a_device")
