@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from resilience.abft.gemm import Gemm
+from resilience.abft.modules import Hook, own_weight
 from resilience.abft.node_numbers import NodeNumbers
 from resilience.abft.sums import is_parameter
 from resilience.events import Check
@@ -327,12 +328,8 @@ class Labels:
     def _weight_sites(self) -> dict[int, str]:
         if self._weights is None:
             # Parameters may move between micro-steps (ZeRO-3); a partitioned one has no elements.
-            weights = ((getattr(module, "weight", None), site) for module, site in self._linears)
-            self._weights = {
-                weight.data_ptr(): site
-                for weight, site in weights
-                if isinstance(weight, torch.Tensor) and weight.numel() > 0
-            }
+            weights = ((own_weight(module), site) for module, site in self._linears)
+            self._weights = {weight.data_ptr(): site for weight, site in weights if weight is not None}
         return self._weights
 
     def _next(self, site: str, which: object = None) -> int:
@@ -407,9 +404,10 @@ class Labels:
         """dA = dC·Bᵀ sums over n; dB = Aᵀ·dC sums over m."""
         if forward.m != forward.n and gemm.k in (forward.m, forward.n):
             return gemm.k == forward.n
-        left, right = [function is not None for function, _ in node.next_functions[-2:]] or [True, True]
-        if left != right:
-            return left
+        wanted = [function is not None for function, _ in node.next_functions[-2:]]
+        # A node of a function that is no product, such as a script's own, may have one input only, or none.
+        if len(wanted) == 2 and wanted[0] != wanted[1]:
+            return wanted[0]
         right_first = node.name().startswith(("MmBackward", "BmmBackward"))
         return (num_calls % 2 == 1) if right_first else (num_calls % 2 == 0)
 
@@ -432,8 +430,7 @@ class Labels:
                 for (site, _), given in self._given.items():
                     given[:] = [layer for layer in given if layer < counters[site]]
 
-        self._handles.append(model.register_forward_pre_hook(enter))
-        self._handles.append(model.register_forward_hook(leave, always_call=True))
+        self._put(model, enter, leave)
 
     def _hook(self, module: torch.nn.Module, site: str | None) -> None:
         def enter(module: torch.nn.Module, args: Any) -> None:
@@ -446,9 +443,14 @@ class Labels:
             while self._stack and self._stack.pop().module != id(module):
                 pass
 
-        self._handles.append(module.register_forward_pre_hook(enter))
+        self._put(module, enter, leave)
+
+    def _put(self, module: torch.nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # takes no hooks
+        self._handles.append(module.register_forward_pre_hook(Hook(enter)))
         # Also when forward raises: early stop ends a recomputation with an exception.
-        self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._handles.append(module.register_forward_hook(Hook(leave), always_call=True))
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
