@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 
 from resilience.abft.arithmetic import matmul_precision, precision_of
-from resilience.abft.expectation import Expectation
+from resilience.abft.expectation import Expectation, swallowing
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import vectors
-from resilience.abft.thresholds import classify, element_factors, screen_factor, screen_grain
+from resilience.abft.thresholds import LONG, classify, element_factors, screen_factor, screen_grain
 from resilience.events import DetectionKind
 from resilience.kernels.residual import deferred_worst_ratio, residual_ratios, worst_ratio_of
 
@@ -125,34 +126,44 @@ def confirm(gemm: Gemm, out: torch.Tensor, ratio: torch.Tensor, *, tolerance_sca
         tolerance_scale: on every bound.
     """
     addend = None if gemm.addend is None else gemm.addend.expand(out.shape)
+    # Beside a mask the sums of a row say nothing.
+    is_everything = addend is not None and bool(swallowing(addend).any())
     worst: DetectionKind | None = None
     inputs_bad = False
-    for batch, rows in _suspects(ratio, everything=addend is not None and not bool(addend.isfinite().all())):
-        left, right, stored = gemm.left, gemm.right, out
-        added = addend
-        if batch is not None:
-            left, right, stored = left[batch], right[batch], stored[batch]
-            added = None if added is None else added[batch]
-        left, stored = left[rows].double(), stored[rows]
-        added = None if added is None else added[rows].double() * gemm.beta
-        kind = _faulty(left * gemm.alpha, right.double(), added, stored, tolerance_scale)
+    for place in _in_parts(out) if is_everything else _suspects(ratio):
+        left, right, stored = gemm.left[place].double(), gemm.right[place[:-1]].double(), out[place]
+        added = None if addend is None else addend[place].double() * gemm.beta
+        kind = _faulty(left * gemm.alpha, right, added, stored, tolerance_scale)
         worst = worst or kind
         inputs_bad = inputs_bad or not bool(left.isfinite().all() & right.isfinite().all())
         inputs_bad = inputs_bad or (added is not None and bool(added.isnan().any()))
     return Confirmation(worst, inputs_bad)
 
 
-def _suspects(ratio: torch.Tensor, *, everything: bool) -> list[tuple[int | None, torch.Tensor]]:
-    """(batch, rows) of the rows over their tolerance, at most `MAX_ROWS` of them unless `everything` is suspect."""
+_Place = tuple[int | slice | torch.Tensor, ...]
+"""(rows,), or (batch or batches, rows)."""
+
+_AT_ONCE = 1 << 22
+"""Elements of C that are computed again at once, at least those of one row or one matrix of a batch."""
+
+
+def _in_parts(out: torch.Tensor) -> Iterator[_Place]:
+    """All of C (m, n), or of b of them."""
+    per_item = max(out[0].numel(), 1)
+    num_items = max(1, _AT_ONCE // per_item)
+    for first in range(0, len(out), num_items):
+        items = slice(first, first + num_items)
+        yield (items,) if out.dim() == 2 else (items, slice(None))
+
+
+def _suspects(ratio: torch.Tensor) -> list[_Place]:
+    """Rows over their tolerance, at most `MAX_ROWS` of them."""
     flat = torch.where(ratio.isnan(), torch.inf, ratio).flatten()
-    if everything:
-        chosen = torch.arange(flat.numel(), device=flat.device)
-    else:
-        chosen = torch.nonzero(~(flat <= 1.0)).flatten()
-        if chosen.numel() > MAX_ROWS:
-            chosen = torch.topk(flat, MAX_ROWS).indices
+    chosen = torch.nonzero(~(flat <= 1.0)).flatten()
+    if chosen.numel() > MAX_ROWS:
+        chosen = torch.topk(flat, MAX_ROWS).indices
     if ratio.dim() == 1:
-        return [(None, chosen)]
+        return [(chosen,)]
     batches = chosen.div(ratio.shape[1], rounding_mode="floor")
     return [(batch, chosen[batches == batch] % ratio.shape[1]) for batch in sorted(set(batches.tolist()))]
 
@@ -160,32 +171,50 @@ def _suspects(ratio: torch.Tensor, *, everything: bool) -> list[tuple[int | None
 def _faulty(
     left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor | None, stored: torch.Tensor, tolerance_scale: float
 ) -> DetectionKind | None:
-    """Kind of the worst element of `stored` (r, n) that round-off does not explain, or None. Operands in float64."""
+    """Kind of the worst element of `stored` (…, r, n) that round-off does not explain, or None. Operands in float64."""
     limits = torch.finfo(stored.dtype)
     factors = element_factors(
         precision_of(stored.dtype, matmul_precision(stored)),
-        k=left.shape[1],
+        k=left.shape[-1],
         smallest_normal=limits.smallest_normal,
     )
-    reference = left @ right
+    reference, partial = _long_product(left, right) if left.shape[-1] > LONG else (left @ right, None)
     magnitude = left.abs() @ right.abs()
     # Matrix units may take operands below the smallest normal number as zero.
-    flushed = left.abs().sum(1, keepdim=True) + right.abs().sum(0, keepdim=True)
+    flushed = left.abs().sum(-1, keepdim=True) + right.abs().sum(-2, keepdim=True)
     size = reference.abs()
+    swallowed = None
     if addend is not None:
+        swallowed = addend.isinf() & reference.isfinite()
         size = size + addend.abs()
         magnitude = magnitude + addend.abs()
         reference = reference + addend
         size = size + reference.abs()
-    tolerance = (
-        factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
-    ) * tolerance_scale
+    tolerance = factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
+    if partial is not None:
+        tolerance = tolerance + factors.drift * partial
+    tolerance = tolerance * tolerance_scale
     error = (stored.double() - reference).abs()
     largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max
     overflowed = ~(reference.abs() + tolerance < limits.max) | ~(magnitude < largest_sum)
     same_infinity = stored.double() == reference
     faulty = ~(error <= tolerance) & ~same_infinity & ~(overflowed & ~stored.isfinite()) & reference.isfinite()
+    if swallowed is not None:
+        faulty = faulty | (swallowed & ~same_infinity)
     return worst_kind(stored, error, faulty)
+
+
+_NUM_PARTS = 8
+"""Of a long sum, after each of which its partial sum is looked at."""
+
+
+def _long_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left·right, mean size of the partial sums on the way there), and the former more exact than in one piece."""
+    total = partial = torch.zeros((), dtype=left.dtype, device=left.device)
+    for one, other in zip(left.tensor_split(_NUM_PARTS, -1), right.tensor_split(_NUM_PARTS, -2), strict=True):
+        before, total = total, total + one @ other
+        partial = partial + torch.maximum(before.abs(), total.abs())
+    return total, partial / _NUM_PARTS
 
 
 def worst_kind(stored: torch.Tensor, error: torch.Tensor, faulty: torch.Tensor) -> DetectionKind | None:

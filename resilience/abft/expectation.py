@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from resilience.abft.gemm import Gemm
 from resilience.abft.sums import WeightSums, is_parameter, sums_of, vectors
 
-__all__ = ["Expectation", "Expectations"]
+__all__ = ["Expectation", "Expectations", "swallowing"]
 
 _MAX_CARRIED = 4096
 """Forward operations whose sums wait for their backward; of graphs that never run backward, the oldest are dropped."""
@@ -46,6 +46,8 @@ class Expectation:
     """Rows, broadcastable to (…, m, 1), in which an addend like −∞ has swallowed elements of the product: their sums
     are 0 in E and in O.
     """
+    is_masked: bool = False
+    """Whether an addend has swallowed elements of the product, and the check must settle that (`masked`)."""
 
     @property
     def gemm(self) -> Gemm:
@@ -264,17 +266,21 @@ class Expectations:
         if gemm.addend is None:
             return Expectation(gemm, False, product)
         addend = self._sums.of_addend(gemm.addend, out)
-        is_known = _is_settled_at_once(out) or is_parameter(gemm.addend)
-        return Expectation(gemm, False, product, addend, None if is_known else _swallows(gemm.addend))
+        if is_parameter(gemm.addend):
+            return Expectation(gemm, False, product, addend)
+        if _is_settled_at_once(out):
+            return Expectation(gemm, False, product, addend, is_masked=bool(swallowing(gemm.addend).any()))
+        unknown = swallowing(gemm.addend).any(-1, keepdim=True)
+        return Expectation(gemm, False, product, addend, unknown)
 
 
 _MASKED = 1e15
 """Elements of an addend beyond it, infinite or not, leave nothing of the product beside them."""
 
 
-def _swallows(addend: torch.Tensor) -> torch.Tensor:
-    """Rows of an addend in which a mask stands, (…, m, 1) or (1,)."""
-    return (addend.abs() > _MASKED).any(-1, keepdim=True)
+def swallowing(addend: torch.Tensor) -> torch.Tensor:
+    """Where a mask stands in an addend, in its shape."""
+    return addend.abs() > min(_MASKED, torch.finfo(addend.dtype).max / 4.0)
 
 
 def _is_settled_at_once(out: torch.Tensor) -> bool:

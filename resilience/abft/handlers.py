@@ -20,6 +20,7 @@ from resilience.abft.defects import defects
 from resilience.abft.expectation import Expectation, Expectations
 from resilience.abft.gemm import Gemm, parse_gemm, unchecked_reason
 from resilience.abft.labels import Label, Labels
+from resilience.abft.masked import worst_under_mask
 from resilience.abft.mend import rebuilt, repeat_until_clean, restore_overwritten
 from resilience.abft.record import Record
 from resilience.abft.seam import Handler, Original
@@ -177,7 +178,8 @@ class GemmHandlers:
         return out
 
     def _worst(self, call: _Call, out: torch.Tensor) -> float:
-        return checksum.worst_residual(call.expectation, out, factor_scale=self._context.scale(call.label.site))
+        worst = worst_under_mask if call.expectation.is_masked else checksum.worst_residual
+        return worst(call.expectation, out, factor_scale=self._context.scale(call.label.site))
 
     def _deferred(self, call: _Call, out: torch.Tensor) -> torch.Tensor:
         expectation = call.expectation

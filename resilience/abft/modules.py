@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Hook", "own_weight"]
 
@@ -37,6 +37,4 @@ def own_weight(module: torch.nn.Module) -> torch.Tensor | None:
     weight = module._parameters.get("weight")
     if weight is None:
         weight = vars(module).get("weight")  # old style weight norm
-    if not isinstance(weight, torch.Tensor) or isinstance(weight, UninitializedTensorMixin) or weight.numel() == 0:
-        return None
-    return weight
+    return weight if isinstance(weight, torch.Tensor) and not is_lazy(weight) and weight.numel() > 0 else None

@@ -26,6 +26,7 @@ from resilience.events import DetectionKind
 
 __all__ = [
     "CARRIED_SIGMAS",
+    "LONG",
     "NEAR_INF_SHARE",
     "UNCONFIRMED",
     "CarriedVarianceFactors",
@@ -74,6 +75,9 @@ class Precision:
     """Of sums whose parts are rounded to C's dtype before they are added, all of them together; 0 where none are."""
 
 
+LONG = 1024
+"""Products in a sum beyond which roundings of one sign exceed what random ones come to."""
+
 _SQUARED_WEIGHT = 7.0 / 3.0
 """Mean of w², w spread evenly from 1 to 2: of the vectors with weights, and a bound for those without."""
 
@@ -105,22 +109,26 @@ def screen_factor(precision: Precision, *, k: int, n: int, columns: int) -> floa
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ElementFactors:
-    """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + absolute·(1 + F_ij), R in float64.
+    """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + drift·M_ij + absolute·(1 + F_ij).
 
-    S = |R| for a plain product; with an addend, S = |R| + |α·A·B| + |β·D|, since a library may round in between.
-    F_ij = Σ_k |A_ik| + Σ_k |B_kj|: operands that are not normal numbers may count as zero.
+    R is in float64. S = |R| for a plain product; with an addend, S = |R| + |α·A·B| + |β·D|, since a library may round
+    in between. M is the mean size of the partial sums that R goes through. F_ij = Σ_k |A_ik| + Σ_k |B_kj|: operands
+    that are not normal numbers may count as zero.
     """
 
     relative: float
     accumulated: float
+    drift: float
     absolute: float
 
 
 def element_factors(precision: Precision, *, k: int, smallest_normal: float) -> ElementFactors:
     """Bounds of one element's round-off, for the confirming stage.
 
-    Worst-case accumulation errs by k·u·(|A|·|B|)_ij; beyond some 64 products no order of summation comes near that, and
-    8·√k·u is used (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14).
+    Worst-case accumulation errs by k·u·(|A|·|B|)_ij. Where roundings are as good as random, 8·√k·u is enough beyond
+    some 64 products (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14).
+    They are not where nearly equal terms are added one after the other, as a library does it for few results of long
+    sums: then each rounds the same way, and the error comes to u times the sum of all partial sums, which is u·k·M.
     Parts of a split sum have the size of C, or, where terms of random signs cancel, 1 ÷ √k of |A|·|B|.
     Results below the smallest normal number may be flushed to zero.
     """
@@ -128,6 +136,7 @@ def element_factors(precision: Precision, *, k: int, smallest_normal: float) -> 
     return ElementFactors(
         relative=1.01 * precision.stored + precision.split,
         accumulated=2.0 * (precision.accumulated * terms + precision.operand) + precision.split / math.sqrt(max(k, 1)),
+        drift=precision.accumulated * k if k > LONG else 0.0,
         absolute=4.0 * smallest_normal,
     )
 

@@ -225,3 +225,35 @@ def test_any_clean_call_is_explained(
     assert protection.drain() == []
     assert protection.num_failed_checks() == 0
     protection.uninstall()
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gradient_that_leaves_the_range_rightly_is_dismissed(dtype: torch.dtype, protect: Any) -> None:
+    """All queries look at one key, whose dV is the sum of all dO: a loss scaler meets that."""
+    query, key, value = (normal(1, 1, 512, 16, seed=seed).to(dtype) for seed in range(3))
+    query[..., 0], key[..., 0] = 20.0, 0.0
+    key[..., 0, 0] = 4.0
+    leaves = [operand.requires_grad_() for operand in (query, key, value)]
+    scale = {torch.float16: 300.0, torch.bfloat16: 1e37, torch.float32: 1e37}[dtype]
+    protection = protect()
+    with protection.active():
+        out = F.scaled_dot_product_attention(*leaves)
+        out.backward(torch.full_like(out, scale))
+    assert leaves[2].grad is not None
+    assert not leaves[2].grad.isfinite().all()
+    assert protection.drain() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_gradients_are_none(dtype: torch.dtype, protect: Any) -> None:
+    query, key, value = leaves = [normal(1, 1, 8, 8, seed=seed).to(dtype).requires_grad_() for seed in range(3)]
+    protection = protect()
+    with protection.active():
+        out = F.scaled_dot_product_attention(query, key, value)
+        out.backward(torch.full_like(out, 1e22) * out.sign())
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    assert protection.drain() == []

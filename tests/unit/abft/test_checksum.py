@@ -398,3 +398,39 @@ def test_reduced_internal_precision_of_float32_is_known(precision: str) -> None:
         assert detected(gemm, out) is DetectionKind.MISMATCH
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def in_sequence(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left·right, every product added to the sum so far."""
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=left.dtype)
+    for column, row in zip(left.mT, right, strict=True):
+        total += column.unsqueeze(1) * row
+    return total
+
+
+LONG_SUMS = {
+    "constant": lambda k, noise: torch.full((4, k), 0.1),
+    "nearly constant": lambda k, noise: 0.9 + 1e-3 * noise,
+    "there and back": lambda k, noise: 0.1 * torch.cat([torch.ones(4, k // 2), -torch.ones(4, k - k // 2)], 1),
+    "half of it": lambda k, noise: 0.1 * (noise > 0.0),
+    "drifting": lambda k, noise: noise + 0.3,
+    "random": lambda k, noise: noise,
+}
+
+
+@pytest.mark.parametrize("k", [1_025, 16_384, 100_000])
+@pytest.mark.parametrize("content", LONG_SUMS)
+def test_a_long_sum_in_sequence_is_no_fault(content: str, k: int) -> None:
+    """As MKL adds up few results of many terms: of nearly equal ones each rounds the same way."""
+    noise = torch.randn(4, k, generator=torch.Generator().manual_seed(k))
+    left, right = LONG_SUMS[content](k, noise), torch.ones(k, 3)
+    gemm, out = Gemm(left, right), in_sequence(left, right)
+    everything = torch.full((4,), torch.inf)
+    assert checksum.confirm(gemm, out, everything).kind is None
+    out[2, 1] += 1.5e-2 * float(left[2].abs().sum())
+    assert checksum.confirm(gemm, out, everything).kind is DetectionKind.MISMATCH
+
+
+def test_a_long_sum_in_float64_is_no_fault() -> None:
+    left, right = torch.full((2, 65_536), 0.1, dtype=torch.float64), torch.full((65_536, 3), 0.1, dtype=torch.float64)
+    assert checksum.confirm(Gemm(left, right), in_sequence(left, right), torch.full((2,), torch.inf)).kind is None

@@ -1,0 +1,48 @@
+"""Products with a mask for an addend, as torch's MultiheadAttention makes them: C = alpha·A·B + beta·D, D of −∞ or so.
+
+Where D swallows elements of A·B, the sums of a row say nothing about the others. So the product is computed once more
+with 0 in their places, and that one's sums are checked; of C, what is swallowed must be beta·D, and all else have the
+bits of the second product. A fault in either of them makes them differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from resilience.abft.checksum import worst_residual
+from resilience.abft.expectation import Expectation, swallowing
+from resilience.abft.gemm import Gemm
+from resilience.abft.sums import sums_of, vectors
+
+__all__ = ["worst_under_mask"]
+
+
+def worst_under_mask(expectation: Expectation, out: torch.Tensor, *, factor_scale: float = 1.0) -> float:
+    """The largest residual ÷ tolerance of C = `out`; infinite where it differs from the second product.
+
+    Args:
+        expectation: `is_masked`.
+        out: C.
+        factor_scale: on the tolerance.
+    """
+    gemm, addend = expectation.call, expectation.call.addend
+    assert addend is not None
+    mask = swallowing(addend)
+    bare = dataclasses.replace(gemm, addend=addend.masked_fill(mask, 0.0))
+    again = _product(bare)
+    if not torch.equal(torch.where(mask, gemm.beta * addend, again), out):
+        return math.inf
+    filled = bare.addend
+    assert filled is not None
+    rows = filled.expand(*filled.shape[:-2], filled.shape[-2] if filled.dim() > 1 else 1, out.shape[-1])
+    sums = sums_of(rows, right=vectors(out.shape[-1], out)).rows
+    return worst_residual(Expectation(bare, False, expectation.product, sums), again, factor_scale=factor_scale)
+
+
+def _product(gemm: Gemm) -> torch.Tensor:
+    assert gemm.addend is not None
+    compute = torch.addmm if gemm.left.dim() == 2 else torch.baddbmm
+    return compute(gemm.addend, gemm.left, gemm.right, beta=gemm.beta, alpha=gemm.alpha)
