@@ -157,6 +157,8 @@ class Labels:
         self._hook_root(model)
         attentions = [name for name, module in model.named_modules() if _is_attention(module)]
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks, and keeps its parameters elsewhere
             if _is_attention(module):
                 self._hook(module, None)
             elif type(module).__name__.endswith(_LINEAR_CLASSES):

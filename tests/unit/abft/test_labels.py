@@ -321,3 +321,25 @@ def test_a_forward_that_does_not_count_takes_no_numbers(gpt: Any, protect: Any, 
         return model(TOKENS)
 
     assert labels_of(protection, striker, model, run) == expected
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_script_module_that_is_named_linear_is_no_defect(protect: Any) -> None:
+    """It keeps its parameters elsewhere than other modules do."""
+
+    class ScriptedLinear(torch.jit.ScriptModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        @torch.jit.script_method
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    model, protection = nn.Sequential(ScriptedLinear()), protect()
+    protection.attach(model)
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active():
+        model(torch.randn(2, 4)).sum().backward()
+    assert protection.num_failed_checks() == 0
+    assert protection.unprotected() == {}
