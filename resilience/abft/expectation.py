@@ -269,7 +269,10 @@ class Expectations:
         if is_parameter(gemm.addend):
             return Expectation(gemm, False, product, addend)
         if _is_settled_at_once(out):
-            return Expectation(gemm, False, product, addend, is_masked=bool(swallowing(gemm.addend).any()))
+            # Sums are fewer, and a mask stands out in them.
+            may_be = not bool((addend.abs() < _largest(gemm.addend.dtype)).all())
+            is_masked = may_be and bool(swallowing(gemm.addend).any())
+            return Expectation(gemm, False, product, addend, is_masked=is_masked)
         unknown = swallowing(gemm.addend).any(-1, keepdim=True)
         return Expectation(gemm, False, product, addend, unknown)
 
@@ -280,7 +283,11 @@ _MASKED = 1e15
 
 def swallowing(addend: torch.Tensor) -> torch.Tensor:
     """Where a mask stands in an addend, in its shape."""
-    return addend.abs() > min(_MASKED, torch.finfo(addend.dtype).max / 4.0)
+    return addend.abs() > _largest(addend.dtype)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return min(_MASKED, torch.finfo(dtype).max / 4.0)
 
 
 def _is_settled_at_once(out: torch.Tensor) -> bool:

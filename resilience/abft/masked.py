@@ -15,7 +15,7 @@ import torch
 from resilience.abft.checksum import worst_residual
 from resilience.abft.expectation import Expectation, swallowing
 from resilience.abft.gemm import Gemm
-from resilience.abft.sums import sums_of, vectors
+from resilience.abft.sums import addend_sums
 
 __all__ = ["worst_under_mask"]
 
@@ -31,18 +31,15 @@ def worst_under_mask(expectation: Expectation, out: torch.Tensor, *, factor_scal
     gemm, addend = expectation.call, expectation.call.addend
     assert addend is not None
     mask = swallowing(addend)
-    bare = dataclasses.replace(gemm, addend=addend.masked_fill(mask, 0.0))
-    again = _product(bare)
+    filled = addend.masked_fill(mask, 0.0)
+    bare = dataclasses.replace(gemm, addend=filled)
+    again = _product(bare, filled)
     if not torch.equal(torch.where(mask, gemm.beta * addend, again), out):
         return math.inf
-    filled = bare.addend
-    assert filled is not None
-    rows = filled.expand(*filled.shape[:-2], filled.shape[-2] if filled.dim() > 1 else 1, out.shape[-1])
-    sums = sums_of(rows, right=vectors(out.shape[-1], out)).rows
-    return worst_residual(Expectation(bare, False, expectation.product, sums), again, factor_scale=factor_scale)
+    found = Expectation(bare, False, expectation.product, addend_sums(filled, out))
+    return worst_residual(found, again, factor_scale=factor_scale)
 
 
-def _product(gemm: Gemm) -> torch.Tensor:
-    assert gemm.addend is not None
+def _product(gemm: Gemm, addend: torch.Tensor) -> torch.Tensor:
     compute = torch.addmm if gemm.left.dim() == 2 else torch.baddbmm
-    return compute(gemm.addend, gemm.left, gemm.right, beta=gemm.beta, alpha=gemm.alpha)
+    return compute(addend, gemm.left, gemm.right, beta=gemm.beta, alpha=gemm.alpha)

@@ -12,7 +12,7 @@ import torch
 
 from resilience.kernels.sweep import Sweep, sweep
 
-__all__ = ["OperandSums", "WeightSums", "beside", "is_parameter", "sums_of", "vectors"]
+__all__ = ["OperandSums", "WeightSums", "addend_sums", "beside", "is_parameter", "sums_of", "vectors"]
 
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
 """Multiples of it, modulo 1, are spread evenly and never repeat."""
@@ -121,11 +121,11 @@ class WeightSums:
     def of_addend(self, addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """D·V, with D expanded to the width of `out`."""
         if not is_parameter(addend) or addend.shape[-1:] != out.shape[-1:]:
-            return _addend_sums(addend, out)
+            return addend_sums(addend, out)
         key = _key(addend)
         known = self._addends.get(key)
         if known is None:
-            known = self._addends[key] = _addend_sums(addend, out)
+            known = self._addends[key] = addend_sums(addend, out)
         return known
 
 
@@ -146,7 +146,8 @@ def _operand_sums(right: torch.Tensor, *, carried: bool, last: OperandSums | Non
     return OperandSums(both[:, : rows.shape[-1]] if rows.dim() == 2 else rows, columns, both)
 
 
-def _addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def addend_sums(addend: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """D·V, with D expanded to the width of `out`."""
     matrix = addend.expand(*addend.shape[:-2], addend.shape[-2] if addend.dim() > 1 else 1, out.shape[-1])
     rows = sums_of(matrix, right=vectors(out.shape[-1], out)).rows
     assert rows is not None
