@@ -4,7 +4,10 @@ An identity sees a whole head at once, under a tolerance that is measured and no
 again, each element of what was computed is held here against a bound of round-off, as `checksum.confirm` does for
 products. It costs ten times what the call did, and some ten matrices of `_AT_ONCE` elements: it is for suspicions that
 stay. Where rows are too uncertain (their scores, or finite masks by which they see no key, are so large that round-off
-changes P by a tenth) nothing is explained: their part in dK and dV would hide whatever is there.
+changes P by a tenth) nothing is explained: their part in dK and dV would hide whatever is there. Where finite operands
+leave the range of the arithmetic itself (float32's, by a sum of absolute terms) there is no evidence about the device:
+a row of scores that may overflow is left out, with the dK and dV it adds to; of a row whose dP may, or whose dS may
+leave the stored dtype, what is not finite.
 
 Shapes: query, out, d_query, d_out (b, hq, tq, d); key, value and their gradients (b, hk, tk, d), hq a multiple of hk.
 With S the scores, u_acc the round-off of the accumulation (float32), u that of the stored dtype, M_ij the sum of the
@@ -31,7 +34,7 @@ import torch
 from resilience.abft.arithmetic import operand_roundoff
 from resilience.kernels.precision import float32_precision
 
-__all__ = ["AttentionInputs", "backward_is_explained", "forward_is_explained"]
+__all__ = ["AttentionInputs", "backward_is_explained", "forward_is_explained", "scores_may_overflow"]
 
 _AT_ONCE = 1 << 20
 """Scores in memory, at least those of one row."""
@@ -57,25 +60,45 @@ class AttentionInputs:
     tolerance_scale: float = 1.0
     """On every bound."""
 
-    def explains(self, stored: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether all of `stored` lies within the tolerance of what is expected (elements, tolerances), or has left the
-        range of its dtype rightly.
+    def explains(
+        self,
+        stored: torch.Tensor,
+        expected: tuple[torch.Tensor, torch.Tensor],
+        is_open: torch.Tensor,
+        may_overflow: torch.Tensor | None = None,
+    ) -> bool:
+        """Whether all of `stored` lies within the tolerance of what is expected, or has left the range of its dtype
+        rightly.
+
+        Args:
+            stored: (rows, d).
+            expected: elements and tolerances.
+            is_open: bool, broadcastable to it: what cannot be told.
+            may_overflow: the same, of what is not finite.
         """
         reference, tolerance = expected
         # Results may be added up in the stored dtype, block by block.
         tolerance = (tolerance + 8.0 * _grain(stored.dtype)) * self.tolerance_scale
         overflowed = ~(reference.abs() + tolerance < torch.finfo(stored.dtype).max) & ~stored.isfinite()
-        return bool((((stored.double() - reference).abs() <= tolerance) | overflowed).all())
+        if may_overflow is not None:
+            overflowed = overflowed | (may_overflow & ~stored.isfinite())
+        return bool((((stored.double() - reference).abs() <= tolerance) | overflowed | is_open).all())
 
 
 @torch.no_grad()
 def forward_is_explained(inputs: AttentionInputs, out: torch.Tensor) -> bool:
     """Whether round-off explains every element of O = `out`."""
     return all(
-        not block.is_uncertain and inputs.explains(out[block.of_queries], block.out(head))
+        not block.is_uncertain and inputs.explains(out[block.of_queries], block.out(head), block.is_beyond)
         for head in _heads(inputs)
         for block in head.blocks(inputs)
     )
+
+
+@torch.no_grad()
+def scores_may_overflow(inputs: AttentionInputs) -> bool:
+    """Whether finite operands take any score out of the range of the arithmetic."""
+    return any(bool(block.is_beyond.any()) for head in _heads(inputs) for block in head.blocks(inputs))
 
 
 @torch.no_grad()
@@ -88,17 +111,19 @@ def backward_is_explained(
         of_key, of_value = _Sum.like(head.key), _Sum.like(head.value)
         for block in head.blocks(inputs):
             stored = out[block.of_queries].double()
-            if block.is_uncertain or not inputs.explains(out[block.of_queries], block.out(head)):
+            if block.is_uncertain or not inputs.explains(out[block.of_queries], block.out(head), block.is_beyond):
                 return False
             d_rows = d_out[block.of_queries].double()
-            of_value.add(block.d_value(d_rows))
-            d_products, error = block.d_products(head, inputs.scale, stored, d_rows)
+            of_value.add(block.d_value(d_rows), block.is_beyond)
+            d_products, error, may_overflow = block.d_products(head, inputs, stored, d_rows)
             expected = d_products @ head.key, error @ head.key.abs()
-            if d_query is not None and not inputs.explains(d_query[block.of_queries], expected):
+            if d_query is not None and not inputs.explains(
+                d_query[block.of_queries], expected, block.is_beyond, may_overflow
+            ):
                 return False
-            of_key.add((d_products.mT @ block.query, error.mT @ block.query.abs()))
+            of_key.add((d_products.mT @ block.query, error.mT @ block.query.abs()), block.is_beyond, may_overflow)
         for gradient, total in ((d_key, of_key), (d_value, of_value)):
-            if gradient is not None and not inputs.explains(gradient[head.index], (total.terms, total.tolerance)):
+            if gradient is not None and not total.explains(inputs, gradient[head.index]):
                 return False
     return True
 
@@ -109,14 +134,29 @@ class _Sum:
 
     terms: torch.Tensor
     tolerance: torch.Tensor
+    is_open: torch.Tensor
+    """Whether a row of the queries was; as `may_overflow`, a scalar."""
+    may_overflow: torch.Tensor
 
     @classmethod
     def like(cls, operand: torch.Tensor) -> _Sum:
-        return cls(torch.zeros_like(operand), torch.zeros_like(operand))
+        no = torch.zeros((), dtype=torch.bool, device=operand.device)
+        return cls(torch.zeros_like(operand), torch.zeros_like(operand), no, no)
 
-    def add(self, part: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def add(
+        self,
+        part: tuple[torch.Tensor, torch.Tensor],
+        is_open: torch.Tensor,
+        may_overflow: torch.Tensor | None = None,
+    ) -> None:
         self.terms += part[0]
         self.tolerance += part[1]
+        self.is_open = self.is_open | is_open.any()
+        if may_overflow is not None:
+            self.may_overflow = self.may_overflow | may_overflow.any()
+
+    def explains(self, inputs: AttentionInputs, gradient: torch.Tensor) -> bool:
+        return inputs.explains(gradient, (self.terms, self.tolerance), self.is_open, self.may_overflow)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,13 +197,18 @@ class _Block:
     """How far each of P may be off, (rows, tk)"""
     grain: float
     """What a number may lose that is below the smallest normal one."""
+    is_beyond: torch.Tensor
+    """Of which rows the scores may leave the range of the arithmetic, (rows, 1)"""
     is_uncertain: bool
-    """Whether round-off leaves some of these rows open."""
+    """Whether round-off leaves some of the others open."""
 
     @classmethod
     def of(cls, inputs: AttentionInputs, head: _Head, of_queries: tuple[int, int, slice]) -> _Block:
         query = inputs.query[of_queries].double()
-        scores, size = inputs.scale * (query @ head.key.mT), abs(inputs.scale) * (query.abs() @ head.key.abs().mT)
+        products, terms = query @ head.key.mT, query.abs() @ head.key.abs().mT
+        scores, size = inputs.scale * products, abs(inputs.scale) * terms
+        # Also of keys that are hidden: a kernel may mask what it has computed. It may scale before or after.
+        is_beyond = ~(terms.amax(1, keepdim=True) * max(1.0, abs(inputs.scale)) < _largest(inputs.query.dtype))
         if inputs.mask is not None:
             everywhere = (*inputs.query.shape[:3], inputs.key.shape[2])
             mask = inputs.mask.expand(everywhere)[of_queries]
@@ -178,8 +223,8 @@ class _Block:
         probabilities = scores.softmax(1).nan_to_num(nan=0.0)
         size = torch.where(probabilities > 0.0, size, 0.0).amax(1, keepdim=True)
         error, grain = _relative_error(inputs, size), _grain(inputs.query.dtype)
-        is_uncertain = not bool((error <= _UNCERTAIN).all())
-        return cls(of_queries, query, probabilities, error * probabilities + grain, grain, is_uncertain)
+        is_uncertain = not bool(((error <= _UNCERTAIN) | is_beyond).all())
+        return cls(of_queries, query, probabilities, error * probabilities + grain, grain, is_beyond, is_uncertain)
 
     def out(self, head: _Head) -> tuple[torch.Tensor, torch.Tensor]:
         """O and how far it may be off, (rows, d)."""
@@ -190,15 +235,22 @@ class _Block:
         return self.probabilities.mT @ d_rows, self.error.mT @ d_rows.abs()
 
     def d_products(
-        self, head: _Head, scale: float, stored: torch.Tensor, d_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """scale·dS, the gradient of Q·Kᵀ, and how far it may be off, (rows, tk)."""
-        weighted = d_rows * stored
+        self, head: _Head, inputs: AttentionInputs, stored: torch.Tensor, d_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """scale·dS, the gradient of Q·Kᵀ, and how far it may be off, (rows, tk); and of which rows dP may leave the
+        range of the arithmetic, or dS that of the stored dtype, (rows, 1).
+        """
+        scale, weighted = inputs.scale, d_rows * stored
         magnitude = d_rows.abs() @ head.value.abs().mT + weighted.abs().sum(1, keepdim=True)
         d_scores = self.probabilities * (d_rows @ head.value.mT - weighted.sum(1, keepdim=True))
         # The terms of dP − D may be rounded one by one, dS before it is scaled, or after.
         lost = self.grain * (stored.shape[1] * self.probabilities + 1.0)
-        return scale * d_scores, abs(scale) * (self.error * magnitude + lost) + self.grain
+        error = self.error * magnitude + lost
+        limits, scales = torch.finfo(inputs.query.dtype), max(1.0, abs(scale))
+        largest = ((d_scores.abs() + error) * scales).amax(1, keepdim=True)
+        of_terms = (magnitude * scales).amax(1, keepdim=True)
+        may_overflow = ~(largest < limits.max) | ~(of_terms < _largest(inputs.query.dtype))
+        return scale * d_scores, abs(scale) * error + self.grain, may_overflow
 
 
 def _relative_error(inputs: AttentionInputs, size: torch.Tensor) -> torch.Tensor:
@@ -214,6 +266,11 @@ def _relative_error(inputs: AttentionInputs, size: torch.Tensor) -> torch.Tensor
         + 8.0 * stored
         + 4.0 * operand
     )
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """Of the arithmetic inside."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
 
 
 def _grain(dtype: torch.dtype) -> float:

@@ -172,49 +172,89 @@ def _faulty(
     left: torch.Tensor, right: torch.Tensor, addend: torch.Tensor | None, stored: torch.Tensor, tolerance_scale: float
 ) -> DetectionKind | None:
     """Kind of the worst element of `stored` (…, r, n) that round-off does not explain, or None. Operands in float64."""
-    limits = torch.finfo(stored.dtype)
+    k = left.shape[-1]
     factors = element_factors(
         precision_of(stored.dtype, matmul_precision(stored)),
-        k=left.shape[-1],
-        smallest_normal=limits.smallest_normal,
+        k=k,
+        smallest_normal=torch.finfo(stored.dtype).smallest_normal,
     )
-    reference, partial = _long_product(left, right) if left.shape[-1] > LONG else (left @ right, None)
-    magnitude = left.abs() @ right.abs()
+    products = left.abs() @ right.abs()
+    magnitude = products if addend is None else products + addend.abs()
     # Matrix units may take operands below the smallest normal number as zero.
     flushed = left.abs().sum(-1, keepdim=True) + right.abs().sum(-2, keepdim=True)
-    size = reference.abs()
-    swallowed = None
+    roundoff = factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
+    terms = _Terms(addend, stored, products, magnitude, factors.relative, tolerance_scale)
+    kind = terms.worst(left @ right, roundoff)
+    if kind is None or k <= LONG:
+        return kind
+    product, partial = _long_product(left, right)
     if addend is not None:
-        swallowed = addend.isinf() & reference.isfinite()
-        size = size + addend.abs()
-        magnitude = magnitude + addend.abs()
-        reference = reference + addend
-        size = size + reference.abs()
-    tolerance = factors.relative * size + factors.accumulated * magnitude + factors.absolute * (1.0 + flushed)
-    if partial is not None:
-        tolerance = tolerance + factors.drift * partial
-    tolerance = tolerance * tolerance_scale
-    error = (stored.double() - reference).abs()
-    largest_sum = torch.finfo(torch.float64 if stored.dtype == torch.float64 else torch.float32).max
-    overflowed = ~(reference.abs() + tolerance < limits.max) | ~(magnitude < largest_sum)
-    same_infinity = stored.double() == reference
-    faulty = ~(error <= tolerance) & ~same_infinity & ~(overflowed & ~stored.isfinite()) & reference.isfinite()
-    if swallowed is not None:
-        faulty = faulty | (swallowed & ~same_infinity)
-    return worst_kind(stored, error, faulty)
+        partial = partial + addend.abs()
+    return terms.worst(product, roundoff + factors.drift * partial)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Terms:
+    """What the elements of some rows of C are held against, beside A·B; in float64, (…, r, n)."""
+
+    addend: torch.Tensor | None
+    stored: torch.Tensor
+    """As it is."""
+    products: torch.Tensor
+    """Sums of the absolute products."""
+    magnitude: torch.Tensor
+    """The same, with the addend's."""
+    relative: float
+    tolerance_scale: float
+
+    def worst(self, product: torch.Tensor, roundoff: torch.Tensor) -> DetectionKind | None:
+        """Kind of the worst element that round-off does not explain, or None.
+
+        Args:
+            product: α·A·B.
+            roundoff: what its terms leave, but for the rounding of the result.
+        """
+        stored, largest = self.stored.double(), torch.finfo(self.stored.dtype).max
+        reference, size, swallowed = product, product.abs(), None
+        if self.addend is not None:
+            swallowed = self.addend.isinf() & product.isfinite()
+            reference = product + self.addend
+            size = size + self.addend.abs() + reference.abs()
+        tolerance = (self.relative * size + roundoff) * self.tolerance_scale
+        error = (stored - reference).abs()
+        largest_sum = torch.finfo(torch.float64 if self.stored.dtype == torch.float64 else torch.float32).max
+        overflowed = ~(reference.abs() + tolerance < largest) | ~(self.magnitude < largest_sum)
+        same_infinity = stored == reference
+        faulty = ~(error <= tolerance) & ~same_infinity & ~(overflowed & ~stored.isfinite()) & reference.isfinite()
+        if swallowed is not None:
+            # Beside an infinite addend a product that overflows is rightly no number.
+            may_be_nan = stored.isnan() & ~(self.products < min(largest, largest_sum) / 2.0)
+            faulty = faulty | (swallowed & ~same_infinity & ~may_be_nan)
+        return worst_kind(self.stored, error, faulty)
 
 
 _NUM_PARTS = 8
 """Of a long sum, after each of which its partial sum is looked at."""
 
+_NUM_LANES = 64
+"""Running sums of a dot product at most: vectors of 16 numbers, four at a time."""
+
 
 def _long_product(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left·right, mean size of the partial sums on the way there), and the former more exact than in one piece."""
-    total = partial = torch.zeros((), dtype=left.dtype, device=left.device)
+    """(left·right, M of `thresholds.ElementFactors` without the addend).
+
+    The product is the sum of its lanes: even of float64 it is more exact than what a library adds up in one piece.
+    """
+    zero = torch.zeros((), dtype=left.dtype, device=left.device)
+    after = sizes = zero
     for one, other in zip(left.tensor_split(_NUM_PARTS, -1), right.tensor_split(_NUM_PARTS, -2), strict=True):
-        before, total = total, total + one @ other
-        partial = partial + torch.maximum(before.abs(), total.abs())
-    return total, partial / _NUM_PARTS
+        before, after = after, after + one @ other
+        sizes = sizes + torch.maximum(before.abs(), after.abs())
+    total = sizes_of_lanes = zero
+    for number in range(_NUM_LANES):
+        lane = left[..., number::_NUM_LANES] @ right[..., number::_NUM_LANES, :]
+        total, sizes_of_lanes = total + lane, sizes_of_lanes + lane.abs()
+    return total, sizes / _NUM_PARTS + sizes_of_lanes / 2.0
 
 
 def worst_kind(stored: torch.Tensor, error: torch.Tensor, faulty: torch.Tensor) -> DetectionKind | None:

@@ -21,11 +21,13 @@ class Decisions:
         self._made.clear()
 
     def made(self, node: int, is_due: bool) -> None:
-        """The operation under `node` is checked, or is not."""
+        """The operation under `node` is checked, or is not. Of several none speaks for the others, though they
+        may agree: they mostly agree on not being checked, and what follows would be checked all the less.
+        """
         if len(self._made) >= _MAX_NODES:
             self._made.clear()
-        self._made[node] = is_due if self._made.get(node, is_due) is is_due else None
+        self._made[node] = None if node in self._made else is_due
 
     def of(self, node: int) -> bool | None:
-        """What was decided under `node`; None where that is not known, or differs among several operations."""
+        """What was decided under `node`; None where that is not known, or several operations were."""
         return self._made.get(node)

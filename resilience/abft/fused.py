@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-from resilience.abft.attention_reference import AttentionInputs, backward_is_explained, forward_is_explained
+from resilience.abft.attention_reference import (
+    AttentionInputs,
+    backward_is_explained,
+    forward_is_explained,
+    scores_may_overflow,
+)
 from resilience.abft.defects import defects
 from resilience.abft.handlers import Context
 from resilience.abft.invariants import (
@@ -82,9 +87,10 @@ def fused_forward_handler(context: Context, operator: str) -> Handler:
             return forward_ratio(call).reshape(1)
 
         def is_explained(results: Any) -> bool:
-            # A mean of V leaves no range; a log-sum-exp that is no number shows in the ratio only.
+            # A mean of V leaves no range, scores may; a log-sum-exp that is no number shows in the ratio only.
+            inputs = _inputs(context, bound)
             is_number = bool(ratio(results).isfinite().all())
-            return is_number and forward_is_explained(_inputs(context, bound), results[0])
+            return (is_number or scores_may_overflow(inputs)) and forward_is_explained(inputs, results[0])
 
         results = context.record.operation(label.site, run)
         operands = (bound["query"], bound["key"], bound["value"])

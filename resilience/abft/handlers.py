@@ -64,11 +64,12 @@ class Context:
         Args:
             site: of the operation.
             node: the number of its autograd node.
-            follows: that of the operation it belongs to, if there is one.
+            follows: that of the operation it belongs to, if there is one; of a gradient the same number.
         """
         followed = None if follows is None else self.decisions.of(follows)
         is_due = self.record.due(site) if followed is None else self.record.follows(site, followed)
-        self.decisions.made(node, is_due)
+        if follows != node:
+            self.decisions.made(node, is_due)
         return is_due
 
     def scale(self, site: str) -> float:

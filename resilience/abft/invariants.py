@@ -45,6 +45,9 @@ _AT_ONCE = 1 << 25
 """Elements of O that the exact form takes at once; of more, one sequence after the other: it makes some fifteen tensors
 of that size in float32, which a device that a model fills does not have."""
 
+_GROSS = 1024.0
+"""Times what a gradient can be: the identities are for what is below."""
+
 _UNBOUNDED = 1e6
 """A tolerance that no sum of probabilities exceeds."""
 
@@ -214,8 +217,19 @@ def _ratios_at_once(call: AttentionBackward) -> torch.Tensor:
             of_query = _side(d_query * query, _floor(call, query))
             dq = bound.ratio(_side(d_key * key, _floor(call, key)), of_query.shared(heads))
             # Beside a query of exactly 0 the identity does not see dQ: what is too large to be a gradient is NaN here.
-            dq = dq + d_query.float().square().sum() * 0.0
+            dq = torch.where(d_query.abs().amax() > _largest_gradient(call, wide), torch.nan, dq)
     return torch.stack([dv, dk, dq, context])
+
+
+def _largest_gradient(call: AttentionBackward, wide: torch.dtype) -> torch.Tensor:
+    """What no element of dQ comes near, whatever the size of the operands; infinite or NaN where it has no number.
+
+    |dQ_ic| ≤ scale·Σ_j P_ij·|dP_ij − D_i|·|K_jc|, and |dP_ij| and |D_i| are at most d·max|dO|·max|V|. Large finite
+    masks make PyTorch's P too large by up to the length, dropout by 1 ÷ (1 − p).
+    """
+    d_out, value, key = (x.abs().amax().to(wide) for x in (call.d_out, call.value, call.key))
+    factor = _GROSS * call.key.shape[2] * call.query.shape[3] * abs(call.scale)
+    return factor * d_out * value * key + _GROSS * torch.finfo(call.out.dtype).smallest_normal
 
 
 def _side(terms: torch.Tensor, floor: torch.Tensor | None = None) -> Side:

@@ -42,4 +42,7 @@ def worst_under_mask(expectation: Expectation, out: torch.Tensor, *, factor_scal
 
 def _product(gemm: Gemm, addend: torch.Tensor) -> torch.Tensor:
     compute = torch.addmm if gemm.left.dim() == 2 else torch.baddbmm
-    return compute(addend, gemm.left, gemm.right, beta=gemm.beta, alpha=gemm.alpha)
+    # Autocast does not touch products in place: it would round this one, and keep a weight for the script's next
+    # products that autograd does not know.
+    with torch.no_grad(), torch.autocast(gemm.left.device.type, enabled=False):
+        return compute(addend, gemm.left, gemm.right, beta=gemm.beta, alpha=gemm.alpha)

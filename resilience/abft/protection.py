@@ -105,6 +105,7 @@ class Protection:
         apart = next((parameter.device for parameter in module.parameters() if parameter.device.type != "cpu"), None)
         if self._frequency is not None and apart is not None:
             self._frequency = None
+            self._record.set_shares({})
             _log.warning(
                 'detection.share = "adaptive" is measured by the host\'s clock, which does not see how long %s works: '
                 "every call is checked; give a number from 0 to 1 for less",

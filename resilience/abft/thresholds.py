@@ -75,8 +75,8 @@ class Precision:
     """Of sums whose parts are rounded to C's dtype before they are added, all of them together; 0 where none are."""
 
 
-LONG = 1024
-"""Products in a sum beyond which roundings of one sign exceed what random ones come to."""
+LONG = 256
+"""Products in a sum up to which the bound for random roundings, 2·(8·√k + 8), is above the k of any: 289 at most."""
 
 _SQUARED_WEIGHT = 7.0 / 3.0
 """Mean of w², w spread evenly from 1 to 2: of the vectors with weights, and a bound for those without."""
@@ -112,8 +112,9 @@ class ElementFactors:
     """|C_ij − R_ij| ≤ relative·S_ij + accumulated·(|α|·|A|·|B| + |β·D|)_ij + drift·M_ij + absolute·(1 + F_ij).
 
     R is in float64. S = |R| for a plain product; with an addend, S = |R| + |α·A·B| + |β·D|, since a library may round
-    in between. M is the mean size of the partial sums that R goes through. F_ij = Σ_k |A_ik| + Σ_k |B_kj|: operands
-    that are not normal numbers may count as zero.
+    in between. M = (mean size of the partial sums that α·A·B goes through) + (half of the sum of |sums over every 64th
+    term|) + |β·D|, see `element_factors`. F_ij = Σ_k |A_ik| + Σ_k |B_kj|: operands that are not normal numbers may
+    count as zero.
     """
 
     relative: float
@@ -125,10 +126,16 @@ class ElementFactors:
 def element_factors(precision: Precision, *, k: int, smallest_normal: float) -> ElementFactors:
     """Bounds of one element's round-off, for the confirming stage.
 
-    Worst-case accumulation errs by k·u·(|A|·|B|)_ij. Where roundings are as good as random, 8·√k·u is enough beyond
-    some 64 products (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14).
-    They are not where nearly equal terms are added one after the other, as a library does it for few results of long
-    sums: then each rounds the same way, and the error comes to u times the sum of all partial sums, which is u·k·M.
+    Worst-case accumulation errs by k·u·(|A|·|B|)_ij. Where roundings are as good as random, 8·√k·u is enough
+    (a probabilistic bound in Higham's and Mary's sense with λ = 8, failing with 2·exp(−λ²/2) ≈ 3e-14); taken twice, it
+    is above the worst case up to `LONG`. They are not random where nearly equal terms are added one after the other, as
+    a library does it for few results of long sums: then each rounds the same way. In any order the error is at most u
+    times the sum of all |partial sums|. One after the other, beginning with the addend, that is u·k·(their mean). In L
+    ≥ 2 lanes of every L-th term, whose signs may be alike where those of neighbours are not, it is u·k/L·Σ |partial
+    sums of lanes|, and the sums over every 64th term bound it for any L that divides 64, since |a + b| ≤ |a| + |b|.
+
+    What that loses: where signs are alike, changes below 1.1·k·u of the result (7e-3 at k = 1e5); where they are
+    random, some 4·k·u of the result's rms come to the 10 to 13·k·u that 8·√k·u leaves open already.
     Parts of a split sum have the size of C, or, where terms of random signs cancel, 1 ÷ √k of |A|·|B|.
     Results below the smallest normal number may be flushed to zero.
     """

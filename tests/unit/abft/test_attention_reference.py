@@ -257,3 +257,83 @@ def test_large_gradients_are_none(dtype: torch.dtype, protect: Any) -> None:
         out.backward(torch.full_like(out, 1e22) * out.sign())
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
     assert protection.drain() == []
+
+
+def overflowing(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Finite query, key and value, whose scores leave the range of float32 in the last head."""
+    query, key, value = (normal(1, 2, 8, 8, seed=seed).to(dtype) for seed in range(3))
+    query[0, 1] *= 5e19
+    key[0, 1] *= 5e19
+    return [operand.requires_grad_() for operand in (query, key, value)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_that_leave_the_range_are_no_fault(dtype: torch.dtype, protect: Any) -> None:
+    leaves = overflowing(dtype)
+    protection = protect()
+    with protection.active():
+        out = F.scaled_dot_product_attention(*leaves)
+        out.backward(torch.ones_like(out))
+    assert leaves[0].grad is not None
+    assert not leaves[0].grad.isfinite().all()
+    assert protection.drain() == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+@pytest.mark.parametrize("site", ["attention.dq", "attention.dk", "attention.dv"])
+def test_beside_scores_that_leave_the_range_other_heads_are_held(
+    site: str, value: float, protect: Any, striker: Any
+) -> None:
+    leaves = overflowing()
+    protection = protect(strength="invariants")
+    striker.arm(site, 0, lambda tensor: tensor[0, 0, 3, 4:5].add_(value), repeat=100)
+    with protection.active():
+        out = F.scaled_dot_product_attention(*leaves)
+        out.backward(torch.ones_like(out) * out.detach().sign())
+    (finding,) = protection.drain()
+    assert not finding.mended
+    assert not finding.inputs_bad
+
+
+def test_a_log_sum_exp_of_scores_that_leave_the_range_is_no_fault(
+    protect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's kernel hides it; others do not."""
+    forward_ratio = fused.forward_ratio
+    monkeypatch.setattr(fused, "forward_ratio", lambda call: forward_ratio(call) * torch.nan)
+    protection = protect(strength="invariants")
+    with protection.active():
+        F.scaled_dot_product_attention(*overflowing())
+    assert protection.drain() == []
+
+
+def test_products_that_leave_the_range_on_the_way_explain_what_is_not_finite() -> None:
+    """dS leaves float16's range before small keys bring it back: dQ would fit, but the kernel's is infinite."""
+    factors = {"key": 1e-3, "value": 300.0}
+    call = attention("none", torch.float16, factors=factors | {"d_out": 1e4})
+    assert call.d_query is not None
+    assert not call.d_query.isfinite().any()
+    assert is_explained(call)
+    assert not is_explained(dataclasses.replace(call, d_query=torch.full_like(call.d_query, 3e4)))
+    assert not is_explained(dataclasses.replace(call, d_value=torch.full_like(call.value, torch.inf)))
+    within = attention("none", torch.float16, factors=factors)
+    assert is_explained(within)
+    assert not is_explained(dataclasses.replace(within, d_query=call.d_query))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_beside_a_gradient_that_rightly_is_not_is_a_fault(
+    value: float, protect: Any, striker: Any
+) -> None:
+    query, key, operand = (normal(1, 1, 512, 16, seed=seed).half() for seed in range(3))
+    query[..., 0], key[..., 0] = 20.0, 0.0
+    key[..., 0, 0] = 4.0
+    leaves = [one.requires_grad_() for one in (query, key, operand)]
+    protection = protect(strength="invariants")
+    # dV of the first key is the sum of all dO, which float16 cannot hold; that of the others is near 0.
+    striker.arm("attention.dv", 0, lambda tensor: tensor[0, 0, 7, 3:4].fill_(value), repeat=100)
+    with protection.active():
+        out = F.scaled_dot_product_attention(*leaves)
+        out.backward(torch.full_like(out, 300.0))
+    (finding,) = protection.drain()
+    assert not finding.mended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 
@@ -367,8 +368,7 @@ def test_sums_of_the_next_step_are_those_of_its_weights(shape: tuple[int, ...], 
 
 def test_sums_of_the_same_weights_are_taken_where_they_stood() -> None:
     weight = torch.nn.Parameter(normal(64, 128))
-    sums = WeightSums()
-    places = set()
+    sums, places = WeightSums(), set()
     for _ in range(4):
         sums.clear()
         found = sums.of_right(weight, carried=True)
@@ -434,3 +434,67 @@ def test_a_long_sum_in_sequence_is_no_fault(content: str, k: int) -> None:
 def test_a_long_sum_in_float64_is_no_fault() -> None:
     left, right = torch.full((2, 65_536), 0.1, dtype=torch.float64), torch.full((65_536, 3), 0.1, dtype=torch.float64)
     assert checksum.confirm(Gemm(left, right), in_sequence(left, right), torch.full((2,), torch.inf)).kind is None
+
+
+def in_lanes(left: torch.Tensor, right: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """left·right, every `num_lanes`-th product added to the same running sum, and those in the end."""
+    lanes = torch.zeros(num_lanes, left.shape[0], right.shape[1], dtype=left.dtype)
+    for columns, rows in zip(left.split(num_lanes, 1), right.split(num_lanes), strict=True):
+        lanes += columns.mT.unsqueeze(2) * rows.unsqueeze(1)
+    return in_sequence(torch.ones(1, num_lanes, dtype=left.dtype), lanes.flatten(1)).view(lanes.shape[1:])
+
+
+@pytest.mark.parametrize(("num_lanes", "k"), [(2, 1 << 17), (4, 1 << 18), (16, 1 << 18), (64, 1 << 18)])
+def test_lanes_of_one_sign_that_cancel_are_no_fault(num_lanes: int, k: int) -> None:
+    """As vector units add up: each lane rounds the same way again and again, and no partial sum of all tells."""
+    signs = torch.arange(k) % num_lanes < num_lanes // 2
+    left, right = torch.where(signs, 0.1, -0.1003).expand(2, k), torch.ones(k, 1)
+    gemm, out = Gemm(left, right), in_lanes(left, right, num_lanes)
+    everything = torch.full((2,), torch.inf)
+    assert checksum.confirm(gemm, out, everything).kind is None
+    out[1, 0] += 0.1 * float(left[1].abs().sum())
+    assert checksum.confirm(gemm, out, everything).kind is DetectionKind.MISMATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [256, 288, 1_024, 16_384])
+def test_equal_terms_after_one_that_outweighs_them_are_no_fault(k: int, dtype: torch.dtype) -> None:
+    """All partial sums are as large as the result, from the first one on; the rounding may be all but half a unit."""
+    left, right = torch.tensor([[0.1], [0.7], [1.3]] * 3, dtype=dtype).repeat(1, k), torch.ones(k, 1, dtype=dtype)
+    left[:, 0] = torch.tensor([0.1, 1.0, 2.0], dtype=dtype).repeat_interleave(3) * k
+    gemm, out = Gemm(left, right), in_sequence(left, right)
+    assert checksum.confirm(gemm, out, torch.full((9,), torch.inf)).kind is None
+
+
+def test_the_reference_of_a_long_sum_is_more_exact_than_the_sum() -> None:
+    """Also of float64, which a library may add up one after the other as it does the reference."""
+    k = 16_384
+    left, right = torch.full((8, k), 0.1, dtype=torch.float64), torch.ones(k, 8, dtype=torch.float64)
+    left[:, 0] = 0.1 * k
+    exact = math.fsum(left[0].tolist())
+    total, _ = checksum._long_product(left, right)
+    assert float((total - exact).abs().max()) <= 0.02 * float((in_sequence(left, right) - exact).abs().max())
+
+
+def test_equal_terms_after_an_addend_that_outweighs_them_are_no_fault() -> None:
+    k = 16_384
+    left, right = torch.full((1, k), 0.1), torch.ones(k, 1)
+    for size in (0.1 * k, float(k), 8.0 * k):
+        addend = torch.full((1, 1), size)
+        # An addend is where a library may begin.
+        out = in_sequence(torch.cat([addend, left], 1), torch.ones(k + 1, 1))
+        gemm, everything = Gemm(left, right, addend), torch.full((1,), torch.inf)
+        assert checksum.confirm(gemm, out, everything).kind is None, size
+        out += 1e-2 * (size + 0.1 * k)
+        assert checksum.confirm(gemm, out, everything).kind is DetectionKind.MISMATCH
+
+
+@pytest.mark.parametrize("k", [1_024, 16_384, 100_000])
+def test_what_the_bound_of_a_long_sum_lets_pass(k: int) -> None:
+    """In units of round-off: signs alike, 16·√k + 1.1·k of the result; random signs, 20·k of the rms."""
+    everything, right = torch.full((4,), torch.inf), torch.ones(k, 1)
+    alike, random = (16.0 * k**0.5 + 1.1 * k + 16.0) * 0.1 * k, 20.0 * k * k**0.5
+    for left, change in ((torch.full((4, k), 0.1), alike), (normal(4, k, seed=k), random)):
+        out = (left.double() @ right.double()).float()
+        out[2, 0] += 1.05 * change * 2.0**-24
+        assert checksum.confirm(Gemm(left, right), out, everything).kind is DetectionKind.MISMATCH

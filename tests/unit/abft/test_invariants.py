@@ -102,6 +102,17 @@ def test_what_is_nearly_infinite_is_seen_beside_a_query_of_zero(dtype: torch.dty
     assert not float(ratios(call)[2]) <= 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e10])
+def test_what_is_too_large_depends_on_the_operands(dtype: torch.dtype, size: float) -> None:
+    """Squares of large gradients are no numbers in float32; a fault beside small ones need not be near infinity."""
+    call = attention("none", dtype, without_query=(1, 2, 9, 5), factors={"d_out": size, "value": size})
+    assert float(_exact_ratios(call).max()) <= 1.0
+    assert call.d_query is not None
+    call.d_query[1, 2, 9, 5] = 1e10 * size * size
+    assert not float(_exact_ratios(call)[2]) <= 1.0
+
+
 @pytest.mark.parametrize("layout", ["heads_in_rows", "contiguous", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_screen_is_the_exact_form_with_estimated_scales(dtype: torch.dtype, layout: str) -> None:

@@ -91,3 +91,32 @@ def test_a_clean_mask_settles_nothing(protect: Any, monkeypatch: pytest.MonkeyPa
         out, _ = attention(x, x, x, attn_mask=torch.ones(16, 16, dtype=torch.bool).triu(1))
         out.sum().backward()
     assert protection.drain() == []
+
+
+def test_a_product_in_place_under_autocast_leaves_nothing_in_its_cache(protect: Any) -> None:
+    """Autocast keeps what it has cast; made here, that would have no gradient."""
+    weight = nn.Parameter(normal(8, 8, seed=1))
+    x, mask = (
+        normal(4, 8, seed=2),
+        torch.zeros(4, 8).masked_fill(torch.ones(4, 8, dtype=torch.bool).triu(1), -torch.inf),
+    )
+    protection = protect()
+    protection.begin_micro_step(1, 0, 0)
+    with protection.active(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            mask.addmm_(x, weight)
+        (x @ weight).sum().backward()
+    assert weight.grad is not None
+    assert protection.drain() == []
+    assert protection.num_failed_checks() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_that_overflows_beside_a_mask_is_no_fault(dtype: torch.dtype) -> None:
+    left, right = ((2e19 * normal(2, 8, 8, seed=seed)).to(dtype) for seed in (1, 2))
+    mask = torch.zeros(8, 8, dtype=dtype).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), -torch.inf)
+    gemm, out = Gemm(left, right, mask), torch.baddbmm(mask, left, right)
+    assert out.isnan().any()
+    assert checksum.confirm(gemm, out, torch.zeros(2, 8)).kind is None
+    small = Gemm(left * 1e-19, right * 1e-19, mask)
+    assert checksum.confirm(small, out, torch.zeros(2, 8)).kind is DetectionKind.NAN

@@ -262,6 +262,39 @@ def test_what_is_computed_again_is_checked_where_it_was_the_first_time(gpt: Any,
     assert checks["attention.context"] == 2 * checks["attention.dv"] > 0
 
 
+class Two(torch.autograd.Function):
+    """Two products under one node, and their four gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        between = x @ one
+        ctx.save_for_backward(x, one, other, between)
+        return between @ other
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, one, other, between = ctx.saved_tensors
+        d_between = d_out @ other.t()
+        return d_between @ one.t(), x.t() @ d_between, between.t() @ d_out
+
+
+def test_gradients_of_several_products_under_one_node_keep_their_share(
+    protect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the products agree on not being checked, as they mostly do, says nothing about their gradients."""
+    monkeypatch.setattr("secrets.randbits", lambda _: 5)
+    protection = protect(share=0.1)
+    weights = [torch.nn.Parameter(torch.eye(4)) for _ in range(2)]
+    for step in range(500):
+        protection.begin_micro_step(step, 0, 0)
+        with protection.active():
+            Two.apply(torch.ones(2, 4, requires_grad=True), *weights).sum().backward()
+    calls, checks = protection._record.calls, protection.checks()
+    gradients = [site for site in calls if "grad" in site or site == "matmul"]
+    share = sum(checks[site] for site in gradients) / sum(calls[site] for site in gradients)
+    assert share == pytest.approx(0.1, abs=0.03)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_fused_attention_is_checked_backward_where_it_was_forward(share: float, gpt: Any, protect: Any) -> None:
     """What forward's check cannot see of a fault, backward's does."""
