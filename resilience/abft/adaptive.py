@@ -59,6 +59,13 @@ _STRIDE = 0x9E3779B97F4A7C15
 class Measured:
     """What was counted at one site over some steps."""
 
+    num_calls: int
+    num_checks: int
+    operation_s: float
+    """Of all calls."""
+    check_s: float
+    """Of the checks that were made."""
+
     def __sub__(self, earlier: Measured) -> Measured:
         """What was counted since `earlier`."""
         return Measured(
@@ -67,13 +74,6 @@ class Measured:
             operation_s=self.operation_s - earlier.operation_s,
             check_s=self.check_s - earlier.check_s,
         )
-
-    num_calls: int
-    num_checks: int
-    operation_s: float
-    """Of all calls."""
-    check_s: float
-    """Of the checks that were made."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

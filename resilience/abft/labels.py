@@ -154,7 +154,8 @@ class Labels:
     def attach(self, model: torch.nn.Module) -> None:
         """Put hooks on the attentions and the linear modules of `model`."""
         self.detach()
-        self._hook_root(model)
+        if not isinstance(model, torch.jit.ScriptModule):
+            self._hook_root(model)
         attentions = [name for name, module in model.named_modules() if _is_attention(module)]
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -448,8 +449,6 @@ class Labels:
         self._put(module, enter, leave)
 
     def _put(self, module: torch.nn.Module, enter: Callable[..., None], leave: Callable[..., None]) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            return  # takes no hooks
         self._handles.append(module.register_forward_pre_hook(Hook(enter)))
         # Also when forward raises: early stop ends a recomputation with an exception.
         self._handles.append(module.register_forward_hook(Hook(leave), always_call=True))

@@ -44,12 +44,11 @@ class Record:
 
     Args:
         share: share of the calls of each site that are to be checked, until `set_shares` says otherwise.
-        seed: chooses which; drawn anew by default, so that ranks and restarts do not pass over the same calls.
         clock: wall time of findings, monotonic time of checks and operations.
     """
 
-    def __init__(self, *, share: float, clock: Clock, seed: int | None = None) -> None:
-        self._seed = secrets.randbits(64) if seed is None else seed
+    def __init__(self, *, share: float, clock: Clock) -> None:
+        self._seed = secrets.randbits(64)  # ranks and restarts do not pass over the same calls
         self._share = share
         self._shares: Mapping[str, float] = {}
         self.clock = clock

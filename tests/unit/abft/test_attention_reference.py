@@ -248,17 +248,6 @@ def test_a_gradient_that_leaves_the_range_rightly_is_dismissed(dtype: torch.dtyp
     assert protection.drain() == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_gradients_are_none(dtype: torch.dtype, protect: Any) -> None:
-    query, key, value = leaves = [normal(1, 1, 8, 8, seed=seed).to(dtype).requires_grad_() for seed in range(3)]
-    protection = protect()
-    with protection.active():
-        out = F.scaled_dot_product_attention(query, key, value)
-        out.backward(torch.full_like(out, 1e22) * out.sign())
-    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
-    assert protection.drain() == []
-
-
 def overflowing(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Finite query, key and value, whose scores leave the range of float32 in the last head."""
     query, key, value = (normal(1, 2, 8, 8, seed=seed).to(dtype) for seed in range(3))

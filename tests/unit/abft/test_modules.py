@@ -134,18 +134,20 @@ print(model[0](torch.ones(1, 4)).shape, model[1](*[torch.ones(1, 1, 4)] * 3)[0].
     assert "[1, 4]" in done.stdout
 
 
-def test_a_copy_is_not_seen(gpt: Any, protect: Any) -> None:
+def test_a_copy_is_not_seen(gpt: Any, protect: Any, striker: Any) -> None:
     """An average of the weights is evaluated between steps; its forward takes no labels from the model's."""
     model = gpt(layers=1)
     protection = protect()
     protection.attach(model)
     average = copy.deepcopy(model)
+    striker.armed = True  # it notes what it is asked about
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     protection.begin_micro_step(1, 0, 0)
     with protection.active():
         average.attentions[0](torch.randn(1, 8, 32))
-        assert protection._labels._stack == []
         model(tokens).backward()
+    assert ("attention.q", 0) in striker.seen
+    assert ("attention.q", 1) not in striker.seen, "the copy's took the number of the model's"
     assert protection.drain() == []
 
 
